@@ -1,0 +1,243 @@
+"""What watches a fit: saves it, shows it, tells how long it takes, and writes down what a test found."""
+
+import json
+import time
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from project import figures, files, predictions
+from project.data.datamodule import ImageData
+from project.predictions import Prediction
+
+
+def checkpoints(folder: Path) -> list[Callback]:
+    """best.ckpt, weights of the lowest val/loss, and last.ckpt, everything that a fit needs to go on.
+
+    Two callbacks, because ModelCheckpoint's own save_last writes only when it has also saved a best one.
+    """
+    best = ModelCheckpoint(
+        folder, "best", monitor="val/loss", save_weights_only=True, enable_version_counter=False
+    )
+    last = ModelCheckpoint(folder, "last", save_on_exception=True, enable_version_counter=False)
+    return [best, last]
+
+
+class CheckpointWriter(TorchCheckpointIO):
+    """Writes checkpoints beside their target, and waits for the disk in a thread while the fit goes on.
+
+    Lightning's own keeps a second copy in memory and, where the temporary folder is another file system, is not
+    atomic. AlexNet with Adam is 685 MB: 0.6 s to write, 2.5 s more until the disk has it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._settling: list[Future[None]] = []
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Returns when the weights are safe to change; the file is in place some seconds later."""
+        target = Path(path)
+        unfinished = files.beside(target)
+        try:
+            torch.save(checkpoint, unfinished)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+        self._settling.append(self._thread.submit(files.settle, unfinished, target))
+
+    def teardown(self) -> None:
+        """Waits until every checkpoint is in place."""
+        while self._settling:
+            self._settling.pop(0).result()
+
+
+class Unreadable(Callback):
+    """Names each picture that could not be read, once."""
+
+    def __init__(self) -> None:
+        self.named: set[str] = set()
+
+    def name(self, trainer: Trainer, pl_module: LightningModule, failed: list[tuple[int, str]], split: str) -> None:
+        """Prints path and reason of those that are new."""
+        for row, reason in failed:
+            path = data_of(trainer).path(split, row)
+            if path not in self.named:
+                self.named.add(path)
+                pl_module.print(f"left out, unreadable: {path}: {reason}")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
+        """Looks through a training batch."""
+        self.name(trainer, pl_module, batch.failed, "train")
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
+        """Looks through a validation batch."""
+        self.name(trainer, pl_module, batch.failed, "val")
+
+    def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
+        """Looks through a test batch."""
+        self.name(trainer, pl_module, batch.failed, "test")
+
+
+class Narrator(Callback):
+    """Says how long the fit will take, then one line an epoch."""
+
+    FIRST_STEPS = 5  # the first is slower than the rest, so the estimate is made from the others
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        self._start = time.monotonic()
+        self._steps = 0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the epoch's clock."""
+        self._epoch_start = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Estimates once, after the first steps."""
+        self._steps += 1
+        if self._steps == 1:
+            self._second = time.monotonic()
+        elif self._steps == self.FIRST_STEPS:
+            step = (time.monotonic() - self._second) / (self.FIRST_STEPS - 1)
+            # a forward pass costs about a third of a training step
+            validation = sum(trainer.num_val_batches) * (trainer.max_epochs or 0) / 3
+            steps = trainer.estimated_stepping_batches + validation
+            if steps != float("inf"):
+                pl_module.print(f"expected time: {duration(step * steps)} for {trainer.max_epochs} epochs")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The epoch's line."""
+        shown = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
+        values = [f"{key} {trainer.callback_metrics[key]:.4f}" for key in shown if key in trainer.callback_metrics]
+        epochs = f"{trainer.current_epoch + 1}/{trainer.max_epochs}"
+        pl_module.print(f"epoch {epochs}  {'  '.join(values)}  ({duration(time.monotonic() - self._epoch_start)})")
+
+
+class FirstBatch(Callback):
+    """Draws the first training batch as the network sees it, and the network's graph, into TensorBoard."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Once in a fit."""
+        writer = tensorboard(trainer)
+        if writer is None or trainer.global_step > 1 or not len(batch.label):
+            return
+        names = data_of(trainer).class_names
+        images = batch.image[:32].permute(0, 2, 3, 1).cpu().numpy()
+        titles = [names[label] for label in batch.label[:32].tolist()]
+        writer.add_figure("train/first_batch", figures.image_grid(images, titles), 0)
+        with warnings.catch_warnings():  # TensorBoard's graph is made by torch.jit.trace, which says that it is deprecated
+            warnings.simplefilter("ignore")
+            writer.add_graph(pl_module.network, batch.image[:1])
+
+
+class Figures(Callback):
+    """Adds the run's settings and its best figures to TensorBoard's HPARAMS tab."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        self.best: dict[str, float] = {}
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps the figures of the epoch with the lowest val/loss."""
+        now = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
+        if now and not now["val/loss"] >= self.best.get("val/loss", float("inf")):
+            self.best = now | {"epoch": trainer.current_epoch + 1}
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes settings and figures together, as the HPARAMS tab wants them."""
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and self.best:
+                logger.log_hyperparams(
+                    self.settings, {f"best_{key}": value for key, value in self.best.items()}, trainer.global_step
+                )
+
+
+class TestResults(Callback):
+    """Writes predictions.csv and test_metrics.json into the run of the checkpoint that is tested."""
+
+    def __init__(self, run: Path, checkpoint: Path) -> None:
+        self.run, self.checkpoint = run, checkpoint
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts empty."""
+        self.rows: list[tuple[int, list[float], str]] = []  # row, probabilities, error
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keeps the batch's probabilities."""
+        self.rows += [(row, p, "") for row, p in zip(batch.index.tolist(), outputs.tolist(), strict=True)]
+        self.rows += [(row, [], reason) for row, reason in batch.failed]
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes both files, on the first rank, from all ranks' rows."""
+        rows = sorted(row for rank in gather(trainer, self.rows) for row in rank)
+        if not trainer.is_global_zero:
+            return
+        data = data_of(trainer)
+        names, labels = data.class_names, data.dataset("test").labels
+
+        def prediction(row: int, probabilities: list[float], error: str) -> Prediction:
+            path, true = data.path("test", row), names[labels[row]]
+            if error:
+                return Prediction(path, error=error, true=true)
+            return Prediction.of(path, probabilities, names, true)
+
+        predictions.write(self.run / "predictions.csv", (prediction(*row) for row in rows), names)
+        result = {key: float(value) for key, value in trainer.callback_metrics.items()} | {
+            "n": len(rows),
+            "unreadable": sum(bool(error) for _, _, error in rows),
+            "class_names": names,
+            "checkpoint": str(self.checkpoint),
+        }
+        with files.replacing(self.run / "test_metrics.json") as stream:
+            json.dump(result, stream, indent=2)
+
+
+def data_of(trainer: Trainer) -> ImageData:
+    """The data that the Trainer was given."""
+    assert isinstance(trainer.datamodule, ImageData)
+    return trainer.datamodule
+
+
+def tensorboard(trainer: Trainer) -> Any:
+    """TensorBoard's writer on the first rank, where there is one."""
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                return logger.experiment
+    return None
+
+
+def gather(trainer: Trainer, item: Any) -> list[Any]:
+    """The item of every rank, in order of rank."""
+    if trainer.world_size == 1:
+        return [item]
+    items: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(items, item)
+    return items
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person would say them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,163 @@
+"""ImageData: a folder of pictures as Lightning's train, val and test loaders."""
+
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from project.data import digits, manifest
+from project.data.dataset import Batch, ImageDataset, loader
+from project.data.images import ImageError, Resize
+from project.data.sampler import BatchSampler
+from project.data.transforms import Augment
+from project.errors import UserError
+
+STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+
+
+class ImageData(LightningDataModule):
+    """Feeds a folder of pictures to the Trainer.
+
+    Args:
+        root: The pictures: root/<class>/**.jpg, or root/train|val|test/<class>/**.jpg. The default, data/digits, is
+            written on first use.
+        split: A run's split.csv, to use the very same rows again.
+        split_seed: Decides which picture goes into which split.
+        image_size: Side of the square images, in pixels; by default 64 for the bundled digits, else 224.
+        resize: How a picture becomes square: stretch, crop (the centre square) or pad (black borders).
+        augment: What is done to training pictures: none or flip; by default none for the digits, else flip.
+        batch_size: Pictures a step, over all devices; by default 64, less for fewer than 1,024 training pictures.
+        workers: Processes that read pictures; by default as many as this process may use cores, at most 8.
+        seed: Order and augmentation; the command line sets it to --seed_everything.
+    """
+
+    def __init__(
+        self,
+        root: str = str(digits.ROOT),
+        split: str | None = None,
+        split_seed: int = 0,
+        image_size: int | None = None,
+        resize: Resize = "stretch",
+        augment: Augment | None = None,
+        batch_size: int | None = None,
+        workers: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.root = Path(root)
+        self.split, self.split_seed, self.seed = split, split_seed, seed
+        bundled = self.root.resolve() == digits.ROOT.resolve()
+        if bundled:
+            digits.write(self.root)
+        self.image_size: int = image_size if image_size is not None else digits.IMAGE_SIZE if bundled else 224
+        self.resize: Resize = resize
+        self.augment: Augment = augment or ("none" if bundled else "flip")
+        self.workers = min(_usable_cores(), 8) if workers is None else workers
+        self._batch_size = batch_size
+        self._datasets: dict[str, ImageDataset] = {}
+        for name, value, least in (("image_size", self.image_size, 1), ("batch_size", batch_size, 1), ("workers", workers, 0)):
+            if value is not None and value < least:
+                raise UserError(f"--data.{name} is {value}; it must be at least {least}.")
+
+    @cached_property
+    def manifest(self) -> manifest.Manifest:
+        """The data set's rows; reads the folder on first use."""
+        return manifest.load(self.root, Path(self.split) if self.split else None, self.split_seed)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Sorted names of the training split's classes."""
+        return self.manifest.class_names
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in a global batch: at least sixteen steps an epoch where the folder is small."""
+        if self._batch_size is not None:
+            return self._batch_size
+        rows = len(self.manifest.rows("train"))
+        return max(1, min(64, rows, max(8, rows // 16)))
+
+    def setup(self, stage: Literal["fit", "validate", "test"]) -> None:
+        """Reads the rows and checks that the stage can run; no picture but the first readable one is decoded.
+
+        Raises:
+            UserError: No test split, no readable picture, or a batch larger than the training set.
+        """
+        for split in STAGE_SPLITS[stage]:
+            dataset = self.dataset(split)
+            if not len(dataset):
+                raise UserError(f"{self.root} has no {split} pictures; put some in {self.root}/{split}/<class>/.")
+            self._require_readable(dataset, split)
+        if stage == "fit" and self.batch_size > len(self.dataset("train")):
+            raise UserError(
+                f"--data.batch_size {self.batch_size} is larger than the training set of "
+                f"{len(self.dataset('train'))} pictures; give a smaller one."
+            )
+
+    def _require_readable(self, dataset: ImageDataset, split: str) -> None:
+        errors = []
+        for row in range(len(dataset)):
+            try:
+                dataset[row]
+            except ImageError as error:
+                errors.append(error)
+            else:
+                return
+        raise UserError(f"None of the {len(errors)} {split} pictures can be read; the first: {errors[0]}.")
+
+    def dataset(self, split: str) -> ImageDataset:
+        """One split's rows; only the training split is augmented."""
+        if split in self._datasets:
+            return self._datasets[split]
+        rows = self.manifest.rows(split)
+        self._datasets[split] = ImageDataset(
+            root=self.root,
+            paths=[self.manifest.paths[row] for row in rows],
+            labels=self.manifest.labels[rows],
+            image_size=self.image_size,
+            resize=self.resize,
+            augment=self.augment if split == "train" else "none",
+            seed=self.seed,
+        )
+        return self._datasets[split]
+
+    def path(self, split: str, row: int) -> str:
+        """Where a row's picture lies, as the root was given."""
+        return str(self.root / self.dataset(split).paths[row])
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Shuffled batches of `Batch`, the incomplete last one left out."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Every validation picture once."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Every test picture once."""
+        return self._loader("test")
+
+    def _loader(self, split: str) -> DataLoader[Batch]:
+        dataset = self.dataset(split)
+        trainer = self.trainer
+        return loader(
+            dataset,
+            BatchSampler(
+                len(dataset),
+                self.batch_size,
+                shuffle=split == "train",
+                seed=self.seed,
+                rank=trainer.global_rank if trainer else 0,
+                world_size=trainer.world_size if trainer else 1,
+            ),
+            self.workers,
+            pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
+        )
+
+
+def _usable_cores() -> int:
+    """Cores this process may use; a container's or scheduler's share, not the machine's whole number."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

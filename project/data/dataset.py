@@ -1,0 +1,118 @@
+"""Rows become uint8 images and labels, read when they are asked for."""
+
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from project.data import images, transforms
+from project.data.sampler import BatchSampler, Key
+
+UNKNOWN = -1  # the label of a picture that has none
+
+
+class Batch(NamedTuple):
+    """What a loader yields.
+
+    Attributes:
+        image: (B, 3, H, W) uint8, RGB; its memory is channels-last, as the network wants it.
+        label: (B,) int64.
+        index: (B,) int64, the row in the data set.
+        failed: (row, reason) of the pictures that could not be read; they are not among the B.
+    """
+
+    image: Tensor
+    label: Tensor
+    index: Tensor
+    failed: list[tuple[int, str]]
+
+
+class ImageDataset(Dataset[tuple[Tensor, int]]):
+    """Reads pictures on demand; holds paths, never pixels.
+
+    Args:
+        root: Folder that `paths` are relative to.
+        paths: One a row.
+        labels: (N,) int64, or None where they are unknown.
+        image_size: Side of the square images, in pixels.
+        resize: How a picture becomes square; see `images.read`.
+        augment: Name of the augmentation, from `transforms.AUGMENTATIONS`.
+        seed: Augmentation is drawn from (seed, epoch, row).
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        paths: Sequence[str],
+        labels: npt.NDArray[np.int64] | None,
+        image_size: int,
+        resize: images.Resize = "stretch",
+        augment: transforms.Augment = "none",
+        seed: int = 0,
+    ) -> None:
+        self.root, self.paths = root, paths
+        self.labels = np.full(len(paths), UNKNOWN) if labels is None else labels
+        self.image_size, self.resize, self.seed = image_size, resize, seed
+        self.augment = transforms.AUGMENTATIONS[augment]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        """One row of epoch 0: image (3, H, W) uint8 and label.
+
+        Raises:
+            ImageError: The picture cannot be read.
+        """
+        image = torch.from_numpy(np.ascontiguousarray(self._read((0, row))))
+        return image.permute(2, 0, 1), int(self.labels[row])
+
+    def __getitems__(self, keys: list[Key]) -> Batch:
+        """A batch in one call; unreadable pictures are left out and named in `failed`."""
+        size = self.image_size
+        pixels = np.empty((len(keys), size, size, 3), dtype=np.uint8)
+        rows: list[int] = []
+        failed: list[tuple[int, str]] = []
+        for key in keys:
+            try:
+                pixels[len(rows)] = self._read(key)
+            except images.ImageError as error:
+                failed.append((key[1], error.reason))
+            else:
+                rows.append(key[1])
+        index = torch.tensor(rows, dtype=torch.int64)
+        image = torch.from_numpy(pixels[: len(rows)]).permute(0, 3, 1, 2)
+        return Batch(image, torch.from_numpy(self.labels[rows]), index, failed)
+
+    def _read(self, key: Key) -> images.Pixels:
+        image = images.read(self.root / self.paths[key[1]], self.image_size, self.resize)
+        if self.augment is transforms.none:
+            return image
+        return self.augment(image, np.random.default_rng((self.seed, *key)))
+
+
+def loader(dataset: ImageDataset, sampler: BatchSampler, workers: int, pin_memory: bool = False) -> DataLoader[Batch]:
+    """A DataLoader whose workers live as long as it does and leave Ctrl-C to the main process."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=_as_is,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+        worker_init_fn=_ignore_interrupt,
+    )
+
+
+def _ignore_interrupt(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch  # `ImageDataset.__getitems__` has made the batch already

@@ -1,0 +1,44 @@
+"""The bundled pictures: 1,797 handwritten digits (UCI, CC BY 4.0; digits.md), written out as an image folder."""
+
+import os
+import shutil
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from project.data import manifest
+
+ROOT = Path("data/digits")
+IMAGE_SIZE = 64  # the pictures are 8x8; AlexNet needs 63
+
+
+def write(root: Path = ROOT) -> None:
+    """Writes `root/train|val|test/<digit>/<number>.png` (70/10/20), unless it is there.
+
+    The folder appears by one rename, so that of several processes that start together one wins and none sees half.
+    """
+    if root.exists():
+        return
+    with np.load(Path(__file__).with_name("digits.npz")) as stored:
+        images, labels = stored["images"], stored["labels"]
+    pictures = defaultdict(list)
+    for number, label in enumerate(labels):
+        pictures[str(label)].append(f"{label}/{number:04d}.png")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    try:
+        unfinished.chmod(0o755)
+        for path, _, split in manifest.split_by_quota(pictures, seed=0):
+            file = unfinished / split / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            grey = images[int(Path(path).stem)].astype(np.uint16) * 255 // 16  # 0-16 to 0-255
+            Image.fromarray(grey.astype(np.uint8)).save(file)
+        os.rename(unfinished, root)  # noqa: PTH104 (Path.rename is the same call; this one names what matters)
+    except OSError:
+        if not root.is_dir():  # not merely that another process was first
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,0 +1,145 @@
+"""Bytes to RGB uint8: the one way a picture is read and resized, for training, prediction and serving alike.
+
+Only Pillow and NumPy, so that whoever consumes an exported model without torch gets the same pixels.
+"""
+
+import io
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageFile, ImageOps
+
+Resize = Literal["stretch", "crop", "pad"]
+Pixels = npt.NDArray[np.uint8]
+
+EXTENSIONS = frozenset(
+    ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
+)
+# Only these decoders see a file's bytes, whatever its name says: Pillow would hand PostScript to Ghostscript.
+Image.init()
+FORMATS = [name for name in "AVIF BMP GIF JPEG JPEG2000 PNG PPM TIFF WEBP".split() if name in Image.OPEN]
+MAX_PIXELS = 89_478_485  # Pillow's own limit, at which it only warns; here it refuses
+
+# Pillow warns between MAX_PIXELS and twice that; the check below judges the same header, and refuses.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class ImageError(Exception):
+    """A picture that cannot be used.
+
+    Attributes:
+        path: The file as it was given, or a name for bytes.
+        reason: Why, in a few words.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)  # both, so that it pickles across worker processes
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+def read(source: str | os.PathLike[str] | bytes, size: int, resize: Resize = "stretch") -> Pixels:
+    """Reads one picture as the network sees it.
+
+    EXIF orientation is applied, transparency is laid on white, an animation gives its first frame, 16-bit and float
+    greys are scaled to 8 bits (see `to_rgb`).
+
+    Args:
+        source: A path, or the encoded bytes of a picture.
+        size: Side of the square result, in pixels.
+        resize: `stretch` ignores the aspect ratio (the article's `Resize((224, 224))`), `crop` cuts out the centre
+            square, `pad` keeps everything and adds black borders. All are Pillow's BILINEAR.
+
+    Returns:
+        (size, size, 3) uint8, RGB.
+
+    Raises:
+        ImageError: The file is missing, unreadable, truncated, not a picture, or larger than `MAX_PIXELS`.
+    """
+    name = "<bytes>" if isinstance(source, bytes) else os.fspath(source)
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ImageError(name, f"{width}x{height} pixels, more than the {MAX_PIXELS:,} allowed")
+            rgb = to_rgb(ImageOps.exif_transpose(image))
+            return np.asarray(RESIZERS[resize](rgb, size))
+    except ImageError:
+        raise
+    except Exception as error:  # hostile bytes make decoders raise anything: OSError, SyntaxError, struct.error, ...
+        raise ImageError(name, _reason(error)) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts any mode to 8-bit RGB.
+
+    Integer greys are scaled by their type, not by their content, so that brightness stays comparable between
+    pictures: 16 bits by 1/257; 32-bit values and floats by the smallest of the usual ranges that holds them
+    (0 to 1 for floats, 0 to 255, 0 to 65535), and by their own minimum and maximum where none does.
+    """
+    if image.mode.startswith(("I", "F")):
+        return Image.fromarray(_to_8_bit(np.asarray(image))).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bit(values: npt.NDArray[Any]) -> Pixels:
+    if values.dtype.kind == "u" and values.dtype.itemsize == 2:
+        low, high = 0.0, 65535.0
+    else:
+        values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+        low, high = float(values.min()), float(values.max())
+        limits = (1.0, 255.0, 65535.0) if np.any(values % 1) else (255.0, 65535.0)
+        if low >= 0 and high <= limits[-1]:
+            low, high = 0.0, next(limit for limit in limits if high <= limit)
+    return np.round((values - low) * (255.0 / max(high - low, 1e-12))).astype(np.uint8)
+
+
+def _stretch(image: Image.Image, size: int) -> Image.Image:
+    return image.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def _crop(image: Image.Image, size: int) -> Image.Image:
+    return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+
+
+def _pad(image: Image.Image, size: int) -> Image.Image:
+    # not ImageOps.pad: it rounds the short side of a very long picture to 0 and fails
+    scale = size / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    square = Image.new("RGB", (size, size))
+    square.paste(
+        image.resize((width, height), Image.Resampling.BILINEAR), ((size - width) // 2, (size - height) // 2)
+    )
+    return square
+
+
+RESIZERS: dict[str, Callable[[Image.Image, int], Image.Image]] = {"stretch": _stretch, "crop": _crop, "pad": _pad}
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than the {MAX_PIXELS:,} pixels allowed"
+    if isinstance(error, OSError) and error.strerror:  # the system's own: no such file, permission denied
+        return error.strerror.lower()
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not a picture, or of an unknown format"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file's name says that it is a picture."""
+    return Path(name).suffix.lower() in EXTENSIONS
+
+
+assert not ImageFile.LOAD_TRUNCATED_IMAGES, "a truncated picture must raise, not turn grey"

@@ -1,0 +1,31 @@
+"""The first layer of every network: uint8 pixels to the floats that the network was made for."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+SCRATCH = (0.5, 0.5, 0.5)  # mean and standard deviation for a network without pretrained weights: 0-255 to -1..1
+
+
+class Normalize(nn.Module):
+    """Subtracts the mean and divides by the standard deviation, both on the scale of 0 to 1.
+
+    Args:
+        mean: Per channel.
+        std: Per channel.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float] = SCRATCH, std: Sequence[float] = SCRATCH) -> None:
+        super().__init__()
+        # not in the state dict: torchvision's weights have no such entries, and a checkpoint names them in its metadata
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Maps (B, 3, H, W) uint8 to float of the same shape and memory format."""
+        assert image.dtype == torch.uint8, f"images are uint8 up to the network, not {image.dtype}"
+        return (image - self.mean) / self.std

@@ -1,0 +1,74 @@
+"""Labels pictures with a checkpoint: python -m project.cli predict runs/digits/version_0 photos/ --out labels.csv."""
+
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from project import predictions
+from project.data.images import is_picture
+from project.errors import UserError
+
+
+def predict(
+    checkpoint: str, pictures: list[str], out: str = "predictions.csv", batch_size: int = 64, workers: int | None = None
+) -> int:
+    """Labels pictures and writes one row for each, in the order given.
+
+    An unreadable picture gets a row with its error.
+
+    Args:
+        checkpoint: A best.ckpt or last.ckpt, or a run's folder.
+        pictures: Files and folders, in any mix; of a folder, all pictures in it and below.
+        out: The CSV file to write; must not exist.
+        batch_size: Pictures at a time.
+        workers: Processes that read pictures; by default as many as there are cores, none for few pictures.
+    """
+    target = Path(out)
+    if target.exists():
+        raise UserError(f"{out} exists; give another file by --out, or remove it.")
+    if not target.absolute().parent.is_dir():
+        raise UserError(f"There is no folder {target.parent} for --out {out}; make it first.")
+    paths = list(expand(pictures))
+    from project.checkpoint import load  # torch: not before the arguments are known to be right
+
+    predictor = load(checkpoint)
+    if workers is None:
+        workers = 0 if len(paths) < 4 * batch_size else os.cpu_count() or 0
+    counts = {"labelled": 0, "unreadable": 0}
+
+    def counted() -> Iterable[predictions.Prediction]:
+        from rich.progress import track
+        from rich.console import Console
+
+        stream = predictor.stream(paths, batch_size, workers)
+        for prediction in track(stream, "predict", len(paths), console=Console(stderr=True), transient=True):
+            counts["unreadable" if prediction.error else "labelled"] += 1
+            yield prediction
+
+    predictions.write(target, counted(), predictor.class_names)
+    print(f"{counts['labelled']:,} pictures labelled, {counts['unreadable']:,} unreadable: {out}")
+    return 0
+
+
+def expand(pictures: Iterable[str]) -> Iterable[str]:
+    """Yields files as given and, of folders, every picture below, in order of name; hidden ones are passed over.
+
+    Raises:
+        UserError: A name is neither file nor folder, or a folder holds no picture.
+    """
+    for name in pictures:
+        if os.path.isdir(name):
+            found = False
+            for folder, folders, names in os.walk(name, followlinks=False):
+                folders[:] = sorted(f for f in folders if not f.startswith("."))
+                for file in sorted(names):
+                    if is_picture(file) and not file.startswith("."):
+                        found = True
+                        yield os.path.join(folder, file)
+            if not found:
+                raise UserError(f"There are no pictures in {name}.")
+        elif os.path.lexists(name):
+            yield name
+        else:
+            raise UserError(f"There is no file or folder {name}.")

@@ -1,0 +1,84 @@
+"""How words on the command line reach a function, and what is said of words that nobody knows."""
+
+import argparse
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+import docstring_parser
+import jsonargparse
+
+from project.errors import UserError
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """Raises, in one sentence, what argparse would print with pages of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises UserError."""
+        raise explain(message, self) from ex
+
+
+def call(function: Callable[..., int], verb: str, argv: list[str]) -> int:
+    """Runs a verb: the signature is its options, the docstring its help.
+
+    A parameter `list[str]` without a default takes all the words, the other ones without a default one word each.
+    """
+    document = docstring_parser.parse(function.__doc__ or "")
+    parser = Parser(prog=f"python -m project.cli {verb}", description=document.description)
+    lists = {
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.annotation == list[str] and parameter.default is parameter.empty
+    }
+    parser.add_function_arguments(function, skip=set(lists), as_positional=True)
+    for parameter in document.params:
+        if parameter.arg_name in lists:
+            parser.add_argument(parameter.arg_name, nargs="+", type=str, help=parameter.description)
+    return function(**parser.parse_args(argv).as_dict())
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A question that starts with a space where a known word is near, else nothing."""
+    near = difflib.get_close_matches(word, list(known), 1, cutoff=0.6)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def explain(message: str, parser: argparse.ArgumentParser) -> UserError:
+    """A parser's complaint as one sentence."""
+    if unknown := re.match(r"unrecognized arguments: (\S+)", message):
+        word = unknown[1].split("=")[0]
+        kind = "option" if word.startswith("-") else "place for the word"
+        return UserError(f"There is no {kind} {word}.{did_you_mean(word, _options(parser))} --help lists the options.")
+    if unknown := re.match(r"Subcommand '\w+' does not accept option '(.+)'", message):
+        option = f"--{unknown[1]}"
+        return UserError(f"A --config file sets {unknown[1]}, which does not exist.{did_you_mean(option, _options(parser))}")
+    if key := re.match(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL):
+        name, details = key.groups()
+        expected = [_plain(kind) for kind in re.findall(r"Expected an? (.+?)(?:\. Got value|\n|$)", details)]
+        if value := re.search(r"(?:Given|Got) value: (.*)", details, re.DOTALL):
+            return UserError(f"--{name} is {_line(value[1])}; it takes {' or '.join(expected) or _line(details)}.")
+        return UserError(f"--{name}: {_line(details)}")
+    return UserError(_line(message))
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    known = [option for action in parser._actions for option in action.option_strings]
+    for action in parser._actions:
+        if isinstance(action.choices, dict):  # the verbs' own parsers
+            known += [option for verb in action.choices.values() for option in _options(verb)]
+    return known
+
+
+def _plain(kind: str) -> str:
+    """<class 'int'> is int, typing.Literal['a', 'b'] is a or b."""
+    kind = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", kind)
+    if choices := re.fullmatch(r"(?:typing\.)?Literal\[(.*)\]", kind):
+        return " or ".join(str(choice).strip(" '\"") for choice in choices[1].split(","))
+    return {"NoneType": "null"}.get(kind, kind)
+
+
+def _line(text: Any) -> str:
+    return " ".join(str(text).split())
