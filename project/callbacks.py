@@ -18,15 +18,13 @@ from project.data.datamodule import ImageData
 from project.predictions import Prediction
 
 
-def checkpoints(folder: Path) -> list[Callback]:
+def checkpoints() -> list[Callback]:
     """best.ckpt, weights of the lowest val/loss, and last.ckpt, everything that a fit needs to go on.
 
     Two callbacks, because ModelCheckpoint's own save_last writes only when it has also saved a best one.
     """
-    best = ModelCheckpoint(
-        folder, "best", monitor="val/loss", save_weights_only=True, enable_version_counter=False
-    )
-    last = ModelCheckpoint(folder, "last", save_on_exception=True, enable_version_counter=False)
+    best = ModelCheckpoint(filename="best", monitor="val/loss", save_weights_only=True, enable_version_counter=False)
+    last = ModelCheckpoint(filename="last", save_on_exception=True, enable_version_counter=False)
     return [best, last]
 
 
@@ -137,7 +135,9 @@ class FirstBatch(Callback):
         images = batch.image[:32].permute(0, 2, 3, 1).cpu().numpy()
         titles = [names[label] for label in batch.label[:32].tolist()]
         writer.add_figure("train/first_batch", figures.image_grid(images, titles), 0)
-        with warnings.catch_warnings():  # TensorBoard's graph is made by torch.jit.trace, which says that it is deprecated
+        with (
+            warnings.catch_warnings()
+        ):  # TensorBoard's graph is made by torch.jit.trace, which says that it is deprecated
             warnings.simplefilter("ignore")
             writer.add_graph(pl_module.network, batch.image[:1])
 
@@ -184,7 +184,7 @@ class TestResults(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keeps the batch's probabilities."""
-        self.rows += [(row, p, "") for row, p in zip(batch.index.tolist(), outputs.tolist(), strict=True)]
+        self.rows += [(row, p, "") for row, p in zip(batch.row.tolist(), outputs.tolist(), strict=True)]
         self.rows += [(row, [], reason) for row, reason in batch.failed]
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -212,10 +212,11 @@ class TestResults(Callback):
             json.dump(result, stream, indent=2)
 
 
-def data_of(trainer: Trainer) -> ImageData:
+def data_of(trainer: Any) -> ImageData:
     """The data that the Trainer was given."""
-    assert isinstance(trainer.datamodule, ImageData)
-    return trainer.datamodule
+    data = trainer.datamodule
+    assert isinstance(data, ImageData)
+    return data
 
 
 def tensorboard(trainer: Trainer) -> Any:

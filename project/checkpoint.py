@@ -1,4 +1,4 @@
-"""Checkpoints: save atomically, find, read, and load as a Predictor.
+"""Checkpoints: read one, and load it as a Predictor.
 
 A checkpoint is all that a verb needs after training: weights, class names, sizes and the run's configuration, as
 tensors and plain types. Nothing is ever unpickled: `torch.load(weights_only=True)` refuses code.
@@ -17,48 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from project import models
+from project import models, runs
 from project.data import images
 from project.data.dataset import ImageDataset, loader
 from project.data.sampler import BatchSampler
 from project.errors import UserError
 from project.predictions import Prediction
 
-RUNS = Path("runs")
 METADATA = "metadata"  # the key under which a checkpoint says what it is
-
-
-def folder_of_run(path: Path) -> Path:
-    """The run that a checkpoint belongs to, or the checkpoint's folder where it has been moved out of its run."""
-    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
-
-
-def find(path: str | os.PathLike[str] | None = None, runs: Path = RUNS) -> Path:
-    """The checkpoint file that is meant.
-
-    Args:
-        path: A checkpoint or a run's folder; None means the newest run that has a best.ckpt.
-        runs: Where runs lie.
-
-    Raises:
-        UserError: There is none.
-    """
-    if path is None:
-        found = sorted(runs.glob("*/version_*/checkpoints/best.ckpt"), key=_started)
-        if not found:
-            raise UserError(f"No run in {runs}/ has a best.ckpt; train one first: python -m project.cli fit.")
-        return found[-1]
-    path = Path(path)
-    if path.is_dir():
-        path = path / "checkpoints" / "best.ckpt"
-    if not path.is_file():
-        raise UserError(f"There is no checkpoint {path}; give a .ckpt file or a run's folder, runs/<name>/version_N.")
-    return path
-
-
-def _started(checkpoint: Path) -> float:
-    config = folder_of_run(checkpoint) / "config.yaml"  # written once, when the run starts
-    return (config if config.exists() else checkpoint).stat().st_mtime
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -73,14 +39,14 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} is no checkpoint of this project, or holds code, which is never run; give a best.ckpt or last.ckpt."
+            f"{path} is no checkpoint, or holds code, which is never run; give the best.ckpt or last.ckpt of a run."
         ) from error
     except Exception as error:  # bytes from anywhere make the zip reader and the unpickler raise anything
         raise UserError(f"{path} is damaged or no checkpoint; give a best.ckpt or last.ckpt of a run.") from error
     metadata = content.get(METADATA) if isinstance(content, dict) else None
     if not isinstance(metadata, dict) or not {"model", "class_names", "image_size", "config"} <= metadata.keys():
         raise UserError(f"{path} was not written by this project: it has no {METADATA}; give a best.ckpt of a run.")
-    return content
+    return dict(content)
 
 
 @dataclass(frozen=True)
@@ -105,7 +71,8 @@ class Predictor:
         """Maps images (B, 3, H, W) uint8 to probabilities (B, K) float32 on the CPU."""
         device = next(self.network.parameters()).device
         with torch.inference_mode():
-            return self.network(image.to(device)).float().softmax(dim=1).cpu()
+            logits: Tensor = self.network(image.to(device))
+            return logits.float().softmax(dim=1).cpu()
 
     def predict(
         self, pictures: Sequence[str | os.PathLike[str]], batch_size: int = 64, workers: int = 0
@@ -121,8 +88,8 @@ class Predictor:
         dataset = ImageDataset(Path(), paths, None, self.image_size, self.resize)
         for batch in loader(dataset, BatchSampler(len(paths), batch_size, shuffle=False), workers):
             made = {row: Prediction(paths[row], error=reason) for row, reason in batch.failed}
-            if len(batch.index):
-                rows = zip(batch.index.tolist(), self.probabilities(batch.image).tolist(), strict=True)
+            if len(batch.row):
+                rows = zip(batch.row.tolist(), self.probabilities(batch.image).tolist(), strict=True)
                 made |= {row: Prediction.of(paths[row], p, self.class_names) for row, p in rows}
             yield from (made[row] for row in sorted(made))
 
@@ -137,20 +104,22 @@ def load(path: str | os.PathLike[str] | None = None, device: str | torch.device 
     Raises:
         UserError: There is no such checkpoint, or it cannot be used.
     """
-    file = find(path)
+    file = runs.find(path)
     content = read(file)
     metadata = content[METADATA]
     network = models.build(metadata["model"], len(metadata["class_names"]), metadata["mean"], metadata["std"])
     prefix = "network."
-    weights = {key.removeprefix(prefix): value for key, value in content["state_dict"].items() if key.startswith(prefix)}
+    weights = {
+        key.removeprefix(prefix): value for key, value in content["state_dict"].items() if key.startswith(prefix)
+    }
     try:
         network.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise UserError(f"{file} does not fit the network {metadata['model']} that it names; it is damaged.") from error
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    network = network.to(device or "cpu", memory_format=torch.channels_last).eval()
-    return Predictor(network, metadata["class_names"], metadata["image_size"], metadata["resize"], metadata)
+    network = network.to(memory_format=torch.channels_last).to(device or "cpu")
+    return Predictor(network.eval(), metadata["class_names"], metadata["image_size"], metadata["resize"], metadata)
 
 
 def provenance() -> dict[str, Any]:

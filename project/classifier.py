@@ -10,12 +10,14 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import Accuracy, MeanMetric
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
 
 from project import models
 from project.checkpoint import METADATA
 from project.data.dataset import Batch
 from project.metrics import metrics
+from project.models.normalize import Normalize
 
 
 class Classifier(LightningModule):
@@ -47,8 +49,8 @@ class Classifier(LightningModule):
         self.network = models.build(name, len(class_names)).to(memory_format=torch.channels_last)
         models.require_size(self.network, name, image_size)
         self.loss = nn.CrossEntropyLoss()
-        self.losses = nn.ModuleDict({f"{split}_loss": MeanMetric() for split in ("train", "val", "test")})
-        self.train_accuracy = Accuracy("multiclass", num_classes=len(class_names), validate_args=False)
+        self.train_loss, self.val_loss, self.test_loss = MeanMetric(), MeanMetric(), MeanMetric()
+        self.train_accuracy = MulticlassAccuracy(len(class_names), average="micro", validate_args=False)
         self.val_metrics, self.test_metrics = measured.clone("val/"), measured.clone("test/")
         self.metadata: dict[str, Any] = {}  # what else a checkpoint should say; the command line fills it
 
@@ -57,7 +59,7 @@ class Classifier(LightningModule):
         logits: Tensor = self.network(image)
         return logits
 
-    def training_step(self, batch: Batch, _: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch."""
         loss, logits = self._step(batch, "train")
         if len(batch.label):
@@ -66,14 +68,14 @@ class Classifier(LightningModule):
         self.log("train/loss_step", loss.detach(), prog_bar=True, batch_size=1)
         return loss
 
-    def validation_step(self, batch: Batch, _: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the validation figures."""
         _, logits = self._step(batch, "val")
         if len(batch.label):
             self.val_metrics.update(logits.float().softmax(dim=1), batch.label)
         self.log_dict(self.val_metrics)
 
-    def test_step(self, batch: Batch, _: int) -> Tensor:
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Adds a batch to the test figures and returns its probabilities (B, K)."""
         _, logits = self._step(batch, "test")
         probabilities = logits.float().softmax(dim=1)
@@ -86,7 +88,7 @@ class Classifier(LightningModule):
         logits = self(batch.image)  # (B, K)
         # a batch of which no picture could be read still takes part, so that no rank waits for another
         loss = self.loss(logits, batch.label) if len(batch.label) else logits.sum()
-        mean = self.losses[f"{split}_loss"]
+        mean: MeanMetric = getattr(self, f"{split}_loss")
         if len(batch.label):
             mean.update(loss.detach(), weight=len(batch.label))
         self.log(f"{split}/loss", mean, on_step=False, on_epoch=True)
@@ -117,6 +119,7 @@ class Classifier(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what a reader of the checkpoint needs, as plain types."""
         normalize = self.network[0]
+        assert isinstance(normalize, Normalize)
         checkpoint[METADATA] = self.metadata | {
             "model": self.name,
             "class_names": list(self.class_names),

@@ -5,11 +5,12 @@ ranks a raw logit; tests/test_metrics.py shows what that gives. scikit-learn's d
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import AUROC, Accuracy, F1Score, MetricCollection, Precision, Recall
-from torchmetrics.classification import MulticlassAUROC
+from torchmetrics import Accuracy, F1Score, Metric, MetricCollection, Precision, Recall
+from torchmetrics.classification import BinaryAUROC, MulticlassAUROC
 from torchmetrics.functional.classification import binary_auroc
 from torchmetrics.utilities import dim_zero_cat
 
@@ -31,21 +32,22 @@ def metrics(class_names: Sequence[str], positive: str | None = None) -> MetricCo
     """
     place = positive_index(class_names, positive)
     # validate_args would look at the values, which waits for the device at every step
+    task: dict[str, Any] = {"validate_args": False}
     if place is not None:
-        task: dict[str, object] = {"task": "binary", "validate_args": False}
-        accuracy, auroc = Accuracy(**task), AUROC(**task)
+        task |= {"task": "binary"}
+        auroc: Metric = PositiveAUROC(validate_args=False)
     else:
-        task = {"task": "multiclass", "num_classes": len(class_names), "average": "macro", "validate_args": False}
-        accuracy, auroc = Accuracy(**task | {"average": "micro"}), PresentAUROC(len(class_names), validate_args=False)
-    return _Probabilities(
+        task |= {"task": "multiclass", "num_classes": len(class_names), "average": "macro"}
+        auroc = PresentAUROC(len(class_names), validate_args=False)
+    return Probabilities(
         {
-            "accuracy": accuracy,
+            "accuracy": Accuracy(**task | {"average": "micro"}),
             "precision": Precision(**task),
             "recall": Recall(**task),
             "f1": F1Score(**task),
             "auroc": auroc,
         },
-        positive=place,
+        place,
     )
 
 
@@ -64,28 +66,41 @@ def positive_index(class_names: Sequence[str], positive: str | None) -> int | No
     return class_names.index(positive) if positive is not None else 1
 
 
-class _Probabilities(MetricCollection):
-    """A collection that is given all classes' probabilities, also where its metrics want the positive one's."""
+class Probabilities(MetricCollection):
+    """A collection that is given all classes' probabilities, also where its members want the positive one's."""
 
-    def __init__(self, members: dict[str, object], positive: int | None) -> None:
+    def __init__(self, members: dict[str, Metric | MetricCollection], positive: int | None) -> None:
         super().__init__(members)
         self.positive = positive
 
-    def update(self, probabilities: Tensor, label: Tensor) -> None:
+    def update(self, probabilities: Tensor, label: Tensor) -> None:  # type: ignore[override]
+        """Adds probabilities (B, K) and label (B,)."""
         if self.positive is not None:
             probabilities, label = probabilities[:, self.positive], (label == self.positive).long()
         super().update(probabilities, label)
 
 
 class PresentAUROC(MulticlassAUROC):
-    """One-against-rest AUROC, averaged over the classes for which it is defined; nan where there is none.
+    """One-against-rest AUROC, averaged over the classes that occur; nan where it is undefined.
 
     torchmetrics' macro average counts a class without samples as 0 (0.377 where 0.498 is right).
     """
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Tensor:  # type: ignore[override]
+        """The average, a scalar."""
         probabilities, label = dim_zero_cat(self.preds), dim_zero_cat(self.target)
-        present = [c for c in label.unique().tolist() if bool((label != c).any())]
-        if not present:
-            return torch.tensor(torch.nan, device=label.device)
-        return torch.stack([binary_auroc(probabilities[:, c], (label == c).long()) for c in present]).mean()
+        return torch.stack([_auroc(p, label == c) for c, p in enumerate(probabilities.T)]).nanmean()
+
+
+class PositiveAUROC(BinaryAUROC):
+    """AUROC of the positive class; nan where only one of the two classes occurs (torchmetrics gives 0)."""
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        """The area, a scalar."""
+        return _auroc(dim_zero_cat(self.preds), dim_zero_cat(self.target) == 1)
+
+
+def _auroc(score: Tensor, positive: Tensor) -> Tensor:
+    if positive.all() or not positive.any():
+        return torch.full((), torch.nan, device=score.device)
+    return binary_auroc(score, positive.long())

@@ -1,7 +1,6 @@
 """Labels pictures with a checkpoint: python -m project.cli predict runs/digits/version_0 photos/ --out labels.csv."""
 
 import os
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -38,8 +37,8 @@ def predict(
     counts = {"labelled": 0, "unreadable": 0}
 
     def counted() -> Iterable[predictions.Prediction]:
-        from rich.progress import track
         from rich.console import Console
+        from rich.progress import track
 
         stream = predictor.stream(paths, batch_size, workers)
         for prediction in track(stream, "predict", len(paths), console=Console(stderr=True), transient=True):
@@ -58,17 +57,17 @@ def expand(pictures: Iterable[str]) -> Iterable[str]:
         UserError: A name is neither file nor folder, or a folder holds no picture.
     """
     for name in pictures:
-        if os.path.isdir(name):
+        if Path(name).is_dir():
             found = False
-            for folder, folders, names in os.walk(name, followlinks=False):
-                folders[:] = sorted(f for f in folders if not f.startswith("."))
+            for folder, folders, names in os.walk(name):
+                folders[:] = sorted(below for below in folders if not below.startswith("."))
                 for file in sorted(names):
                     if is_picture(file) and not file.startswith("."):
                         found = True
-                        yield os.path.join(folder, file)
+                        yield str(Path(folder, file))
             if not found:
                 raise UserError(f"There are no pictures in {name}.")
-        elif os.path.lexists(name):
+        elif os.path.lexists(name):  # a dangling link exists, and gets its error row
             yield name
         else:
             raise UserError(f"There is no file or folder {name}.")

@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning_utilities.core.rank_zero import rank_zero_only
 
-from project import callbacks, checkpoint, files, usage
+from project import callbacks, checkpoint, runs, usage
 from project.classifier import Classifier
 from project.data.datamodule import ImageData
 from project.errors import UserError
 
-RUN_VARIABLE = "PROJECT_RUN"  # hands the run's folder to the processes of other ranks, which run the same command
-CHECKPOINT_VARIABLE = "PROJECT_CHECKPOINT"  # likewise the checkpoint that was found
+CHECKPOINT_VARIABLE = "PROJECT_CHECKPOINT"  # tells the other ranks which one was found
 TRAINER_DEFAULTS = {
     "max_epochs": 7,
     "log_every_n_steps": 10,
@@ -42,6 +42,10 @@ class Parser(usage.Parser, LightningArgumentParser):
 
 class Cli(LightningCLI):
     """fit, validate and test, with runs, checkpoints and their settings as the README describes them."""
+
+    trainer: Any  # most of Lightning's Trainer is set from outside its class, where mypy does not look
+    datamodule: ImageData
+    model: Classifier
 
     def __init__(self, verb: str, argv: list[str]) -> None:
         self.verb, self.argv = verb, argv
@@ -80,7 +84,7 @@ class Cli(LightningCLI):
         self.checkpoint: Path | None = None
         if self.verb == "fit" and given is None:
             return
-        self.checkpoint = checkpoint.find(given or os.environ.get(CHECKPOINT_VARIABLE))
+        self.checkpoint = runs.find(given or os.environ.get(CHECKPOINT_VARIABLE))
         os.environ[CHECKPOINT_VARIABLE] = str(self.checkpoint)
         content = checkpoint.read(self.checkpoint)
         if self.verb == "fit" and "optimizer_states" not in content:
@@ -96,7 +100,7 @@ class Cli(LightningCLI):
     def _settings_of_run(self) -> dict[str, Any]:
         assert self.checkpoint is not None
         settings: dict[str, Any] = json.loads(json.dumps(self.metadata["config"]))
-        split = checkpoint.folder_of_run(self.checkpoint) / "split.csv"
+        split = runs.folder_of(self.checkpoint) / "split.csv"
         if split.is_file():
             settings["data"]["split"] = str(split)
         if self.verb != "fit":
@@ -118,7 +122,7 @@ class Cli(LightningCLI):
         if trained != found:
             raise UserError(
                 f"{self.checkpoint} and {self.datamodule.root} have different classes: the checkpoint has "
-                f"{', '.join(trained)}; the data has {', '.join(found)}. Give the data that belongs to it by --data.root."
+                f"{', '.join(trained)}; the data has {', '.join(found)}. Give its own data by --data.root."
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -127,18 +131,18 @@ class Cli(LightningCLI):
         given = trainer["logger"]
         self.log = given is not False and self.verb == "fit"
         loggers = given if isinstance(given, list) else [given] if given not in (None, True, False) else []
-        always = [callbacks.Unreadable()]
+        always: list[Callback] = [callbacks.Unreadable()]
         if self.verb == "fit":
             always += [callbacks.Narrator(), callbacks.FirstBatch()]
         if trainer["enable_progress_bar"] is None:
             kwargs["enable_progress_bar"] = sys.stderr.isatty()
         if kwargs.get("enable_progress_bar", trainer["enable_progress_bar"]):
             always.append(TQDMProgressBar(refresh_rate=5))
-        self.save = self.verb == "fit" and trainer["enable_checkpointing"] is not False
+        if self.verb == "fit" and trainer["enable_checkpointing"] is not False:
+            always += callbacks.checkpoints()
         plugins = trainer["plugins"] or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
-        config = {**trainer, **kwargs, "logger": loggers or False, "enable_checkpointing": None}
-        config["plugins"] = [*plugins, callbacks.CheckpointWriter()]
+        config = {**trainer, **kwargs, "logger": loggers or False, "plugins": [*plugins, callbacks.CheckpointWriter()]}
         return self._instantiate_trainer(config, always)
 
     def before_fit(self) -> None:
@@ -146,14 +150,14 @@ class Cli(LightningCLI):
         if self.trainer.fast_dev_run:
             return
         name = self.config.fit.name or self.datamodule.root.resolve().name
-        self.run = claim_run(name)
+        self.run = runs.claim(name, rank_zero=_rank() == 0)
         if self.log:
             place: Any = {"save_dir": self.run.parent.parent, "name": name, "version": self.run.name}
             own = [TensorBoardLogger(**place, default_hp_metric=False), CSVLogger(**place)]
             self.trainer.loggers = [*own, *self.trainer.loggers]
             self.trainer.callbacks += [LearningRateMonitor("step"), callbacks.Figures(self._flat_settings())]
-        if self.save:
-            self.trainer.callbacks += callbacks.checkpoints(self.run / "checkpoints")
+        for saver in self.trainer.checkpoint_callbacks:
+            saver.dirpath = saver.dirpath or str(self.run / "checkpoints")
         settings = self._settings()
         self.model.metadata = {"config": settings, "resize": self.datamodule.resize, **checkpoint.provenance()}
         if self.trainer.is_global_zero:
@@ -172,7 +176,7 @@ class Cli(LightningCLI):
     def test(self, **kwargs: Any) -> None:
         """Measures on the test pictures; writes into the checkpoint's run."""
         assert self.checkpoint is not None
-        run = checkpoint.folder_of_run(self.checkpoint)
+        run = runs.folder_of(self.checkpoint)
         self.trainer.callbacks.append(callbacks.TestResults(run, self.checkpoint))
         self.trainer.test(**kwargs, weights_only=True)
 
@@ -198,7 +202,7 @@ class Cli(LightningCLI):
         return f"# python -m project.cli fit --config THIS_FILE\n{text}"
 
     def _flat_settings(self) -> dict[str, Any]:
-        data, model = self.datamodule, self.model
+        data = self.datamodule
         return {
             "seed_everything": self.config.fit.seed_everything,
             "max_epochs": self.trainer.max_epochs,
@@ -223,43 +227,9 @@ class Cli(LightningCLI):
         )
 
 
-def claim_run(name: str, runs: Path = checkpoint.RUNS) -> Path:
-    """Makes the next runs/<name>/version_N and points runs/latest at it.
-
-    The first rank makes it; the others are told by an environment variable, or by Lightning's own broadcast.
-
-    Raises:
-        UserError: It cannot be written.
-    """
-    if rank_zero_only.rank != 0:
-        return Path(os.environ.get(RUN_VARIABLE, runs / name / "version_0"))
-    try:
-        (runs / name).mkdir(parents=True, exist_ok=True)
-        taken = [int(n) for p in (runs / name).glob("version_*") if (n := p.name.removeprefix("version_")).isdigit()]
-        number = max(taken, default=-1) + 1
-        while True:
-            run = runs / name / f"version_{number}"
-            try:
-                run.mkdir()  # of two fits that start together, one gets the next number
-                break
-            except FileExistsError:
-                number += 1
-        point_latest(run, runs / "latest")
-    except OSError as error:
-        raise UserError(f"Cannot write into {runs}/: {error.strerror} ({error.filename}); check its permissions.") from error
-    os.environ[RUN_VARIABLE] = str(run)
-    return run
-
-
-def point_latest(run: Path, latest: Path) -> None:
-    """Makes `latest` a link to the run, or a file with its path where there are no links; replaced in one step."""
-    unfinished = files.beside(latest)
-    target = str(run.relative_to(latest.parent))
-    try:
-        unfinished.symlink_to(target, target_is_directory=True)
-    except (OSError, NotImplementedError):
-        unfinished.write_text(target, encoding="utf-8")
-    unfinished.replace(latest)
+def _rank() -> int:
+    rank: int = getattr(rank_zero_only, "rank", 0)  # Lightning reads it from the launcher's variables
+    return rank
 
 
 def run(verb: str, argv: list[str]) -> int:
@@ -274,7 +244,7 @@ def run(verb: str, argv: list[str]) -> int:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # chosen by ImageData, from the usable cores
-    os.environ.pop(CHECKPOINT_VARIABLE, None) if rank_zero_only.rank == 0 else None
+    os.environ.pop(CHECKPOINT_VARIABLE, None) if _rank() == 0 else None
     try:
         Cli(verb, argv)
     except MisconfigurationException as error:
@@ -286,8 +256,12 @@ def run(verb: str, argv: list[str]) -> int:
         return 143
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # Lightning has saved and cleaned up
-            last = Path(os.environ.get(RUN_VARIABLE, "")) / "checkpoints" / "last.ckpt"
-            print(f"\nstopped; continue with: python -m project.cli fit --ckpt_path {last}" if last.exists() else "\nstopped before the first checkpoint")
+            last = Path(os.environ.get(runs.VARIABLE, "")) / "checkpoints" / "last.ckpt"
+            print(
+                f"\nstopped; continue with: python -m project.cli fit --ckpt_path {last}"
+                if last.exists()
+                else "\nstopped before the first checkpoint"
+            )
             return 130
         raise
     return 0

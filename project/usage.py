@@ -54,7 +54,9 @@ def explain(message: str, parser: argparse.ArgumentParser) -> UserError:
         return UserError(f"There is no {kind} {word}.{did_you_mean(word, _options(parser))} --help lists the options.")
     if unknown := re.match(r"Subcommand '\w+' does not accept option '(.+)'", message):
         option = f"--{unknown[1]}"
-        return UserError(f"A --config file sets {unknown[1]}, which does not exist.{did_you_mean(option, _options(parser))}")
+        return UserError(
+            f"A --config file sets {unknown[1]}, which does not exist.{did_you_mean(option, _options(parser))}"
+        )
     if key := re.match(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL):
         name, details = key.groups()
         expected = [_plain(kind) for kind in re.findall(r"Expected an? (.+?)(?:\. Got value|\n|$)", details)]

@@ -3,7 +3,6 @@
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
@@ -58,7 +57,11 @@ class ImageData(LightningDataModule):
         self.workers = min(_usable_cores(), 8) if workers is None else workers
         self._batch_size = batch_size
         self._datasets: dict[str, ImageDataset] = {}
-        for name, value, least in (("image_size", self.image_size, 1), ("batch_size", batch_size, 1), ("workers", workers, 0)):
+        for name, value, least in (
+            ("image_size", self.image_size, 1),
+            ("batch_size", batch_size, 1),
+            ("workers", workers, 0),
+        ):
             if value is not None and value < least:
                 raise UserError(f"--data.{name} is {value}; it must be at least {least}.")
 
@@ -80,7 +83,7 @@ class ImageData(LightningDataModule):
         rows = len(self.manifest.rows("train"))
         return max(1, min(64, rows, max(8, rows // 16)))
 
-    def setup(self, stage: Literal["fit", "validate", "test"]) -> None:
+    def setup(self, stage: str) -> None:
         """Reads the rows and checks that the stage can run; no picture but the first readable one is decoded.
 
         Raises:

@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +23,13 @@ class Batch(NamedTuple):
     Attributes:
         image: (B, 3, H, W) uint8, RGB; its memory is channels-last, as the network wants it.
         label: (B,) int64.
-        index: (B,) int64, the row in the data set.
+        row: (B,) int64, the place in the data set.
         failed: (row, reason) of the pictures that could not be read; they are not among the B.
     """
 
     image: Tensor
     label: Tensor
-    index: Tensor
+    row: Tensor
     failed: list[tuple[int, str]]
 
 
@@ -86,9 +86,8 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
                 failed.append((key[1], error.reason))
             else:
                 rows.append(key[1])
-        index = torch.tensor(rows, dtype=torch.int64)
         image = torch.from_numpy(pixels[: len(rows)]).permute(0, 3, 1, 2)
-        return Batch(image, torch.from_numpy(self.labels[rows]), index, failed)
+        return Batch(image, torch.from_numpy(self.labels[rows]), torch.tensor(rows, dtype=torch.int64), failed)
 
     def _read(self, key: Key) -> images.Pixels:
         image = images.read(self.root / self.paths[key[1]], self.image_size, self.resize)
@@ -100,7 +99,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 def loader(dataset: ImageDataset, sampler: BatchSampler, workers: int, pin_memory: bool = False) -> DataLoader[Batch]:
     """A DataLoader whose workers live as long as it does and leave Ctrl-C to the main process."""
     return DataLoader(
-        dataset,
+        cast(Dataset[Batch], dataset),  # what __getitems__ makes of many rows
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=_as_is,
@@ -114,5 +113,5 @@ def _ignore_interrupt(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _as_is(batch: Batch) -> Batch:
+def _as_is(batch: Any) -> Any:
     return batch  # `ImageDataset.__getitems__` has made the batch already

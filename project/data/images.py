@@ -12,17 +12,16 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 Resize = Literal["stretch", "crop", "pad"]
 Pixels = npt.NDArray[np.uint8]
 
-EXTENSIONS = frozenset(
-    ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
-)
+_ENDINGS = "avif bmp gif jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp"
+EXTENSIONS = frozenset(f".{ending}" for ending in _ENDINGS.split())
 # Only these decoders see a file's bytes, whatever its name says: Pillow would hand PostScript to Ghostscript.
 Image.init()
-FORMATS = [name for name in "AVIF BMP GIF JPEG JPEG2000 PNG PPM TIFF WEBP".split() if name in Image.OPEN]
+FORMATS = tuple({"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"} & set(Image.OPEN))
 MAX_PIXELS = 89_478_485  # Pillow's own limit, at which it only warns; here it refuses
 
 # Pillow warns between MAX_PIXELS and twice that; the check below judges the same header, and refuses.
@@ -71,7 +70,7 @@ def read(source: str | os.PathLike[str] | bytes, size: int, resize: Resize = "st
             if width * height > MAX_PIXELS:
                 raise ImageError(name, f"{width}x{height} pixels, more than the {MAX_PIXELS:,} allowed")
             rgb = to_rgb(ImageOps.exif_transpose(image))
-            return np.asarray(RESIZERS[resize](rgb, size))
+            return np.array(RESIZERS[resize](rgb, size))
     except ImageError:
         raise
     except Exception as error:  # hostile bytes make decoders raise anything: OSError, SyntaxError, struct.error, ...
@@ -118,9 +117,7 @@ def _pad(image: Image.Image, size: int) -> Image.Image:
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     square = Image.new("RGB", (size, size))
-    square.paste(
-        image.resize((width, height), Image.Resampling.BILINEAR), ((size - width) // 2, (size - height) // 2)
-    )
+    square.paste(image.resize((width, height), Image.Resampling.BILINEAR), ((size - width) // 2, (size - height) // 2))
     return square
 
 
@@ -132,7 +129,7 @@ def _reason(error: Exception) -> str:
         return f"more than the {MAX_PIXELS:,} pixels allowed"
     if isinstance(error, OSError) and error.strerror:  # the system's own: no such file, permission denied
         return error.strerror.lower()
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "not a picture, or of an unknown format"
     return " ".join(str(error).split()) or type(error).__name__
 

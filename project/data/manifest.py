@@ -156,7 +156,9 @@ def _is_split(root: Path) -> bool:
     folders = {entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")}
     if "train" not in folders:
         if folders and folders <= set(_SPLIT_OF_FOLDER):
-            raise UserError(f"{root} has {', '.join(sorted(folders))} but no train; rename the training folder to train.")
+            raise UserError(
+                f"{root} has {', '.join(sorted(folders))} but no train; rename the training folder to train."
+            )
         return False
     return any(entry.is_dir() for entry in os.scandir(root / "train"))
 
@@ -176,7 +178,9 @@ def _split_by_folder(root: Path, found: _Findings, seed: int) -> list[Row]:
     if "val" not in sources and rows:
         by_class = _by_class((label, path) for path, label, split in rows if split == "train")
         _require(by_class, 2, root)
-        carved = {path for paths in by_class.values() for path in _ordered(paths, seed)[: _quota(len(paths), VAL_SHARE)]}
+        carved = {
+            path for paths in by_class.values() for path in _ordered(paths, seed)[: _quota(len(paths), VAL_SHARE)]
+        }
         rows = [(path, label, "val" if path in carved else split) for path, label, split in rows]
         found.say(f"{root} has no val: {len(carved):,} pictures of train are set aside for it")
     if "test" not in sources:

@@ -9,6 +9,9 @@ class AlexNet(nn.Module):
     Parameter names and order are torchvision's, so that its weights load as they are. Input from 63 px up: at 224 px
     the adaptive pooling is the identity.
 
+    Weights start as He et al. 2015 (arXiv:1502.01852) derive for ReLUs: PyTorch's own start makes every layer's output
+    smaller than its input, and a network without batch norm then spends its first epochs at chance level.
+
     Args:
         num_classes: K.
         dropout: Share of the activations dropped before the first two linear layers.
@@ -41,6 +44,8 @@ class AlexNet(nn.Module):
             nn.ReLU(inplace=True),
             nn.Linear(4096, num_classes),
         )
+        self.apply(_initialise)
+        nn.init.normal_(self.classifier[-1].weight, std=0.01)  # all classes equally likely at first
 
     def forward(self, image: Tensor) -> Tensor:
         """Maps normalised images (B, 3, H, W) float to logits (B, K)."""
@@ -48,3 +53,10 @@ class AlexNet(nn.Module):
         x = self.avgpool(x).flatten(1)  # (B, 9216)
         logits: Tensor = self.classifier(x)
         return logits
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        assert module.bias is not None
+        nn.init.zeros_(module.bias)

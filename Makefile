@@ -1,0 +1,34 @@
+# Every target sets up .venv by itself. PYTHON=... chooses a Python, ARGS=... adds options: make fit ARGS="--data.root photos"
+PYTHON ?=
+ARGS ?=
+VENV = .venv/bin/python
+
+.PHONY: install fit test test-slow check board clean core dev
+
+install: dev  ## everything, for developing
+
+core:
+	@PYTHON="$(PYTHON)" sh scripts/venv.sh core
+dev:
+	@PYTHON="$(PYTHON)" sh scripts/venv.sh dev
+
+fit: core  ## train on the bundled digits, or on ARGS="--data.root DIR"
+	$(VENV) -m project.cli fit $(ARGS)
+
+check: dev  ## format, lint, types
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+test: check  ## check, then the fast tests
+	$(VENV) -m pytest -m "not slow" $(ARGS)
+
+test-slow: dev  ## the tests with many processes, a browser and notebooks
+	$(VENV) -m pytest -m slow $(ARGS)
+
+board: core  ## TensorBoard on runs/
+	.venv/bin/tensorboard --logdir runs --host 127.0.0.1 $(ARGS)
+
+clean:  ## caches and the environment; never runs/ or data/
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	find project tests -name __pycache__ -prune -exec rm -rf {} +
