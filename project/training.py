@@ -33,6 +33,11 @@ TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # BatchSampler shares the rows out, without repeats
     "enable_model_summary": False,
 }
+HARMLESS = (
+    ".*does not have many workers.*",  # ImageData has chosen them, from the usable cores
+    ".*exists and is not empty. Previous log files.*",  # the run's folder is new; config.yaml is all that is in it
+    ".*isinstance.treespec, LeafSpec.*",  # Lightning's own use of torch
+)
 HARDWARE = ("accelerator", "devices", "num_nodes", "strategy")  # of the machine, not of the run
 
 
@@ -153,13 +158,13 @@ class Cli(LightningCLI):
         self.run = runs.claim(name, rank_zero=_rank() == 0)
         if self.log:
             place: Any = {"save_dir": self.run.parent.parent, "name": name, "version": self.run.name}
-            own = [TensorBoardLogger(**place, default_hp_metric=False), CSVLogger(**place)]
-            self.trainer.loggers = [*own, *self.trainer.loggers]
-            self.trainer.callbacks += [LearningRateMonitor("step"), callbacks.Figures(self._flat_settings())]
+            board, settings = TensorBoardLogger(**place, default_hp_metric=False), self._flat_settings()
+            board.log_hyperparams(settings)
+            self.trainer.loggers = [board, CSVLogger(**place), *self.trainer.loggers]
+            self.trainer.callbacks += [LearningRateMonitor("step"), callbacks.Figures(settings)]
         for saver in self.trainer.checkpoint_callbacks:
             saver.dirpath = saver.dirpath or str(self.run / "checkpoints")
-        settings = self._settings()
-        self.model.metadata = {"config": settings, "resize": self.datamodule.resize, **checkpoint.provenance()}
+        self.model.metadata = {"config": self._settings(), "resize": self.datamodule.resize, **checkpoint.provenance()}
         if self.trainer.is_global_zero:
             (self.run / "config.yaml").write_text(self._config_yaml(), encoding="utf-8")
             self.datamodule.manifest.write_split(self.run / "split.csv")
@@ -243,7 +248,8 @@ def run(verb: str, argv: list[str]) -> int:
     """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # chosen by ImageData, from the usable cores
+    for harmless in HARMLESS:
+        warnings.filterwarnings("ignore", harmless)
     os.environ.pop(CHECKPOINT_VARIABLE, None) if _rank() == 0 else None
     try:
         Cli(verb, argv)

@@ -125,7 +125,7 @@ RESIZERS: dict[str, Callable[[Image.Image, int], Image.Image]] = {"stretch": _st
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, Image.DecompressionBombError):
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return f"more than the {MAX_PIXELS:,} pixels allowed"
     if isinstance(error, OSError) and error.strerror:  # the system's own: no such file, permission denied
         return error.strerror.lower()

@@ -117,10 +117,14 @@ class _Findings:
         return self.notices + skipped
 
 
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
+
+
 def _walk(root: Path, found: _Findings, below: str = "") -> Iterable[tuple[str, str]]:
     """Yields (folder directly below `below`, path relative to `root`) of every picture; links are followed."""
-    top = root / below
-    for entry in sorted(os.scandir(top), key=lambda entry: entry.name):
+    for entry in _entries(root / below):
         path = f"{below}/{entry.name}" if below else entry.name
         if entry.name.startswith("."):
             found.skip("hidden", path)
@@ -139,7 +143,7 @@ def _pictures(folder: str, relative: str, found: _Findings, above: frozenset[str
     real = os.path.realpath(folder)
     if real in above:  # a link to a folder above itself
         return
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+    for entry in _entries(folder):
         path = f"{relative}/{entry.name}"
         if entry.name.startswith("."):
             found.skip("hidden", path)
@@ -153,20 +157,20 @@ def _pictures(folder: str, relative: str, found: _Findings, above: frozenset[str
 
 def _is_split(root: Path) -> bool:
     """Whether `root` holds train/<class>/ rather than a class that happens to be called "train"."""
-    folders = {entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")}
+    folders = {entry.name for entry in _entries(root) if entry.is_dir() and not entry.name.startswith(".")}
     if "train" not in folders:
         if folders and folders <= set(_SPLIT_OF_FOLDER):
             raise UserError(
                 f"{root} has {', '.join(sorted(folders))} but no train; rename the training folder to train."
             )
         return False
-    return any(entry.is_dir() for entry in os.scandir(root / "train"))
+    return any(entry.is_dir() for entry in _entries(root / "train"))
 
 
 def _split_by_folder(root: Path, found: _Findings, seed: int) -> list[Row]:
     rows: list[Row] = []
     sources: dict[str, str] = {}
-    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+    for entry in _entries(root):
         split = _SPLIT_OF_FOLDER.get(entry.name)
         if split is None or not entry.is_dir():
             found.skip("hidden" if entry.name.startswith(".") else "not one of train, val, test", entry.name)

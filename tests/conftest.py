@@ -1,0 +1,87 @@
+"""What the tests share: a small made folder of pictures, and runs of a small network on it."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from project import cli
+
+SMALL = ["--model.name", "shufflenet_v2_x0_5", "--data.image_size", "32", "--data.workers", "0"]
+COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}
+
+
+def make_pictures(root: Path, classes: dict[str, int], seed: int = 0) -> Path:
+    """Writes root/<class>/<number>.png: noise around the class's colour, 40x30."""
+    random = np.random.default_rng(seed)
+    for name, count in classes.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        colour = COLOURS.get(name, (128, 128, 128))
+        for number in range(count):
+            pixels = np.clip(random.normal(colour, 30, (30, 40, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number:03d}.png")
+    return root
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty current folder; no run or checkpoint is inherited from another test."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("PROJECT_RUN", "PROJECT_CHECKPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def photos(workplace):
+    """photos/: three colours, 40 pictures of each."""
+    return make_pictures(workplace / "photos", dict.fromkeys(COLOURS, 40)).relative_to(workplace)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with photos/ and one finished run of a small network; copy what you change."""
+    place = tmp_path_factory.mktemp("trained")
+    make_pictures(place / "photos", dict.fromkeys(COLOURS, 40))
+    before = Path.cwd()
+    os.chdir(place)
+    try:
+        assert (
+            cli.main(["fit", "--data.root", "photos", *SMALL, "--trainer.max_epochs", "3", "--model.lr", "0.003"]) == 0
+        )
+    finally:
+        os.chdir(before)
+        os.environ.pop("PROJECT_RUN", None)
+    return place
+
+
+@pytest.fixture
+def at_trained(trained, monkeypatch):
+    """The current folder is the one with the finished run; its newest run is photos/version_0."""
+    monkeypatch.chdir(trained)
+    return trained / "runs" / "photos" / "version_0"
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs a command that must end with exit code 2 and one sentence, which is returned."""
+
+    def run(*argv: str) -> str:
+        capsys.readouterr()
+        assert cli.main(list(argv)) == 2
+        captured = capsys.readouterr()
+        lines = [line for line in captured.err.splitlines() if line.strip()]
+        assert len(lines) == 1, captured.err
+        assert lines[0].startswith("error: ")
+        assert "Traceback" not in captured.err
+        return lines[0].removeprefix("error: ")
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _no_arguments(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pytest"])

@@ -1,0 +1,115 @@
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics as reference
+
+from project.errors import UserError
+from project.metrics import metrics
+
+NAMES = ["a", "b", "c", "d"]
+
+
+def measured(probabilities, label, names=NAMES, positive=None):
+    collection = metrics(names, positive)
+    for part in np.array_split(np.arange(len(label)), 3):  # in batches, one of which may be empty
+        if len(part):
+            collection.update(torch.tensor(probabilities[part]).float(), torch.tensor(label[part]))
+    return {key: float(value) for key, value in collection.compute().items()}
+
+
+def expected(probabilities, label):
+    guess = probabilities.argmax(1)
+    macro = {"average": "macro", "zero_division": 0}
+    areas = [reference.roc_auc_score(label == c, probabilities[:, c]) for c in np.unique(label) if (label != c).any()]
+    return {
+        "accuracy": reference.accuracy_score(label, guess),
+        "precision": reference.precision_score(label, guess, **macro),
+        "recall": reference.recall_score(label, guess, **macro),
+        "f1": reference.f1_score(label, guess, **macro),
+        "auroc": np.mean(areas) if areas else np.nan,
+    }
+
+
+def made(seed, present, n=200, k=4):
+    random = np.random.default_rng(seed)
+    label = random.choice(present, n)
+    logits = random.normal(size=(n, k)).astype(np.float32)
+    logits[np.arange(n), label] += 1
+    logits[:, [c for c in range(k) if c not in present]] -= 20 * (seed % 2)  # never guessed, every other time
+    return (np.exp(logits) / np.exp(logits).sum(1, keepdims=True)), label
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("present", [[0, 1, 2, 3], [0, 2, 3], [1, 2], [3]])
+def test_figures_are_scikit_learns_with_every_class_some_or_one(seed, present):
+    probabilities, label = made(seed, present)
+    ours, theirs = measured(probabilities, label), expected(probabilities, label)
+    assert ours == pytest.approx(theirs, abs=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("positive", ["no", "yes"])
+def test_two_classes_give_the_figures_of_the_positive_one(seed, positive):
+    probabilities, label = made(2 * seed, [0, 1], k=2)
+    place = ["no", "yes"].index(positive)
+    guess = probabilities.argmax(1) == place
+    ours = measured(probabilities, label, ["no", "yes"], positive)
+    assert ours == pytest.approx(
+        {
+            "accuracy": reference.accuracy_score(label == place, guess),
+            "precision": reference.precision_score(label == place, guess),
+            "recall": reference.recall_score(label == place, guess),
+            "f1": reference.f1_score(label == place, guess),
+            "auroc": reference.roc_auc_score(label == place, probabilities[:, place]),
+        },
+        abs=1e-6,
+    )
+
+
+def test_two_classes_of_which_one_occurs_have_no_auroc():
+    probabilities, label = made(0, [1], k=2)
+    assert np.isnan(measured(probabilities, label, ["no", "yes"])["auroc"])
+
+
+def test_second_of_two_classes_is_positive_by_default():
+    probabilities, label = made(0, [0, 1], k=2)
+    assert measured(probabilities, label, ["no", "yes"]) == measured(probabilities, label, ["no", "yes"], "yes")
+
+
+def test_positive_must_be_one_of_two_classes():
+    with pytest.raises(UserError, match=r"maybe.*no, yes"):
+        metrics(["no", "yes"], "maybe")
+    with pytest.raises(UserError, match="one of two classes"):
+        metrics(NAMES, "a")
+
+
+def test_the_articles_precision_and_recall_broadcast_to_a_square():
+    """Its prediction is (B, 1) and its target (B,): `&` makes (B, B), and a perfect classifier gets about a half."""
+    random = torch.Generator().manual_seed(0)
+    target = torch.randint(0, 2, (1000,), generator=random)
+    pred = target.unsqueeze(1)  # right every time
+    true_positives = ((pred == 1) & (target == 1)).sum()
+    false_positives = ((pred == 1) & (target == 0)).sum()
+    article = float(true_positives / (true_positives + false_positives))
+    assert article == pytest.approx(0.5, abs=0.05)
+    right = np.eye(2, dtype=np.float32)[target.numpy()]
+    assert measured(right, target.numpy(), ["no", "yes"])["precision"] == 1.0
+
+
+def test_the_articles_auc_ranks_one_raw_logit():
+    """It ranks the logit of the positive class, though the decision is about its distance from the other one."""
+    random = np.random.default_rng(0)
+    label = random.integers(0, 2, 500)
+    level = random.normal(0, 5, 500)  # added to both logits: changes no probability
+    logits = np.stack([level, level + np.where(label == 1, 2.0, -2.0)], axis=1).astype(np.float32)
+    probabilities = torch.tensor(logits).softmax(1).numpy()
+    assert reference.roc_auc_score(label, logits[:, 1]) < 0.8
+    assert measured(probabilities, label, ["no", "yes"])["auroc"] == 1.0
+
+
+def test_clones_under_another_prefix_measure_the_same():
+    probabilities, label = made(0, [0, 1], k=2)
+    collection = metrics(["no", "yes"], "no").clone("val/")
+    collection.update(torch.tensor(probabilities), torch.tensor(label))
+    plain = measured(probabilities, label, ["no", "yes"], "no")
+    assert {k: float(v) for k, v in collection.compute().items()} == {f"val/{k}": v for k, v in plain.items()}

@@ -1,0 +1,74 @@
+import pytest
+import torch
+import torchvision
+
+from project import models
+from project.errors import UserError
+from project.models.alexnet import AlexNet
+
+
+def test_alexnet_computes_what_torchvisions_does():
+    torch.manual_seed(0)
+    ours, theirs = AlexNet(7), torchvision.models.AlexNet(7)
+    theirs.load_state_dict(ours.state_dict())
+    image = torch.randn(2, 3, 224, 224)
+    label = torch.tensor([1, 5])
+    logits = []
+    for network in (ours, theirs):
+        torch.manual_seed(1)  # the same dropout
+        logits.append(network.train()(image))
+        torch.nn.functional.cross_entropy(logits[-1], label).backward()
+    assert torch.equal(*logits)
+    for (name, mine), (other, its) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(mine.grad, its.grad), name
+
+
+@pytest.mark.parametrize("size", [63, 64, 97, 224])
+def test_alexnet_takes_any_size_from_63(size):
+    with torch.inference_mode():
+        assert AlexNet(3).eval()(torch.zeros(1, 3, size, size)).shape == (1, 3)
+
+
+def test_alexnet_starts_with_every_class_about_equally_likely():
+    torch.manual_seed(0)
+    network = models.build("alexnet", 10).eval()
+    image = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
+    with torch.inference_mode():
+        hidden = network[1].avgpool(network[1].features(network[0](image)))
+        probabilities = network(image).softmax(1)
+    assert 0.1 < hidden.std() < 3  # the signal neither dies out nor explodes
+    assert probabilities.max() < 0.3
+
+
+def test_network_takes_uint8_and_normalises_it_itself():
+    network = models.build("alexnet", 3, mean=[0.1, 0.2, 0.3], std=[0.5, 0.4, 0.2])
+    image = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
+    expected = torchvision.transforms.functional.normalize(image / 255, [0.1, 0.2, 0.3], [0.5, 0.4, 0.2])
+    assert torch.allclose(network[0](image), expected, atol=1e-6)
+    with pytest.raises(AssertionError, match="uint8"):
+        network[0](image.float())
+
+
+def test_normalise_keeps_channels_last():
+    image = torch.zeros(2, 3, 8, 8, dtype=torch.uint8).to(memory_format=torch.channels_last)
+    assert models.build("alexnet", 2)[0](image).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_any_torchvision_network_is_built_by_name():
+    network = models.build("mobilenet_v3_small", 5).eval()
+    with torch.inference_mode():
+        assert network(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 5)
+
+
+def test_unknown_network_lists_near_names():
+    with pytest.raises(UserError, match=r"resnet81.*resnet"):
+        models.build("resnet81", 2)
+
+
+def test_too_small_a_size_is_refused_with_the_smallest_that_works():
+    network = models.build("alexnet", 2)
+    models.require_size(network, "alexnet", 63)
+    assert network.training
+    with pytest.raises(UserError, match=r"62.*at least 63"):
+        models.require_size(network, "alexnet", 62)
