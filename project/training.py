@@ -36,6 +36,8 @@ TRAINER_DEFAULTS = {
 HARMLESS = (
     ".*does not have many workers.*",  # ImageData has chosen them, from the usable cores
     ".*exists and is not empty. Previous log files.*",  # the run's folder is new; config.yaml is all that is in it
+    ".*dirpath has changed.*",  # a continued fit has a folder of its own, and its own best
+    ".*smaller than the logging interval.*",  # a small folder; every epoch is logged all the same
     ".*isinstance.treespec, LeafSpec.*",  # Lightning's own use of torch
 )
 HARDWARE = ("accelerator", "devices", "num_nodes", "strategy")  # of the machine, not of the run
@@ -61,6 +63,7 @@ class Cli(LightningCLI):
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             parser_class=Parser,
+            parser_kwargs=dict.fromkeys(self.subcommands(), {"allow_abbrev": False}),
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )

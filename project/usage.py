@@ -27,7 +27,7 @@ def call(function: Callable[..., int], verb: str, argv: list[str]) -> int:
     A parameter `list[str]` without a default takes all the words, the other ones without a default one word each.
     """
     document = docstring_parser.parse(function.__doc__ or "")
-    parser = Parser(prog=f"python -m project.cli {verb}", description=document.description)
+    parser = Parser(prog=f"python -m project.cli {verb}", description=document.description, allow_abbrev=False)
     lists = {
         name
         for name, parameter in inspect.signature(function).parameters.items()

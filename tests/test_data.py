@@ -1,8 +1,8 @@
 """dataset.py, transforms.py, digits.py and datamodule.py."""
 
 import multiprocessing
-import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,7 +91,7 @@ def test_digits_are_written_as_an_image_folder(workplace):
     rows = manifest.load(digits.ROOT)
     assert [len(rows.rows(s)) for s in manifest.SPLITS] == [1259, 179, 359]
     assert rows.class_names == [str(d) for d in range(10)]
-    with np.load(os.path.join(os.path.dirname(digits.__file__), "digits.npz")) as stored:
+    with np.load(Path(digits.__file__).with_name("digits.npz")) as stored:
         picture = np.asarray(Image.open(next(digits.ROOT.glob("*/*/0000.png"))))
         assert (picture == stored["images"][0].astype(int) * 255 // 16).all()
     assert [p.name for p in (workplace / "data").iterdir()] == ["digits"]

@@ -1,0 +1,74 @@
+"""Who may import whom: DESIGN in the README, held by reading the imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "project"
+MODULES = {
+    ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): file
+    for file in PACKAGE.rglob("*.py")
+}
+
+
+def imports(file, top_level_only=False):
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def ours(file):
+    return {name for name in imports(file) if name in MODULES and name != "project"}
+
+
+@pytest.mark.parametrize("room", ["data", "models"])
+def test_data_and_models_import_nothing_else_of_the_package(room):
+    for name, file in MODULES.items():
+        if name.startswith(f"project.{room}"):
+            others = {o for o in ours(file) if not o.startswith(f"project.{room}")}
+            assert others <= {"project.errors"}, name
+
+
+def test_nothing_imports_the_command_line():
+    for name, file in MODULES.items():
+        if name != "project.__main__":
+            assert "project.cli" not in ours(file), name
+
+
+def test_data_and_model_meet_only_in_training():
+    meet = {n for n, f in MODULES.items() if {"project.classifier", "project.data.datamodule"} <= ours(f)}
+    assert meet == {"project.training"}
+
+
+def test_nothing_unpickles_code_or_names_a_device():
+    for name, file in MODULES.items():
+        text = file.read_text(encoding="utf-8")
+        for forbidden in ("weights_only=False", "pickle.load", ".cuda(", "shell=True"):
+            assert forbidden not in text, name
+
+
+def test_every_module_has_its_test_file():
+    tests = {file.stem for file in Path(__file__).parent.glob("test_*.py")}
+    covered_by = {
+        "classifier": "training",
+        "callbacks": "training",
+        "runs": "training",
+        "errors": "cli",
+        "usage": "cli",
+    }
+    covered_by |= {
+        "files": "checkpoint",
+        "predictions": "predict",
+        "figures": "board",
+        "__init__": "cli",
+        "__main__": "cli",
+    }
+    for file in PACKAGE.glob("[a-z]*.py"):
+        assert f"test_{covered_by.get(file.stem, file.stem)}" in tests, file.name

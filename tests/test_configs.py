@@ -1,0 +1,47 @@
+"""Every file in configs/ is whole, true and runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from project import cli
+from tests.conftest import SMALL
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+def test_default_is_complete_and_equal_to_the_signatures(workplace, capsys):
+    assert cli.main(["fit", "--print_config"]) == 0
+    signatures = yaml.safe_load(capsys.readouterr().out)
+    written = yaml.safe_load(next(c for c in CONFIGS if c.name == "default.yaml").read_text())
+    assert written == signatures
+
+
+def test_the_others_say_only_what_differs(workplace, capsys):
+    assert cli.main(["fit", "--print_config"]) == 0
+    default = yaml.safe_load(capsys.readouterr().out)
+    for config in CONFIGS:
+        if config.name == "default.yaml":
+            continue
+        for key, value in yaml.safe_load(config.read_text()).items():
+            assert value != default[key], (config.name, key)
+            if isinstance(value, dict):
+                assert not {k for k, v in value.items() if v == default[key][k]}, (config.name, key)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.stem)
+def test_header_gives_the_command_and_its_result(config):
+    head = "".join(line for line in config.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert re.search(r"python -m project\.cli fit --config configs/" + config.name, head)
+    assert "%" in head or "not run here" in head
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.stem)
+def test_fit_test_and_predict_with_every_config(config, photos):
+    small = ["--config", str(config), "--data.root", "photos", *SMALL, "--trainer.max_epochs", "1"]
+    assert cli.main(["fit", *small, "--name", "it"]) == 0
+    assert cli.main(["test", "--ckpt_path", "runs/it/version_0"]) == 0
+    assert cli.main(["predict", "runs/it/version_0", "photos/red"]) == 0
+    assert Path("predictions.csv").read_text().count("\n") == 41

@@ -1,0 +1,363 @@
+"""fit, validate and test as a user runs them, in process, on a small network."""
+
+import csv
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from sklearn import metrics as reference
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from project import cli, runs
+from project.classifier import lr_factor
+from project.data import manifest
+from tests.conftest import COLOURS, SMALL, make_pictures
+
+FIT = ["fit", "--data.root", "photos", *SMALL, "--trainer.max_epochs", "1"]
+
+
+def read_csv(file):
+    with Path(file).open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def checkpoint_of(run, name="best"):
+    return torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+# what a run leaves
+
+
+def test_a_run_leaves_what_the_readme_names(at_trained):
+    names = {p.name for p in at_trained.iterdir()} - {"predictions.csv", "test_metrics.json"}
+    events = {n for n in names if n.startswith("events.out.tfevents")}
+    assert names - events == {"checkpoints", "config.yaml", "hparams.yaml", "metrics.csv", "split.csv"}
+    assert len(events) == 1
+    assert {p.name for p in (at_trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert (at_trained.parent.parent / "latest").resolve() == at_trained.resolve()
+
+
+def test_best_checkpoint_is_weights_and_plain_metadata(at_trained):
+    content = checkpoint_of(at_trained)
+    assert "optimizer_states" not in content
+    metadata = content["metadata"]
+    assert metadata["class_names"] == sorted(COLOURS)
+    assert (metadata["model"], metadata["image_size"], metadata["resize"]) == ("squeezenet1_1", 32, "stretch")
+    assert metadata["mean"] == metadata["std"] == [0.5, 0.5, 0.5]
+    assert metadata["config"]["data"]["root"] == "photos"
+    assert metadata["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert set(metadata) >= {"git_commit", "metrics"}
+
+
+def test_best_is_the_epoch_with_the_lowest_validation_loss(at_trained):
+    losses = [float(row["val/loss"]) for row in read_csv(at_trained / "metrics.csv") if row["val/loss"]]
+    assert len(losses) == 3
+    assert checkpoint_of(at_trained)["metadata"]["metrics"]["val/loss"] == pytest.approx(min(losses), abs=1e-6)
+
+
+def test_last_checkpoint_is_the_end_of_the_fit_with_full_state(at_trained):
+    content = checkpoint_of(at_trained, "last")
+    rows = len(manifest.load(Path("photos")).rows("train"))
+    assert content["global_step"] == 3 * (rows // 8)
+    assert len(content["optimizer_states"]) == len(content["lr_schedulers"]) == 1
+    assert content["metadata"]["class_names"] == sorted(COLOURS)
+
+
+def test_split_file_is_the_manifest(at_trained):
+    rows = manifest.load(Path("photos"))
+    assert [row["path"] for row in read_csv(at_trained / "split.csv")] == rows.paths
+
+
+def test_tensorboard_holds_the_named_scalars_pictures_graph_and_hparams(at_trained):
+    events = EventAccumulator(str(at_trained)).Reload()
+    tags = events.Tags()
+    validation = {f"val/{name}" for name in ("loss", "accuracy", "precision", "recall", "f1", "auroc")}
+    assert validation | {"train/loss", "train/accuracy", "lr-Adam"} <= set(tags["scalars"])
+    assert tags["images"] == ["train/first_batch"]
+    assert tags["graph"]
+    assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
+    best = max(float(row["val/accuracy"]) for row in read_csv(at_trained / "metrics.csv") if row["val/accuracy"])
+    assert events.Scalars("best_val/accuracy")[0].value <= best
+    assert len(events.Scalars("val/loss")) == 3
+
+
+def test_config_of_a_run_reproduces_it(photos):
+    assert cli.main(FIT) == 0
+    assert cli.main(["fit", "--config", "runs/photos/version_0/config.yaml"]) == 0
+    one, two = (checkpoint_of(Path(f"runs/photos/version_{n}"))["state_dict"] for n in (0, 1))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    configs = [Path(f"runs/photos/version_{n}/config.yaml").read_text() for n in (0, 1)]
+    assert configs[0] == configs[1]
+
+
+def test_seed_decides_the_weights(photos):
+    assert cli.main(FIT) == cli.main([*FIT, "--seed_everything", "1"]) == 0
+    one, two = (checkpoint_of(Path(f"runs/photos/version_{n}"))["state_dict"] for n in (0, 1))
+    assert not torch.equal(one["network.1.classifier.1.weight"], two["network.1.classifier.1.weight"])
+
+
+def test_fast_dev_run_writes_nothing(photos):
+    assert cli.main([*FIT, "--trainer.fast_dev_run", "true"]) == 0
+    assert not Path("runs").exists()
+
+
+# learning
+
+
+def test_small_network_learns_colours(at_trained):
+    assert checkpoint_of(at_trained)["metadata"]["metrics"]["val/accuracy"] > 0.6
+
+
+def test_learning_rate_is_a_pure_function_of_the_step():
+    factors = [lr_factor(step, total=100, warmup=0.1) for step in range(150)]
+    assert factors[0] == pytest.approx(1 / 11)
+    assert max(factors) == factors[10] == 1.0
+    assert factors[:11] == sorted(factors[:11])
+    assert factors[10:101] == sorted(factors[10:101], reverse=True)
+    assert factors[100:] == pytest.approx([0.01] * 50)  # a fit that is continued past its end does not fail
+    assert lr_factor(10**6, total=float("inf"), warmup=0.1) == 1.0
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.filterwarnings("ignore:.*")
+def test_fit_in_bf16_with_clipping(photos, algorithm):
+    clip = ["--trainer.gradient_clip_val", "0.1", "--trainer.gradient_clip_algorithm", algorithm]
+    assert cli.main([*FIT, "--trainer.precision", "bf16-mixed", *clip]) == 0
+    assert all(torch.isfinite(w).all() for w in checkpoint_of(Path("runs/photos/version_0"))["state_dict"].values())
+
+
+def test_unreadable_training_picture_is_left_out_and_named_once(photos, capsys):
+    rows = manifest.load(photos)
+    bad = {split: rows.paths[rows.rows(split)[-1]] for split in ("train", "val")}
+    for path in bad.values():
+        (photos / path).write_bytes(b"no picture")
+    assert cli.main([*FIT, "--trainer.max_epochs", "4"]) == 0
+    out = capsys.readouterr().out
+    for path in bad.values():
+        assert out.count(f"left out, unreadable: photos/{path}: not a picture") == 1
+
+
+def test_fit_says_the_time_the_best_figures_the_run_and_what_next(photos, capsys):
+    assert cli.main(FIT) == 0
+    out = capsys.readouterr().out
+    for said in ("photos: 120 pictures, 3 classes", "expected time", "epoch 1/1", "best: epoch 1", "val/accuracy"):
+        assert said in out
+    assert "run: runs/photos/version_0 (" in out
+    assert "python -m project.cli test" in out
+
+
+# layers of settings, and verbs that start from a checkpoint
+
+
+def test_layers_signature_run_config_command_line(photos, capsys):
+    assert cli.main([*FIT, "--data.batch_size", "5", "--data.resize", "pad", "--model.warmup", "0.2"]) == 0
+    Path("over.yaml").write_text(yaml.safe_dump({"data": {"resize": "crop"}, "model": {"warmup": 0.3}}))
+    last = "runs/photos/version_0/checkpoints/last.ckpt"
+    more = ["--ckpt_path", last, "--config", "over.yaml", "--model.warmup", "0.4", "--trainer.max_epochs", "2"]
+    assert cli.main(["fit", *more]) == 0
+    config = yaml.safe_load(Path("runs/photos/version_1/config.yaml").read_text())
+    assert config["seed_everything"] == 0  # signature
+    assert config["data"]["batch_size"] == 5  # the run
+    assert config["model"]["name"] == "squeezenet1_1"
+    assert config["data"]["resize"] == "crop"  # --config
+    assert config["model"]["warmup"] == 0.4  # command line
+    assert checkpoint_of(Path("runs/photos/version_1"), "last")["epoch"] == 1  # it went on, it did not start again
+
+
+def test_test_writes_into_the_run_of_its_checkpoint(photos, capsys):
+    assert cli.main(FIT) == cli.main([*FIT, "--data.image_size", "40"]) == 0
+    run = Path("runs/photos/version_0")
+    assert cli.main(["test", "--ckpt_path", str(run / "checkpoints" / "best.ckpt")]) == 0
+    assert sorted(p.name for p in run.parent.iterdir()) == ["version_0", "version_1"]
+    result = json.loads((run / "test_metrics.json").read_text())
+    rows = read_csv(run / "predictions.csv")
+    assert result["n"] == len(rows) == 24
+    assert result["class_names"] == sorted(COLOURS)
+    assert result["checkpoint"] == str(run / "checkpoints" / "best.ckpt")
+    guess, true = [row["label"] for row in rows], [row["true"] for row in rows]
+    assert result["test/accuracy"] == pytest.approx(reference.accuracy_score(true, guess))
+    assert result["test/f1"] == pytest.approx(reference.f1_score(true, guess, average="macro", zero_division=0))
+    area = reference.roc_auc_score(
+        true, np.array([[float(row[f"p:{name}"]) for name in sorted(COLOURS)] for row in rows]), multi_class="ovr"
+    )
+    assert result["test/auroc"] == pytest.approx(area, abs=1e-6)
+    assert not (run.parent / "version_1" / "predictions.csv").exists()
+
+
+def test_test_uses_the_runs_own_split(photos):
+    assert cli.main([*FIT, "--data.split_seed", "9"]) == 0
+    make_pictures(photos, dict.fromkeys(COLOURS, 55))  # the folder has grown since
+    assert cli.main(["test"]) == 0
+    run = Path("runs/photos/version_0")
+    tested = {row["path"] for row in read_csv(run / "predictions.csv")}
+    assert tested == {f"photos/{row['path']}" for row in read_csv(run / "split.csv") if row["split"] == "test"}
+
+
+def test_unreadable_test_picture_gets_an_error_row(photos):
+    assert cli.main(FIT) == 0
+    rows = manifest.load(photos)
+    bad = rows.paths[rows.rows("test")[5]]
+    (photos / bad).write_bytes(b"")
+    assert cli.main(["test"]) == 0
+    row = next(r for r in read_csv("runs/photos/version_0/predictions.csv") if r["path"] == f"photos/{bad}")
+    assert (row["true"], row["label"], row["probability"]) == (bad.split("/")[0], "", "")
+    assert "not a picture" in row["error"]
+    assert json.loads(Path("runs/photos/version_0/test_metrics.json").read_text())["unreadable"] == 1
+
+
+def test_validate_gives_the_figures_of_the_checkpoint(at_trained, capsys):
+    before = sorted(p.name for p in at_trained.parent.iterdir())
+    assert cli.main(["validate", "--ckpt_path", str(at_trained)]) == 0
+    out = capsys.readouterr().out
+    assert f"{checkpoint_of(at_trained)['metadata']['metrics']['val/loss']:.6f}"[:6] in out
+    assert sorted(p.name for p in at_trained.parent.iterdir()) == before
+
+
+def test_newest_run_with_a_best_checkpoint_is_taken(photos, capsys):
+    assert cli.main(FIT) == cli.main([*FIT, "--name", "other"]) == 0
+    (runs.ROOT / "photos" / "version_7").mkdir()  # a fit that was killed before its first checkpoint
+    assert runs.find().parent.parent == Path("runs/other/version_0")
+
+
+# refusals: exit code 2, one sentence, nothing written
+
+
+def test_missing_root(workplace, refused):
+    assert "no folder nowhere" in refused("fit", "--data.root", "nowhere")
+    assert not Path("runs").exists()
+
+
+def test_empty_root(workplace, refused):
+    Path("empty").mkdir()
+    assert "No pictures in empty" in refused("fit", "--data.root", "empty")
+
+
+def test_file_as_root(workplace, refused):
+    Path("a.jpg").write_bytes(b"x")
+    assert "a.jpg is a file" in refused("fit", "--data.root", "a.jpg")
+
+
+def test_one_class_only(workplace, refused):
+    make_pictures(Path("one"), {"cat": 9})
+    assert "one class, cat" in refused("fit", "--data.root", "one")
+
+
+def test_class_new_in_test(workplace, refused):
+    make_pictures(Path("p/train"), {"cat": 9, "dog": 9})
+    make_pictures(Path("p/test"), {"cat": 9, "dog": 9, "owl": 2})
+    said = refused("fit", "--data.root", "p")
+    assert "only in train: none" in said
+    assert "only in test: owl" in said
+
+
+def test_too_few_pictures_of_a_class(workplace, refused):
+    make_pictures(Path("p"), {"cat": 9, "dog": 2})
+    assert "dog (2)" in refused("fit", "--data.root", "p")
+
+
+def test_all_files_unreadable(photos, refused):
+    for file in photos.rglob("*.png"):
+        file.write_bytes(b"")
+    assert "None of the 84 train pictures can be read" in refused(*FIT)
+    assert not Path("runs").exists()
+
+
+def test_image_size_under_63(photos, refused):
+    said = refused("fit", "--data.root", "photos", "--data.image_size", "62")
+    assert "62" in said
+    assert "63" in said
+
+
+def test_batch_larger_than_the_training_set(photos, refused):
+    said = refused(*FIT, "--data.batch_size", "85")
+    assert "85" in said
+    assert "84" in said
+
+
+@pytest.mark.parametrize("option", ["image_size", "batch_size"])
+def test_sizes_below_one(photos, refused, option):
+    assert "at least 1" in refused(*FIT, f"--data.{option}", "0")
+
+
+def test_checkpoint_of_other_classes(at_trained, tmp_path, refused):
+    make_pictures(tmp_path / "pets", {"cat": 9, "dog": 9, "owl": 9})
+    said = refused("test", "--ckpt_path", str(at_trained), "--data.root", str(tmp_path / "pets"))
+    assert "blue, green, red" in said
+    assert "cat, dog, owl" in said
+
+
+def test_no_run_yet(workplace, refused):
+    assert "train one first" in refused("test")
+
+
+def test_weights_only_checkpoint_cannot_be_continued(at_trained, refused):
+    assert "last.ckpt" in refused("fit", "--ckpt_path", str(at_trained / "checkpoints" / "best.ckpt"))
+
+
+def test_no_accelerator(photos, refused):
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator")
+    assert "gpu" in refused(*FIT, "--trainer.accelerator", "gpu")
+    assert not Path("runs").exists()
+
+
+def test_runs_that_cannot_be_written(photos, refused):
+    Path("runs").write_text("a file where the folder should be")
+    assert "Cannot write into runs/" in refused(*FIT)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="changes the user, which only root may")
+def test_runs_without_permission(photos, refused):
+    photos.parent.chmod(0o755)
+    Path("runs").mkdir(mode=0o755)
+    for folder in Path.cwd().resolve().parents:
+        if folder.stat().st_uid == 0 and str(folder) != "/" and "pytest" in str(folder):
+            folder.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        said = refused(*FIT)
+    finally:
+        os.seteuid(0)
+    assert "Cannot write into runs/: Permission denied" in said
+
+
+@pytest.mark.parametrize("name", ["latest", "a/b", ".."])
+def test_unusable_run_name(photos, refused, name):
+    assert "--name" in refused(*FIT, "--name", name)
+
+
+def test_no_test_split(workplace, refused, capsys):
+    make_pictures(Path("p/train"), dict.fromkeys(COLOURS, 20))
+    assert cli.main(["fit", "--data.root", "p", *SMALL, "--trainer.max_epochs", "1"]) == 0
+    assert "no test" in capsys.readouterr().out
+    assert "no test pictures" in refused("test")
+
+
+# stopping
+
+
+def test_ctrl_c_saves_and_says_where(photos, capsys, monkeypatch):
+    from project import callbacks
+
+    ended = callbacks.Narrator.on_train_epoch_end
+
+    def interrupt(self, trainer, pl_module):
+        ended(self, trainer, pl_module)
+        if trainer.current_epoch == 1:
+            threading.Timer(0, signal.raise_signal, [signal.SIGINT]).start()
+
+    monkeypatch.setattr(callbacks.Narrator, "on_train_epoch_end", interrupt)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert cli.main([*FIT, "--trainer.max_epochs", "50"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    said = capsys.readouterr()
+    assert "runs/photos/version_0/checkpoints/last.ckpt" in said.out + said.err
+    assert checkpoint_of(Path("runs/photos/version_0"), "last")["epoch"] >= 1
