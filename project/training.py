@@ -27,7 +27,7 @@ from project.errors import UserError
 
 CHECKPOINT_VARIABLE = "PROJECT_CHECKPOINT"  # tells the other ranks which one was found
 TRAINER_DEFAULTS = {
-    "max_epochs": 7,
+    "max_epochs": 6,
     "log_every_n_steps": 10,
     "num_sanity_val_steps": 0,  # ImageData.setup has read a validation picture; starts a second sooner
     "use_distributed_sampler": False,  # BatchSampler shares the rows out, without repeats
@@ -63,7 +63,7 @@ class Cli(LightningCLI):
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             parser_class=Parser,
-            parser_kwargs=dict.fromkeys(self.subcommands(), {"allow_abbrev": False}),
+            parser_kwargs={"allow_abbrev": False},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )

@@ -29,7 +29,7 @@ class ImageData(LightningDataModule):
         resize: How a picture becomes square: stretch, crop (the centre square) or pad (black borders).
         augment: What is done to training pictures: none or flip; by default none for the digits, else flip.
         batch_size: Pictures a step, over all devices; by default 64, less for fewer than 1,024 training pictures.
-        workers: Processes that read pictures; by default as many as this process may use cores, at most 8.
+        workers: Processes that read pictures; by default none for the digits, else the usable cores, at most 8.
         seed: Order and augmentation; the command line sets it to --seed_everything.
     """
 
@@ -54,7 +54,7 @@ class ImageData(LightningDataModule):
         self.image_size: int = image_size if image_size is not None else digits.IMAGE_SIZE if bundled else 224
         self.resize: Resize = resize
         self.augment: Augment = augment or ("none" if bundled else "flip")
-        self.workers = min(_usable_cores(), 8) if workers is None else workers
+        self.workers = workers if workers is not None else 0 if bundled else min(_usable_cores(), 8)
         self._batch_size = batch_size
         self._datasets: dict[str, ImageDataset] = {}
         for name, value, least in (

@@ -106,6 +106,7 @@ def loader(dataset: ImageDataset, sampler: BatchSampler, workers: int, pin_memor
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         worker_init_fn=_ignore_interrupt,
+        generator=torch.Generator(),  # not the global one: what the network draws must not depend on the workers
     )
 
 
