@@ -26,8 +26,8 @@ test: check  ## check, then the fast tests
 test-slow: dev  ## the tests with many processes, a browser and notebooks
 	$(VENV) -m pytest -m slow $(ARGS)
 
-board: core  ## TensorBoard on runs/
-	.venv/bin/tensorboard --logdir runs --host 127.0.0.1 $(ARGS)
+board: core  ## TensorBoard on runs/; a run of a new name needs a restart
+	@sh scripts/board.sh $(ARGS)
 
 clean:  ## caches and the environment; never runs/ or data/
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -159,9 +159,8 @@ class Figures(Callback):
         """Writes settings and figures together, as the HPARAMS tab wants them."""
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and self.best:
-                logger.log_hyperparams(
-                    self.settings, {f"best_{key}": value for key, value in self.best.items()}, trainer.global_step
-                )
+                best = {f"val_best/{key.removeprefix('val/')}": value for key, value in self.best.items()}
+                logger.log_hyperparams(self.settings, best, trainer.global_step)
 
 
 class TestResults(Callback):

@@ -83,7 +83,7 @@ def test_tensorboard_holds_the_named_scalars_pictures_graph_and_hparams(at_train
     assert tags["graph"]
     assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
     best = max(float(row["val/accuracy"]) for row in read_csv(at_trained / "metrics.csv") if row["val/accuracy"])
-    assert events.Scalars("best_val/accuracy")[0].value <= best
+    assert events.Scalars("val_best/accuracy")[0].value <= best
     assert len(events.Scalars("val/loss")) == 3
 
 
