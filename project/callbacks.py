@@ -209,6 +209,7 @@ class TestResults(Callback):
         }
         with files.replacing(self.run / "test_metrics.json") as stream:
             json.dump(result, stream, indent=2)
+        pl_module.print(f"written: {self.run}/test_metrics.json, {self.run}/predictions.csv")
 
 
 def data_of(trainer: Any) -> ImageData:
