@@ -17,10 +17,10 @@ def image_grid(images: npt.NDArray[np.uint8], titles: Sequence[str], columns: in
         columns: Pictures in a row.
     """
     rows = max(1, math.ceil(len(images) / columns))
-    figure = Figure(figsize=(1.4 * columns, 1.6 * rows), layout="constrained")
+    figure = Figure(figsize=(1.1 * columns, 1.35 * rows), layout="constrained")
     for place, axes in enumerate(np.ravel(figure.subplots(rows, columns, squeeze=False))):
         axes.set_axis_off()
         if place < len(images):
             axes.imshow(images[place])
-            axes.set_title(titles[place][:18], fontsize=8, parse_math=False)
+            axes.set_title(titles[place][:12], fontsize=11, parse_math=False)
     return figure

@@ -24,6 +24,7 @@ from project import callbacks, checkpoint, runs, usage
 from project.classifier import Classifier
 from project.data.datamodule import ImageData
 from project.errors import UserError
+from project.metrics import positive_index
 
 CHECKPOINT_VARIABLE = "PROJECT_CHECKPOINT"  # tells the other ranks which one was found
 TRAINER_DEFAULTS = {
@@ -226,6 +227,8 @@ class Cli(LightningCLI):
         print(data.manifest.summary())
         for notice in data.manifest.notices:
             print(notice)
+        if (positive := positive_index(data.class_names, self.model.hparams["positive"])) is not None:
+            print(f"positive class: {data.class_names[positive]} (--model.positive chooses the other)")
         millions = sum(p.numel() for p in self.model.network.parameters()) / 1e6
         device = self.trainer.strategy.root_device.type
         print(

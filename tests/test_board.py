@@ -22,7 +22,7 @@ def test_image_grid_has_a_title_over_each_picture():
     figure = figures.image_grid(images, titles, columns=4)
     figure.canvas.draw()
     shown = [axes for axes in figure.axes if axes.images]
-    assert [axes.get_title() for axes in shown] == [t[:18] for t in titles]
+    assert [axes.get_title() for axes in shown] == [t[:12] for t in titles]
     assert all((axes.images[0].get_array() == image).all() for axes, image in zip(shown, images, strict=True))
 
 

@@ -152,6 +152,14 @@ def test_fit_says_the_time_the_best_figures_the_run_and_what_next(photos, capsys
     assert "python -m project.cli test" in out
 
 
+def test_positive_class_of_two_is_said_and_can_be_chosen(workplace, capsys):
+    make_pictures(Path("photos"), {"red": 20, "blue": 20})
+    assert cli.main(FIT) == 0
+    assert "positive class: red" in capsys.readouterr().out
+    assert cli.main([*FIT, "--model.positive", "blue"]) == 0
+    assert "positive class: blue" in capsys.readouterr().out
+
+
 # layers of settings, and verbs that start from a checkpoint
 
 
