@@ -5,7 +5,7 @@ import time
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -14,8 +14,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from project import figures, files, predictions
-from project.data.datamodule import ImageData
 from project.predictions import Prediction
+
+if TYPE_CHECKING:
+    from project.data.datamodule import ImageData
 
 
 def checkpoints() -> list[Callback]:
@@ -212,10 +214,9 @@ class TestResults(Callback):
         pl_module.print(f"written: {self.run}/test_metrics.json, {self.run}/predictions.csv")
 
 
-def data_of(trainer: Any) -> ImageData:
+def data_of(trainer: Any) -> "ImageData":
     """The data that the Trainer was given."""
-    data = trainer.datamodule
-    assert isinstance(data, ImageData)
+    data: ImageData = trainer.datamodule
     return data
 
 

@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -14,10 +14,11 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from project import models
-from project.checkpoint import METADATA
-from project.data.dataset import Batch
 from project.metrics import metrics
 from project.models.normalize import Normalize
+
+if TYPE_CHECKING:
+    from project.data.dataset import Batch
 
 
 class Classifier(LightningModule):
@@ -59,7 +60,7 @@ class Classifier(LightningModule):
         logits: Tensor = self.network(image)
         return logits
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: "Batch", batch_idx: int) -> Tensor:
         """Loss of a batch."""
         loss, logits = self._step(batch, "train")
         if len(batch.label):
@@ -68,14 +69,14 @@ class Classifier(LightningModule):
         self.log("train/loss_step", loss.detach(), prog_bar=True, batch_size=1)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: "Batch", batch_idx: int) -> None:
         """Adds a batch to the validation figures."""
         _, logits = self._step(batch, "val")
         if len(batch.label):
             self.val_metrics.update(logits.float().softmax(dim=1), batch.label)
         self.log_dict(self.val_metrics)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def test_step(self, batch: "Batch", batch_idx: int) -> Tensor:
         """Adds a batch to the test figures and returns its probabilities (B, K)."""
         _, logits = self._step(batch, "test")
         probabilities = logits.float().softmax(dim=1)
@@ -84,7 +85,7 @@ class Classifier(LightningModule):
         self.log_dict(self.test_metrics)
         return probabilities
 
-    def _step(self, batch: Batch, split: str) -> tuple[Tensor, Tensor]:
+    def _step(self, batch: "Batch", split: str) -> tuple[Tensor, Tensor]:
         logits = self(batch.image)  # (B, K)
         # a batch of which no picture could be read still takes part, so that no rank waits for another
         loss = self.loss(logits, batch.label) if len(batch.label) else logits.sum()
@@ -120,7 +121,7 @@ class Classifier(LightningModule):
         """Adds what a reader of the checkpoint needs, as plain types."""
         normalize = self.network[0]
         assert isinstance(normalize, Normalize)
-        checkpoint[METADATA] = self.metadata | {
+        checkpoint["metadata"] = self.metadata | {
             "model": self.name,
             "class_names": list(self.class_names),
             "image_size": self.image_size,

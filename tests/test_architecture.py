@@ -43,6 +43,9 @@ def test_nothing_imports_the_command_line():
 
 
 def test_data_and_model_meet_only_in_training():
+    """Elsewhere a type's name at most, which nothing imports when it runs."""
+    for name in ("project.classifier", "project.callbacks", "project.metrics"):
+        assert not {o for o in imports(MODULES[name], top_level_only=True) if o.startswith("project.data")}, name
     meet = {n for n, f in MODULES.items() if {"project.classifier", "project.data.datamodule"} <= ours(f)}
     assert meet == {"project.training"}
 

@@ -119,3 +119,33 @@ def test_set_up_says_what_is_missing(tmp_path):
 def test_set_up_that_is_done_does_nothing():
     run("sh", "scripts/venv.sh", "dev", cwd=ROOT)
     assert run("sh", "scripts/venv.sh", "dev", cwd=ROOT) == ""  # it says whatever it does
+
+
+def peak_memory(*command):
+    """Highest Pss_Anon + Pss_Shmem in MB, summed over a command's process and its children while it runs."""
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    peak = 0
+    while process.poll() is None:
+        total = 0
+        for member in [process, *process.children(recursive=True)]:
+            try:
+                rows = Path(f"/proc/{member.pid}/smaps_rollup").read_text().splitlines()
+            except OSError:  # it has just ended
+                continue
+            total += sum(int(row.split()[1]) for row in rows if row.startswith(("Pss_Anon", "Pss_Shmem")))
+        peak = max(peak, total)
+        time.sleep(0.2)
+    assert process.returncode == 0
+    return peak / 1024
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's account of memory")
+def test_memory_does_not_grow_with_the_folder(photos):
+    few = [*CLI, "fit", "--data.root", "photos", *SMALL, "--data.workers", "2", "--trainer.max_epochs", "2"]
+    few += ["--data.batch_size", "32"]
+    small = peak_memory(*few)
+    for file in sorted(photos.rglob("*.png")):
+        for copy in range(30):  # decoded, these are 130 MB
+            os.link(file, file.with_name(f"{copy}-{file.name}"))
+    assert peak_memory(*few) == pytest.approx(small, rel=0.05)
