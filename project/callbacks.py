@@ -20,13 +20,21 @@ if TYPE_CHECKING:
     from project.data.datamodule import ImageData
 
 
+class Best(ModelCheckpoint):
+    """A name of its own, so that its state is not taken for that of a user's ModelCheckpoint."""
+
+
+class Last(ModelCheckpoint):
+    """Likewise."""
+
+
 def checkpoints() -> list[Callback]:
     """best.ckpt, weights of the lowest val/loss, and last.ckpt, everything that a fit needs to go on.
 
     Two callbacks, because ModelCheckpoint's own save_last writes only when it has also saved a best one.
     """
-    best = ModelCheckpoint(filename="best", monitor="val/loss", save_weights_only=True, enable_version_counter=False)
-    last = ModelCheckpoint(filename="last", save_on_exception=True, enable_version_counter=False)
+    best = Best(filename="best", monitor="val/loss", save_weights_only=True, enable_version_counter=False)
+    last = Last(filename="last", save_on_train_epoch_end=True, save_on_exception=True, enable_version_counter=False)
     return [best, last]
 
 
@@ -71,7 +79,7 @@ class Unreadable(Callback):
             path = data_of(trainer).path(split, row)
             if path not in self.named:
                 self.named.add(path)
-                pl_module.print(f"left out, unreadable: {path}: {reason}")
+                print(f"left out, unreadable: {path}: {reason}", flush=True)  # each rank, what it has met
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
         """Looks through a training batch."""
@@ -109,30 +117,35 @@ class Narrator(Callback):
             self._second = time.monotonic()
         elif self._steps == self.FIRST_STEPS:
             step = (time.monotonic() - self._second) / (self.FIRST_STEPS - 1)
-            # a forward pass costs about a third of a training step
-            validation = sum(trainer.num_val_batches) * (trainer.max_epochs or 0) / 3
-            steps = trainer.estimated_stepping_batches + validation
-            if steps != float("inf"):
-                pl_module.print(f"expected time: {duration(step * steps)} for {trainer.max_epochs} epochs")
+            epochs = (trainer.max_epochs or 0) - trainer.current_epoch
+            if epochs > 0 and trainer.max_steps == -1:
+                # a forward pass costs about a third of a training step
+                validation = sum(trainer.num_val_batches) / 3 / (trainer.check_val_every_n_epoch or 1)
+                expected = step * epochs * (trainer.num_training_batches + validation)
+                pl_module.print(f"expected time: {duration(expected)} for {epochs} epochs")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The epoch's line."""
         shown = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
         values = [f"{key} {trainer.callback_metrics[key]:.4f}" for key in shown if key in trainer.callback_metrics]
-        epochs = f"{trainer.current_epoch + 1}/{trainer.max_epochs}"
-        pl_module.print(f"epoch {epochs}  {'  '.join(values)}  ({duration(time.monotonic() - self._epoch_start)})")
+        took = duration(time.monotonic() - self._epoch_start)
+        of = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
+        pl_module.print(f"epoch {trainer.current_epoch + 1}{of}  {'  '.join(values)}  ({took})")
 
 
 class FirstBatch(Callback):
     """Draws the first training batch as the network sees it, and the network's graph, into TensorBoard."""
+
+    done = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Once in a fit."""
         writer = tensorboard(trainer)
-        if writer is None or trainer.global_step > 1 or not len(batch.label):
+        if self.done or writer is None or not len(batch.label):
             return
+        self.done = True
         names = data_of(trainer).class_names
         images = batch.image[:32].permute(0, 2, 3, 1).cpu().numpy()
         titles = [names[label] for label in batch.label[:32].tolist()]
@@ -151,10 +164,10 @@ class Figures(Callback):
         self.settings = settings
         self.best: dict[str, float] = {}
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keeps the figures of the epoch with the lowest val/loss."""
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps the figures of the validation with the lowest val/loss."""
         now = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
-        if now and not now["val/loss"] >= self.best.get("val/loss", float("inf")):
+        if now["val/loss"] < self.best.get("val/loss", float("inf")):
             self.best = now | {"epoch": trainer.current_epoch + 1}
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -167,6 +180,8 @@ class Figures(Callback):
 
 class TestResults(Callback):
     """Writes predictions.csv and test_metrics.json into the run of the checkpoint that is tested."""
+
+    FILES = ("predictions.csv", "test_metrics.json")
 
     def __init__(self, run: Path, checkpoint: Path) -> None:
         self.run, self.checkpoint = run, checkpoint
@@ -208,6 +223,7 @@ class TestResults(Callback):
             "unreadable": sum(bool(error) for _, _, error in rows),
             "class_names": names,
             "checkpoint": str(self.checkpoint),
+            "data": str(data.root),
         }
         with files.replacing(self.run / "test_metrics.json") as stream:
             json.dump(result, stream, indent=2)

@@ -44,9 +44,28 @@ def read(path: Path) -> dict[str, Any]:
     except Exception as error:  # bytes from anywhere make the zip reader and the unpickler raise anything
         raise UserError(f"{path} is damaged or no checkpoint; give a best.ckpt or last.ckpt of a run.") from error
     metadata = content.get(METADATA) if isinstance(content, dict) else None
-    if not isinstance(metadata, dict) or not {"model", "class_names", "image_size", "config"} <= metadata.keys():
+    if not _is_ours(content, metadata):
         raise UserError(f"{path} was not written by this project: it has no {METADATA}; give a best.ckpt of a run.")
     return dict(content)
+
+
+def _is_ours(content: Any, metadata: Any) -> bool:
+    kinds = {
+        "model": str,
+        "class_names": list,
+        "image_size": int,
+        "resize": str,
+        "mean": list,
+        "std": list,
+        "config": dict,
+    }
+    return (
+        isinstance(metadata, dict)
+        and all(isinstance(metadata.get(key), kind) for key, kind in kinds.items())
+        and isinstance(metadata.get("config"), dict)
+        and all(isinstance(metadata["config"].get(section), dict) for section in ("data", "model", "trainer"))
+        and isinstance(content.get("state_dict"), dict)
+    )
 
 
 @dataclass(frozen=True)

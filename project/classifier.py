@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from project import models
+from project.errors import UserError
 from project.metrics import metrics
 from project.models.normalize import Normalize
 
@@ -44,11 +45,14 @@ class Classifier(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
+        if lr <= 0 or not 0 <= warmup < 1:
+            raise UserError(f"--model.lr must be above 0 and --model.warmup from 0 to below 1, not {lr} and {warmup}.")
         measured = metrics(class_names, positive)
         self.name, self.class_names, self.image_size = name, class_names, image_size
         self.lr, self.warmup = lr, warmup
         self.network = models.build(name, len(class_names)).to(memory_format=torch.channels_last)
         models.require_size(self.network, name, image_size)
+        self.batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.network.modules())
         self.loss = nn.CrossEntropyLoss()
         self.train_loss, self.val_loss, self.test_loss = MeanMetric(), MeanMetric(), MeanMetric()
         self.train_accuracy = MulticlassAccuracy(len(class_names), average="micro", validate_args=False)
@@ -86,7 +90,12 @@ class Classifier(LightningModule):
         return probabilities
 
     def _step(self, batch: "Batch", split: str) -> tuple[Tensor, Tensor]:
+        too_few = self.batch_norm and self.training and len(batch.label) < 2
+        if too_few:  # one picture, or none, has no batch statistics
+            self.network.eval()
         logits = self(batch.image)  # (B, K)
+        if too_few:
+            self.network.train()
         # a batch of which no picture could be read still takes part, so that no rank waits for another
         loss = self.loss(logits, batch.label) if len(batch.label) else logits.sum()
         mean: MeanMetric = getattr(self, f"{split}_loss")

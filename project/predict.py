@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from project import predictions
-from project.data.images import is_picture
+from project.data import manifest
 from project.errors import UserError
 
 
@@ -28,12 +28,18 @@ def predict(
         raise UserError(f"{out} exists; give another file by --out, or remove it.")
     if not target.absolute().parent.is_dir():
         raise UserError(f"There is no folder {target.parent} for --out {out}; make it first.")
+    if not os.access(target.absolute().parent, os.W_OK):
+        raise UserError(f"Cannot write into {target.absolute().parent} for --out {out}; change its permissions.")
     paths = list(expand(pictures))
+    for option, value, least in (("batch_size", batch_size, 1), ("workers", workers or 0, 0)):
+        if value < least:
+            raise UserError(f"--{option} is {value}; it must be at least {least}.")
     from project.checkpoint import load  # torch: not before the arguments are known to be right
+    from project.data.dataset import usable_cores
 
     predictor = load(checkpoint)
     if workers is None:
-        workers = 0 if len(paths) < 4 * batch_size else os.cpu_count() or 0
+        workers = 0 if len(paths) < 4 * batch_size else usable_cores()
     counts = {"labelled": 0, "unreadable": 0}
 
     def counted() -> Iterable[predictions.Prediction]:
@@ -58,15 +64,10 @@ def expand(pictures: Iterable[str]) -> Iterable[str]:
     """
     for name in pictures:
         if Path(name).is_dir():
-            found = False
-            for folder, folders, names in os.walk(name):
-                folders[:] = sorted(below for below in folders if not below.startswith("."))
-                for file in sorted(names):
-                    if is_picture(file) and not file.startswith("."):
-                        found = True
-                        yield str(Path(folder, file))
+            found = [str(Path(path)) for path in manifest.pictures(name)]
             if not found:
                 raise UserError(f"There are no pictures in {name}.")
+            yield from found
         elif os.path.lexists(name):  # a dangling link exists, and gets its error row
             yield name
         else:

@@ -19,7 +19,7 @@ def claim(name: str, rank_zero: bool = True, runs: Path = ROOT) -> Path:
         UserError: It cannot be written.
     """
     if name in ("", ".", "..", "latest") or Path(name).name != name:
-        raise UserError(f"--name {name!r} cannot be a folder in {runs}/; give a plain name, not latest.")
+        raise UserError(f"A run cannot be called {name!r}; choose a plain name other than latest by --name.")
     if not rank_zero:
         return Path(os.environ.get(VARIABLE, runs / name / "version_0"))
     try:
@@ -55,7 +55,12 @@ def point_latest(run: Path, latest: Path) -> None:
 
 def folder_of(path: Path) -> Path:
     """The run that a checkpoint belongs to, or the checkpoint's folder where it has been moved out of its run."""
-    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    return path.parent.parent if is_inside(path) else path.parent
+
+
+def is_inside(path: Path) -> bool:
+    """Whether a checkpoint lies in its run."""
+    return path.parent.name == "checkpoints"
 
 
 def find(path: str | os.PathLike[str] | None = None, runs: Path = ROOT) -> Path:
@@ -74,6 +79,8 @@ def find(path: str | os.PathLike[str] | None = None, runs: Path = ROOT) -> Path:
             raise UserError(f"No run in {runs}/ has a best.ckpt; train one first: python -m project.cli fit.")
         return found[-1]
     path = Path(path)
+    if path.name == "latest" and path.is_file():  # where there are no links; see point_latest
+        path = path.parent / path.read_text(encoding="utf-8")
     if path.is_dir():
         path = path / "checkpoints" / "best.ckpt"
     if not path.is_file():

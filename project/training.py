@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
@@ -41,7 +42,13 @@ HARMLESS = (
     ".*smaller than the logging interval.*",  # a small folder; every epoch is logged all the same
     ".*isinstance.treespec, LeafSpec.*",  # Lightning's own use of torch
 )
-HARDWARE = ("accelerator", "devices", "num_nodes", "strategy")  # of the machine, not of the run
+# What a checkpoint may set of the Trainer. Not the machine's share (accelerator, devices, workers), and nothing that
+# names a class: whoever writes a checkpoint must not choose what code runs.
+TRAINER_SETTINGS = frozenset(
+    {"max_epochs", "min_epochs", "max_steps", "min_steps", "precision", "accumulate_grad_batches", "deterministic"}
+    | {"gradient_clip_val", "gradient_clip_algorithm"}
+    | {"check_val_every_n_epoch", "val_check_interval", "log_every_n_steps"}
+)
 
 
 class Parser(usage.Parser, LightningArgumentParser):
@@ -76,9 +83,15 @@ class Cli(LightningCLI):
         return dict.fromkeys(("fit", "validate", "test"), skipped)
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The seed, and the run's name."""
-        parser.add_argument("--seed_everything", type=int, default=0, help="Seed of weights, order and augmentation.")
-        parser.add_argument("--name", type=str | None, help="Folder in runs/; by default the data folder's name.")
+        """The seed."""
+        seed = NonNegativeInt
+        parser.add_argument("--seed_everything", type=seed, default=0, help="Seed of weights, order and augmentation.")
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument("--name", type=str | None, help="Folder in runs/; by default the data folder's name.")
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What the data tells the model."""
@@ -89,32 +102,44 @@ class Cli(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the command line; a second time, above the run's settings, where it starts from a checkpoint."""
         self.config = parser.parse_args([self.verb, *self.argv])
-        given = self.config[self.verb].ckpt_path
+        given, chosen_split = self.config[self.verb].ckpt_path, self.config[self.verb].data.split
         self.checkpoint: Path | None = None
         if self.verb == "fit" and given is None:
             return
         self.checkpoint = runs.find(given or os.environ.get(CHECKPOINT_VARIABLE))
         os.environ[CHECKPOINT_VARIABLE] = str(self.checkpoint)
         content = checkpoint.read(self.checkpoint)
-        if self.verb == "fit" and "optimizer_states" not in content:
-            raise UserError(f"{self.checkpoint} holds weights only; continue from the run's last.ckpt.")
         self.metadata = content[checkpoint.METADATA]
         settings = self._settings_of_run()
         self.config = parser.parse_args([self.verb, f"--config={json.dumps(settings)}", *self.argv])
         self.config[self.verb].ckpt_path = str(self.checkpoint)
-        data = self.config[self.verb].data
-        if data.split == settings["data"]["split"] and data.root != settings["data"]["root"]:
-            data.split = None  # the run's split lists other pictures
+        data, run_root = self.config[self.verb].data, settings["data"].get("root", "")
+        if chosen_split is None and Path(data.root).resolve() != Path(run_root).resolve():
+            data.split = None
+            print(f"{data.root} is not the run's {run_root}: its split.csv is not used (--data.split would)")
+        if self.verb == "fit":
+            self._require_more_to_do(content)
+        else:
+            print(f"checkpoint: {self.checkpoint}", flush=True)
 
     def _settings_of_run(self) -> dict[str, Any]:
         assert self.checkpoint is not None
-        settings: dict[str, Any] = json.loads(json.dumps(self.metadata["config"]))
+        config: dict[str, dict[str, Any]] = self.metadata["config"]
+        settings = {section: {k: v for k, v in config[section].items() if _plain(v)} for section in ("data", "model")}
+        settings["data"].pop("workers", None)
+        settings["trainer"] = {k: v for k, v in config["trainer"].items() if k in TRAINER_SETTINGS and _plain(v)}
         split = runs.folder_of(self.checkpoint) / "split.csv"
-        if split.is_file():
+        if runs.is_inside(self.checkpoint) and split.is_file():
             settings["data"]["split"] = str(split)
-        if self.verb != "fit":
-            settings["trainer"] = {k: v for k, v in settings["trainer"].items() if k not in HARDWARE}
-        return settings
+        return settings | {"seed_everything": config.get("seed_everything", 0)}
+
+    def _require_more_to_do(self, content: dict[str, Any]) -> None:
+        if "optimizer_states" not in content:
+            raise UserError(f"{self.checkpoint} holds weights only; continue from the run's last.ckpt.")
+        batches = content["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        done, epochs = content["epoch"] + bool(batches["is_last_batch"]), self.config.fit.trainer.max_epochs
+        if epochs not in (None, -1) and done >= epochs:
+            raise UserError(f"{self.checkpoint} has done its {done} epochs; give more by --trainer.max_epochs.")
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would put the checkpoint's model settings over the command line's."""
@@ -124,15 +149,30 @@ class Cli(LightningCLI):
         super().instantiate_classes()
         self.datamodule.setup(self.verb)
         if self.checkpoint is not None:
-            self._require_same_classes()
+            self._require_same()
+        if self.verb == "test":
+            self._require_place_for_results()
 
-    def _require_same_classes(self) -> None:
+    def _require_same(self) -> None:
+        if (name := self.metadata["model"]) != self.model.name:
+            raise UserError(
+                f"{self.checkpoint} holds the weights of {name}, not of {self.model.name}; leave --model.name out."
+            )
         trained, found = self.metadata["class_names"], self.datamodule.class_names
         if trained != found:
             raise UserError(
                 f"{self.checkpoint} and {self.datamodule.root} have different classes: the checkpoint has "
                 f"{', '.join(trained)}; the data has {', '.join(found)}. Give its own data by --data.root."
             )
+
+    def _require_place_for_results(self) -> None:
+        assert self.checkpoint is not None
+        folder = runs.folder_of(self.checkpoint)
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"The results of a test go into {folder}, which cannot be written; change its permissions.")
+        mine = [name for name in callbacks.TestResults.FILES if (folder / name).exists()]
+        if mine and not runs.is_inside(self.checkpoint):  # in a run they are an earlier test's
+            raise UserError(f"{folder}/{mine[0]} exists and may be your own; move it, or the checkpoint, away.")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with the callbacks that every run has; its loggers follow in `before_fit`."""
@@ -142,7 +182,10 @@ class Cli(LightningCLI):
         loggers = given if isinstance(given, list) else [given] if given not in (None, True, False) else []
         always: list[Callback] = [callbacks.Unreadable()]
         if self.verb == "fit":
-            always += [callbacks.Narrator(), callbacks.FirstBatch()]
+            if 0 in (trainer["max_epochs"], trainer["max_steps"]):
+                raise UserError("There is nothing to train: --trainer.max_epochs or --trainer.max_steps is 0.")
+            self.figures = callbacks.Figures(self._flat_settings())
+            always += [callbacks.Narrator(), callbacks.FirstBatch(), self.figures]
         if trainer["enable_progress_bar"] is None:
             kwargs["enable_progress_bar"] = sys.stderr.isatty()
         if kwargs.get("enable_progress_bar", trainer["enable_progress_bar"]):
@@ -152,7 +195,10 @@ class Cli(LightningCLI):
         plugins = trainer["plugins"] or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         config = {**trainer, **kwargs, "logger": loggers or False, "plugins": [*plugins, callbacks.CheckpointWriter()]}
-        return self._instantiate_trainer(config, always)
+        try:
+            return self._instantiate_trainer(config, always)
+        except (TypeError, ValueError) as error:  # Lightning's way to refuse some of its options
+            raise UserError(f"The Trainer refuses its options: {' '.join(str(error).split())}") from error
 
     def before_fit(self) -> None:
         """Makes the run's folder and points loggers and checkpoints at it."""
@@ -162,10 +208,10 @@ class Cli(LightningCLI):
         self.run = runs.claim(name, rank_zero=_rank() == 0)
         if self.log:
             place: Any = {"save_dir": self.run.parent.parent, "name": name, "version": self.run.name}
-            board, settings = TensorBoardLogger(**place, default_hp_metric=False), self._flat_settings()
-            board.log_hyperparams(settings)
+            board = TensorBoardLogger(**place, default_hp_metric=False)
+            board.log_hyperparams(self.figures.settings)
             self.trainer.loggers = [board, CSVLogger(**place), *self.trainer.loggers]
-            self.trainer.callbacks += [LearningRateMonitor("step"), callbacks.Figures(settings)]
+            self.trainer.callbacks.append(LearningRateMonitor("step"))
         for saver in self.trainer.checkpoint_callbacks:
             saver.dirpath = saver.dirpath or str(self.run / "checkpoints")
         self.model.metadata = {"config": self._settings(), "resize": self.datamodule.resize, **checkpoint.provenance()}
@@ -193,13 +239,14 @@ class Cli(LightningCLI):
         """Says what came out, where it lies and what to do next."""
         if self.trainer.fast_dev_run or not self.trainer.is_global_zero:
             return
-        figures = next((c for c in self.trainer.callbacks if isinstance(c, callbacks.Figures)), None)
-        if figures is not None and figures.best:
-            values = "  ".join(f"{key} {value:.4f}" for key, value in figures.best.items() if key != "epoch")
-            print(f"best: epoch {figures.best['epoch']}  {values}")
+        if best := self.figures.best:
+            values = "  ".join(f"{key} {value:.4f}" for key, value in best.items() if key != "epoch")
+            print(f"best: epoch {best['epoch']}  {values}")
         size = sum(file.stat().st_size for file in self.run.rglob("*") if file.is_file())
         print(f"run: {self.run} ({size / 1e6:,.0f} MB)")
-        print(f"next: make board | python -m project.cli test | python -m project.cli predict {self.run} PICTURES...")
+        if (self.run / "checkpoints" / "best.ckpt").exists():
+            verbs = f"python -m project.cli test | python -m project.cli predict {self.run} PICTURES..."
+            print(f"next: make board | {verbs}")
 
     def _settings(self) -> dict[str, Any]:
         """The run's configuration as plain types, without what names the run."""
@@ -214,7 +261,7 @@ class Cli(LightningCLI):
         data = self.datamodule
         return {
             "seed_everything": self.config.fit.seed_everything,
-            "max_epochs": self.trainer.max_epochs,
+            "max_epochs": self.config.fit.trainer.max_epochs,
             "batch_size": data.batch_size,
             "image_size": data.image_size,
             "resize": data.resize,
@@ -236,11 +283,6 @@ class Cli(LightningCLI):
             f"on {self.trainer.world_size} x {device}: {self.run}",
             flush=True,
         )
-
-
-def _rank() -> int:
-    rank: int = getattr(rank_zero_only, "rank", 0)  # Lightning reads it from the launcher's variables
-    return rank
 
 
 def run(verb: str, argv: list[str]) -> int:
@@ -265,15 +307,26 @@ def run(verb: str, argv: list[str]) -> int:
             text = f"{text} Leave --trainer.accelerator out to use what this machine has, or give cpu."
         raise UserError(text) from error
     except SIGTERMException:
+        _say_where_it_stopped(verb)
         return 143
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # Lightning has saved and cleaned up
-            last = Path(os.environ.get(runs.VARIABLE, "")) / "checkpoints" / "last.ckpt"
-            print(
-                f"\nstopped; continue with: python -m project.cli fit --ckpt_path {last}"
-                if last.exists()
-                else "\nstopped before the first checkpoint"
-            )
+            _say_where_it_stopped(verb)
             return 130
         raise
     return 0
+
+
+def _say_where_it_stopped(verb: str) -> None:
+    last = Path(os.environ.get(runs.VARIABLE, "")) / "checkpoints" / "last.ckpt"
+    saved = verb == "fit" and last.exists()
+    print(f"\nstopped; continue with: python -m project.cli fit --ckpt_path {last}" if saved else "\nstopped")
+
+
+def _plain(value: object) -> bool:
+    return value is None or isinstance(value, str | int | float)
+
+
+def _rank() -> int:
+    rank: int = getattr(rank_zero_only, "rank", 0)  # Lightning reads it from the launcher's variables
+    return rank

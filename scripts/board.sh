@@ -6,9 +6,9 @@ spec=
 for folder in runs/*/; do
     name=$(basename "$folder")
     case $name in
-        '*') echo "board: there are no runs yet; make one: make fit" >&2; exit 1 ;;
-        latest) ;;
+        '*' | latest) ;;
         *) spec=$spec${spec:+,}$name:$folder ;;
     esac
 done
+[ -n "$spec" ] || { echo "board: there are no runs yet; make one: make fit" >&2; exit 1; }
 exec "${PYTHON:-.venv/bin/python}" -m tensorboard.main --logdir_spec "$spec" --host 127.0.0.1 "$@"

@@ -22,8 +22,8 @@ if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/d
     [ -n "$python" ] || stop "Python 3.11 or newer is needed; found $(${PYTHON:-python3} --version 2>&1 || true). Install it, or say where it is: make PYTHON=/path/to/python3.12 ..."
     "$python" -c 'import ensurepip, venv' 2>/dev/null ||
         stop "$python has no venv module. On Debian and Ubuntu: apt install $("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"
+    [ ! -e .venv ] || stop "the .venv that is here has no working Python 3.11 or newer; remove it: rm -rf .venv"
     echo "setup: making .venv with $("$python" --version)"
-    rm -rf .venv
     "$python" -m venv .venv
 fi
 

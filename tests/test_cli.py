@@ -46,6 +46,11 @@ def test_option_before_the_verb_is_put_right(refused):
         (["--data.root"], "--data.root"),
         (["--model.name", "alexnot"], "alexnet"),
         (["--model.positive", "7"], "one of two classes"),
+        (["--model.lr", "-1"], "--model.lr must be above 0"),
+        (["--model.warmup", "3"], "from 0 to below 1, not 0.0003 and 3.0"),
+        (["--seed_everything", "-1"], "--seed_everything is -1"),
+        (["--trainer.strategy", "nonsense"], "The Trainer refuses its options"),
+        (["--trainer.max_epochs", "0"], "nothing to train"),
     ],
 )
 def test_words_nobody_knows_get_one_sentence(workplace, refused, words, said):

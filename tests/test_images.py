@@ -1,4 +1,5 @@
 import io
+import os
 import pickle
 import struct
 import zlib
@@ -157,6 +158,12 @@ def test_bomb_is_refused_by_its_header_without_decoding(monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(ImageError, match="pixels"):
         read(bomb(9500, 9500), 32)
+
+
+def test_pipe_is_refused_instead_of_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(ImageError, match="not a regular file"):
+        read(tmp_path / "x.png", 32)
 
 
 def test_missing_file_says_so(tmp_path):

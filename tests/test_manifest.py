@@ -1,5 +1,6 @@
 import csv
 import hashlib
+import os
 import shutil
 
 import numpy as np
@@ -52,6 +53,12 @@ def test_missing_val_is_carved_from_train_and_missing_test_is_said(tmp_path):
     assert [len(rows.rows(name)) for name in SPLITS] == [36, 4, 0]
     assert any("no val" in notice for notice in rows.notices)
     assert any("no test" in notice for notice in rows.notices)
+
+
+def test_split_folders_may_be_capitalised(tmp_path):
+    for name in ("Train", "VAL", "Test"):
+        make_pictures(tmp_path / name, {"a": 4, "b": 4})
+    assert [len(load(tmp_path).rows(name)) for name in SPLITS] == [8, 8, 8]
 
 
 def test_a_class_called_train_is_a_class(tmp_path):
@@ -127,6 +134,12 @@ def test_class_missing_from_a_split_lists_both_sides(tmp_path):
     assert "only in val: c" in said
 
 
+def test_class_name_that_is_not_utf8_is_refused(tmp_path):
+    make_pictures(tmp_path, {"a": 4, "b": 4})
+    (tmp_path / "b").rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    assert "not UTF-8" in refusal(tmp_path)
+
+
 def test_val_and_valid_together_are_refused(tmp_path):
     for name in ("train", "val", "valid"):
         make_pictures(tmp_path / name, {"a": 4, "b": 4})
@@ -144,6 +157,7 @@ def test_splits_without_train_are_not_mistaken_for_classes(tmp_path):
     [
         ("path,label\na,b\n", "no column split"),
         ("path,label,split\na,b,tran\n", "tran"),
+        ("path,label,split\na,b\n", "None"),
         ("path,label,split\na,b,val\na,b,test\n", "more than once"),
     ],
 )

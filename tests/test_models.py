@@ -63,6 +63,13 @@ def test_any_torchvision_network_is_built_by_name():
         assert network(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 5)
 
 
+@pytest.mark.parametrize(("name", "size"), [("googlenet", 64), ("inception_v3", 96)])
+@pytest.mark.filterwarnings("ignore:.*initialization of.*:FutureWarning")
+def test_networks_with_side_outputs_answer_with_logits_alone_while_they_train(name, size):
+    image = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    assert models.build(name, 5).train()(image).shape == (2, 5)
+
+
 def test_unknown_network_lists_near_names():
     with pytest.raises(UserError, match=r"resnet81.*resnet"):
         models.build("resnet81", 2)

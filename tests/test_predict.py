@@ -82,10 +82,15 @@ def test_mistakes_are_told_in_a_sentence(at_trained, tmp_path, refused):
     assert "no folder" in refused("predict", str(at_trained), "photos", "--out", str(tmp_path / "no" / "a.csv"))
     assert "Did you mean --out?" in refused("predict", str(at_trained), "photos", "--ou", "a.csv")
     assert "pictures" in refused("predict", str(at_trained))
+    assert "--batch_size is 0" in refused("predict", str(at_trained), "photos", "--batch_size", "0")
+    assert "--workers is -1" in refused("predict", str(at_trained), "photos", "--workers", "-1")
 
 
 def test_hidden_pictures_of_a_folder_are_passed_over(workplace):
     for name in ("a.png", ".b.png", ".c/d.png", "e/f.PNG"):
         Path("p", name).parent.mkdir(parents=True, exist_ok=True)
         Path("p", name).write_bytes(b"")
-    assert list(expand(["p"])) == ["p/a.png", "p/e/f.PNG"]
+    Path("elsewhere").mkdir()
+    Path("elsewhere", "g.png").write_bytes(b"")
+    Path("p", "linked").symlink_to(Path("elsewhere").resolve())
+    assert list(expand(["p"])) == ["p/a.png", "p/e/f.PNG", "p/linked/g.png"]

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -82,8 +83,8 @@ def test_tensorboard_holds_the_named_scalars_pictures_graph_and_hparams(at_train
     assert tags["images"] == ["train/first_batch"]
     assert tags["graph"]
     assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
-    best = max(float(row["val/accuracy"]) for row in read_csv(at_trained / "metrics.csv") if row["val/accuracy"])
-    assert events.Scalars("val_best/accuracy")[0].value <= best
+    best = min((r for r in read_csv(at_trained / "metrics.csv") if r["val/loss"]), key=lambda r: float(r["val/loss"]))
+    assert events.Scalars("val_best/accuracy")[0].value == pytest.approx(float(best["val/accuracy"]))
     assert len(events.Scalars("val/loss")) == 3
 
 
@@ -233,6 +234,109 @@ def test_newest_run_with_a_best_checkpoint_is_taken(photos, capsys):
     assert runs.find().parent.parent == Path("runs/other/version_0")
 
 
+@pytest.mark.parametrize(
+    ("options", "epochs"),
+    [
+        (["--trainer.check_val_every_n_epoch", "2"], 3),
+        (["--trainer.check_val_every_n_epoch", "2"], 1),
+        (["--trainer.val_check_interval", "2"], 1),
+        (["--trainer.accumulate_grad_batches", "4"], 2),
+        (["--trainer.logger", "false"], 1),
+    ],
+)
+def test_last_checkpoint_is_truly_last_and_the_first_batch_is_drawn_once(photos, options, epochs, capsys):
+    assert cli.main([*FIT, *options, "--trainer.max_epochs", str(epochs)]) == 0
+    run = Path("runs/photos/version_0")
+    last = checkpoint_of(run, "last")
+    assert last["epoch"] == epochs - 1
+    assert last["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["completed"] == 10 * epochs
+    validated = "check_val_every_n_epoch" not in options[0] or epochs > 1
+    out = capsys.readouterr().out
+    assert ("best: epoch" in out) == ("next: make board" in out) == validated
+    if "logger" not in options[0]:
+        assert len(EventAccumulator(str(run)).Reload().Images("train/first_batch")) == 1
+
+
+def test_a_users_own_checkpoints_and_loggers_come_beside_ours(photos):
+    own = {
+        "callbacks": [
+            {"class_path": "ModelCheckpoint", "init_args": {"monitor": "val/loss", "filename": "mine"}},
+            {"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss"}},
+        ],
+        "logger": [{"class_path": "CSVLogger", "init_args": {"save_dir": "mine"}}],
+    }
+    Path("own.yaml").write_text(yaml.safe_dump({"trainer": own}))
+    assert cli.main([*FIT, "--config", "own.yaml"]) == 0
+    run = Path("runs/photos/version_0")
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "mine.ckpt"}
+    assert (run / "metrics.csv").exists()
+    assert list(Path("mine").rglob("metrics.csv"))
+
+
+def test_network_with_batch_norm_takes_batches_of_one_and_of_none(photos):
+    batch_of_one = [*FIT, "--model.name", "resnet18", "--data.batch_size", "1", "--trainer.limit_train_batches", "12"]
+    for file in sorted(photos.glob("red/*.png"))[:30]:
+        file.write_bytes(b"")
+    assert cli.main(batch_of_one) == 0
+    assert all(
+        torch.isfinite(w.float()).all() for w in checkpoint_of(Path("runs/photos/version_0"))["state_dict"].values()
+    )
+
+
+def test_other_spelling_of_the_root_keeps_the_runs_split_and_another_root_says_so(photos, capsys):
+    assert cli.main([*FIT, "--data.split_seed", "9"]) == 0
+    run = Path("runs/photos/version_0")
+    held_out = {Path(row["path"]) for row in read_csv(run / "split.csv") if row["split"] == "test"}
+    make_pictures(photos, dict.fromkeys(COLOURS, 50))
+    for root in ("./photos", str(photos.resolve())):
+        assert cli.main(["test", "--data.root", root]) == 0
+        assert {Path(row["path"]).resolve() for row in read_csv(run / "predictions.csv")} == {
+            (photos / path).resolve() for path in held_out
+        }
+    shutil.copytree("photos", "copy")
+    capsys.readouterr()
+    assert cli.main(["test", "--data.root", "copy"]) == 0
+    assert "its split.csv is not used" in capsys.readouterr().out
+    assert json.loads((run / "test_metrics.json").read_text())["data"] == "copy"
+    assert cli.main(["test", "--data.root", "copy", "--data.split", str(run / "split.csv")]) == 0
+    assert {Path(row["path"]) for row in read_csv(run / "predictions.csv")} == {"copy" / path for path in held_out}
+
+
+def test_checkpoint_outside_its_run_overwrites_nothing(at_trained, tmp_path, refused):
+    shutil.copy(at_trained / "checkpoints" / "best.ckpt", tmp_path)
+    (tmp_path / "predictions.csv").write_text("mine")
+    assert "predictions.csv exists" in refused("test", "--ckpt_path", str(tmp_path / "best.ckpt"))
+    assert (tmp_path / "predictions.csv").read_text() == "mine"
+    (tmp_path / "predictions.csv").unlink()
+    assert cli.main(["test", "--ckpt_path", str(tmp_path / "best.ckpt")]) == 0
+    assert (tmp_path / "test_metrics.json").exists()
+
+
+def test_checkpoint_cannot_choose_what_code_runs(at_trained, tmp_path, monkeypatch):
+    Path("evil.py").write_text("open('executed', 'w')\nfrom lightning.pytorch import Callback\n")
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    content = torch.load(at_trained / "checkpoints" / "best.ckpt", weights_only=True)
+    for key in ("callbacks", "logger", "plugins", "profiler", "strategy"):
+        content["metadata"]["config"]["trainer"][key] = {"class_path": "evil.Callback"}
+    content["metadata"]["config"]["model"]["name"] = {"class_path": "evil.Callback"}
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    torch.save(content, tmp_path / "run" / "checkpoints" / "best.ckpt")
+    arguments = ["--ckpt_path", str(tmp_path / "run"), "--model.name", "squeezenet1_1"]
+    assert cli.main(["validate", *arguments]) == 0
+    assert not Path("executed").exists()
+
+
+def test_nan_loss_is_never_best():
+    from types import SimpleNamespace
+
+    from project.callbacks import Figures
+
+    figures = Figures({})
+    for epoch, loss in enumerate((float("nan"), 0.5, float("nan"), 0.7)):
+        figures.on_validation_end(SimpleNamespace(callback_metrics={"val/loss": loss}, current_epoch=epoch), None)
+    assert figures.best == {"val/loss": 0.5, "epoch": 2}
+
+
 # refusals: exit code 2, one sentence, nothing written
 
 
@@ -308,10 +412,21 @@ def test_weights_only_checkpoint_cannot_be_continued(at_trained, refused):
     assert "last.ckpt" in refused("fit", "--ckpt_path", str(at_trained / "checkpoints" / "best.ckpt"))
 
 
+def test_finished_run_has_nothing_left_to_do(at_trained, refused):
+    last = str(at_trained / "checkpoints" / "last.ckpt")
+    assert "has done its 3 epochs" in refused("fit", "--ckpt_path", last)
+    assert sorted(p.name for p in at_trained.parent.iterdir()) == ["version_0"]
+
+
+def test_weights_of_another_network(at_trained, refused):
+    said = refused("test", "--ckpt_path", str(at_trained), "--model.name", "resnet18")
+    assert "squeezenet1_1, not of resnet18" in said
+
+
 def test_no_accelerator(photos, refused):
     if torch.accelerator.is_available():
         pytest.skip("this machine has an accelerator")
-    assert "gpu" in refused(*FIT, "--trainer.accelerator", "gpu")
+    assert "Leave --trainer.accelerator out" in refused(*FIT, "--trainer.accelerator", "gpu")
     assert not Path("runs").exists()
 
 

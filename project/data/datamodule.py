@@ -1,6 +1,5 @@
 """ImageData: a folder of pictures as Lightning's train, val and test loaders."""
 
-import os
 from functools import cached_property
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from project.data import digits, manifest
-from project.data.dataset import Batch, ImageDataset, loader
+from project.data.dataset import Batch, ImageDataset, loader, usable_cores
 from project.data.images import ImageError, Resize
 from project.data.sampler import BatchSampler
 from project.data.transforms import Augment
@@ -54,7 +53,7 @@ class ImageData(LightningDataModule):
         self.image_size: int = image_size if image_size is not None else digits.IMAGE_SIZE if bundled else 224
         self.resize: Resize = resize
         self.augment: Augment = augment or ("none" if bundled else "flip")
-        self.workers = workers if workers is not None else 0 if bundled else min(_usable_cores(), 8)
+        self.workers = workers if workers is not None else 0 if bundled else min(usable_cores(), 8)
         self._batch_size = batch_size
         self._datasets: dict[str, ImageDataset] = {}
         for name, value, least in (
@@ -159,8 +158,3 @@ class ImageData(LightningDataModule):
             self.workers,
             pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
         )
-
-
-def _usable_cores() -> int:
-    """Cores this process may use; a container's or scheduler's share, not the machine's whole number."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

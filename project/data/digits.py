@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from project.data import manifest
+from project.errors import UserError
 
 ROOT = Path("data/digits")
 IMAGE_SIZE = 64  # the pictures are 8x8; AlexNet needs 63
@@ -27,8 +28,11 @@ def write(root: Path = ROOT) -> None:
     pictures = defaultdict(list)
     for number, label in enumerate(labels):
         pictures[str(label)].append(f"{label}/{number:04d}.png")
-    root.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    except OSError as error:
+        raise UserError(f"Cannot write the digits into {root}: {error.strerror}; change folder.") from error
     try:
         unfinished.chmod(0o755)
         for path, _, split in manifest.split_by_quota(pictures, seed=0):

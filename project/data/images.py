@@ -5,6 +5,7 @@ Only Pillow and NumPy, so that whoever consumes an exported model without torch 
 
 import io
 import os
+import stat
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +66,8 @@ def read(source: str | os.PathLike[str] | bytes, size: int, resize: Resize = "st
     """
     name = "<bytes>" if isinstance(source, bytes) else os.fspath(source)
     try:
+        if not isinstance(source, bytes) and not stat.S_ISREG(Path(source).stat().st_mode):  # a pipe would wait
+            raise ImageError(name, "not a regular file")
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:

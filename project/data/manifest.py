@@ -118,8 +118,11 @@ class _Findings:
 
 
 def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        return sorted(entries, key=lambda entry: entry.name)
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"Cannot read the folder {folder}: {error.strerror}; change its permissions.") from error
 
 
 def _walk(root: Path, found: _Findings, below: str = "") -> Iterable[tuple[str, str]]:
@@ -137,6 +140,11 @@ def _walk(root: Path, found: _Findings, below: str = "") -> Iterable[tuple[str, 
                 yield entry.name, picture
             if not count:
                 found.skip("folder without pictures", path)
+
+
+def pictures(folder: str) -> Iterable[str]:
+    """Yields the path of every picture in a folder and below it, in order of name; hidden ones are passed over."""
+    return _pictures(folder, folder.rstrip("/"), _Findings(), frozenset())
 
 
 def _pictures(folder: str, relative: str, found: _Findings, above: frozenset[str]) -> Iterable[str]:
@@ -157,21 +165,21 @@ def _pictures(folder: str, relative: str, found: _Findings, above: frozenset[str
 
 def _is_split(root: Path) -> bool:
     """Whether `root` holds train/<class>/ rather than a class that happens to be called "train"."""
-    folders = {entry.name for entry in _entries(root) if entry.is_dir() and not entry.name.startswith(".")}
+    folders = {e.name.casefold(): e for e in _entries(root) if e.is_dir() and not e.name.startswith(".")}
     if "train" not in folders:
-        if folders and folders <= set(_SPLIT_OF_FOLDER):
+        if folders and folders.keys() <= _SPLIT_OF_FOLDER.keys():
             raise UserError(
                 f"{root} has {', '.join(sorted(folders))} but no train; rename the training folder to train."
             )
         return False
-    return any(entry.is_dir() for entry in _entries(root / "train"))
+    return any(entry.is_dir() for entry in _entries(folders["train"].path))
 
 
 def _split_by_folder(root: Path, found: _Findings, seed: int) -> list[Row]:
     rows: list[Row] = []
     sources: dict[str, str] = {}
     for entry in _entries(root):
-        split = _SPLIT_OF_FOLDER.get(entry.name)
+        split = _SPLIT_OF_FOLDER.get(entry.name.casefold())
         if split is None or not entry.is_dir():
             found.skip("hidden" if entry.name.startswith(".") else "not one of train, val, test", entry.name)
             continue
@@ -245,7 +253,7 @@ def _read_split(file: Path) -> list[Row]:
             rows = [(row["path"], row["label"], row["split"]) for row in reader]
     except OSError as error:
         raise UserError(f"Cannot read {file}: {error.strerror}; --data.split takes the split.csv of a run.") from error
-    unknown = sorted({split for _, _, split in rows} - set(SPLITS))
+    unknown = sorted({str(split) for _, _, split in rows} - set(SPLITS))
     if unknown:
         raise UserError(f"{file} has splits {', '.join(unknown)}; they must be {', '.join(SPLITS)}.")
     twice = [path for path, count in Counter(path for path, _, _ in rows).items() if count > 1]
@@ -268,6 +276,8 @@ def _manifest(root: Path, rows: list[Row], found: _Findings) -> Manifest:
                 f"The classes of train and {split} differ in {root}: only in train: {', '.join(missing) or 'none'}; "
                 f"only in {split}: {', '.join(extra) or 'none'}. Both need the same class folders, none empty."
             )
+    if strange := [name for name in names if any("\udc80" <= letter <= "\udcff" for letter in name)]:
+        raise UserError(f"The class folder {strange[0]!r} has a name that is not UTF-8; rename it.")
     if len(names) < 2:
         raise UserError(f"{root} has one class, {names[0]}; a classifier needs at least two class folders.")
     index = {name: number for number, name in enumerate(names)}

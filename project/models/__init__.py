@@ -41,7 +41,11 @@ def build(
     if name not in names:
         near = difflib.get_close_matches(name, names, 3) or ["alexnet", "resnet18"]
         raise UserError(f"There is no network {name}; --model.name takes, among others, {', '.join(near)}.")
-    return nn.Sequential(normalize, torchvision.models.get_model(name, weights=None, num_classes=num_classes))
+    # these two would answer with a tuple of logits while they train
+    options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    return nn.Sequential(
+        normalize, torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+    )
 
 
 def require_size(network: "nn.Module", name: str, image_size: int) -> None:
