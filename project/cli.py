@@ -8,6 +8,7 @@ import difflib
 import importlib
 import sys
 
+from project.data import workers
 from project.errors import UserError
 
 TRAINER_VERBS = {
@@ -56,6 +57,8 @@ def _run(argv: list[str]) -> int:
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UserError(f"There is no verb {verb}.{hint} The verbs are {', '.join(VERBS)}.")
     if verb in TRAINER_VERBS:
+        if any(word.startswith(("--data.root", "--config")) for word in rest):
+            workers.start_server()  # it imports torch while this process imports Lightning
         from project import training
 
         return training.run(verb, rest)

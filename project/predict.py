@@ -6,6 +6,7 @@ from pathlib import Path
 
 from project import predictions
 from project.data import manifest
+from project.data.workers import usable_cores
 from project.errors import UserError
 
 
@@ -35,7 +36,6 @@ def predict(
         if value < least:
             raise UserError(f"--{option} is {value}; it must be at least {least}.")
     from project.checkpoint import load  # torch: not before the arguments are known to be right
-    from project.data.dataset import usable_cores
 
     predictor = load(checkpoint)
     if workers is None:

@@ -134,7 +134,7 @@ def peak_memory(*command):
                 continue
             total += sum(int(row.split()[1]) for row in rows if row.startswith(("Pss_Anon", "Pss_Shmem")))
         peak = max(peak, total)
-        time.sleep(0.2)
+        time.sleep(0.05)
     assert process.returncode == 0
     return peak / 1024
 

@@ -7,7 +7,8 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from project.data import digits, manifest
-from project.data.dataset import Batch, ImageDataset, loader, usable_cores
+from project.data import workers as processes
+from project.data.dataset import Batch, ImageDataset, loader
 from project.data.images import ImageError, Resize
 from project.data.sampler import BatchSampler
 from project.data.transforms import Augment
@@ -53,7 +54,7 @@ class ImageData(LightningDataModule):
         self.image_size: int = image_size if image_size is not None else digits.IMAGE_SIZE if bundled else 224
         self.resize: Resize = resize
         self.augment: Augment = augment or ("none" if bundled else "flip")
-        self.workers = workers if workers is not None else 0 if bundled else min(usable_cores(), 8)
+        self.workers = workers if workers is not None else 0 if bundled else min(processes.usable_cores(), 8)
         self._batch_size = batch_size
         self._datasets: dict[str, ImageDataset] = {}
         for name, value, least in (

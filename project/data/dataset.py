@@ -1,10 +1,6 @@
 """Rows become uint8 images and labels, read when they are asked for."""
 
-import multiprocessing
-import os
-import signal
 from collections.abc import Sequence
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -14,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from project.data import images, transforms
+from project.data import images, transforms, workers
 from project.data.sampler import BatchSampler, Key
 
-HAS_SERVER = "forkserver" in multiprocessing.get_all_start_methods()
 UNKNOWN = -1  # the label of a picture that has none
 
 
@@ -100,42 +95,28 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return self.augment(image, np.random.default_rng((self.seed, *key)))
 
 
-def loader(dataset: ImageDataset, sampler: BatchSampler, workers: int, pin_memory: bool = False) -> DataLoader[Batch]:
+def loader(
+    dataset: ImageDataset, sampler: BatchSampler, num_workers: int, pin_memory: bool = False
+) -> DataLoader[Batch]:
     """A DataLoader whose workers live as long as it does and leave Ctrl-C to the main process.
 
     They start from a small server process where the system has that: a worker forked from the training process would
     keep its weights and the optimiser's state alive as they were at that moment, 0.7 GB for AlexNet.
     """
-    if workers:
-        start_server()
+    if num_workers:
+        workers.start_server()
     return DataLoader(
         cast(Dataset[Batch], dataset),  # what __getitems__ makes of many rows
         batch_sampler=sampler,
-        num_workers=workers,
+        num_workers=num_workers,
         collate_fn=_as_is,
         pin_memory=pin_memory,
-        persistent_workers=workers > 0,
-        multiprocessing_context="forkserver" if workers and HAS_SERVER else None,
-        worker_init_fn=_ignore_interrupt,
+        persistent_workers=num_workers > 0,
+        multiprocessing_context="forkserver" if num_workers and workers.HAS_SERVER else None,
+        worker_init_fn=workers.ignore_interrupt,
         generator=torch.Generator(),  # not the global one: what the network draws must not depend on the workers
     )
 
 
-def start_server() -> None:
-    """Starts the process that workers come from, which takes some seconds: call it early."""
-    if HAS_SERVER:
-        multiprocessing.get_context("forkserver").set_forkserver_preload(["project.data.dataset"])
-        forkserver.ensure_running()
-
-
-def _ignore_interrupt(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def _as_is(batch: Any) -> Any:
     return batch  # `ImageDataset.__getitems__` has made the batch already
-
-
-def usable_cores() -> int:
-    """Cores this process may use; a container's or scheduler's share, not the machine's whole number."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
