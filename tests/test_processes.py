@@ -82,6 +82,23 @@ def test_ctrl_c_saves_exits_with_130_and_leaves_no_worker(photos):
     assert not alive
 
 
+@pytest.mark.slow
+def test_no_process_outlives_a_fit_that_is_killed(photos):
+    process = psutil.Popen(
+        [*CLI, *FIT, "--data.workers", "2", "--trainer.max_epochs", "500"], stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not Path("runs/photos/version_0/checkpoints/last.ckpt").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    children = process.children(recursive=True)
+    assert len(children) >= 3
+    process.kill()
+    process.wait(20)
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+
+
 def set_up(tmp_path, python=None, **variables):
     """Runs the set-up script in an empty project with the given `python`."""
     place = tmp_path / "clone"

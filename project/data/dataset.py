@@ -113,7 +113,7 @@ def loader(
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         multiprocessing_context="forkserver" if num_workers and workers.HAS_SERVER else None,
-        worker_init_fn=workers.ignore_interrupt,
+        worker_init_fn=workers.prepare,
         generator=torch.Generator(),  # not the global one: what the network draws must not depend on the workers
     )
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 
 HAS_SERVER = "forkserver" in multiprocessing.get_all_start_methods()
 
@@ -21,6 +22,14 @@ def start_server() -> None:
         forkserver.ensure_running()
 
 
-def ignore_interrupt(_: int) -> None:
-    """Leaves Ctrl-C to the main process; a DataLoader calls this in each worker."""
+def prepare(_: int) -> None:
+    """Leaves Ctrl-C to the main process, and ends with it however it ends; a DataLoader calls this in each worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_main_process, daemon=True).start()
+
+
+def _end_with_the_main_process() -> None:
+    main = multiprocessing.parent_process()
+    assert main is not None
+    main.join()  # PyTorch watches the parent's id, which is the server's
+    os._exit(1)
