@@ -48,7 +48,7 @@ def test_option_before_the_verb_is_put_right(refused):
         (["--model.positive", "7"], "one of two classes"),
         (["--model.lr", "-1"], "--model.lr must be above 0"),
         (["--model.warmup", "3"], "from 0 to below 1, not 0.0003 and 3.0"),
-        (["--seed_everything", "-1"], "--seed_everything is -1"),
+        (["--seed_everything", "-1"], "-1 does not conform to restriction v>=0"),
         (["--trainer.strategy", "nonsense"], "The Trainer refuses its options"),
         (["--trainer.max_epochs", "0"], "nothing to train"),
     ],
