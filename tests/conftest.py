@@ -10,7 +10,7 @@ from PIL import Image
 
 from project import cli
 
-SMALL = ["--model.name", "squeezenet1_1", "--data.image_size", "32", "--data.workers", "0"]
+SMALL = ["--model.name", "squeezenet1_1", "--data.image_size", "32", "--data.workers", "0", "--data.batch_size", "8"]
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}
 
 

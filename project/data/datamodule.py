@@ -28,7 +28,7 @@ class ImageData(LightningDataModule):
         image_size: Side of the square images, in pixels; by default 64 for the bundled digits, else 224.
         resize: How a picture becomes square: stretch, crop (the centre square) or pad (black borders).
         augment: What is done to training pictures: none or flip; by default none for the digits, else flip.
-        batch_size: Pictures a step, over all devices; by default 64, less for fewer than 1,024 training pictures.
+        batch_size: Pictures a step, over all devices; by default 64, less for fewer than 512 training pictures.
         workers: Processes that read pictures; by default none for the digits, else the usable cores, at most 8.
         seed: Order and augmentation; the command line sets it to --seed_everything.
     """
@@ -77,11 +77,11 @@ class ImageData(LightningDataModule):
 
     @property
     def batch_size(self) -> int:
-        """Rows in a global batch: at least sixteen steps an epoch where the folder is small."""
+        """Rows in a global batch: at least eight steps an epoch where the folder is small."""
         if self._batch_size is not None:
             return self._batch_size
         rows = len(self.manifest.rows("train"))
-        return max(1, min(64, rows, max(8, rows // 16)))
+        return max(1, min(64, rows, max(8, rows // 8)))
 
     def setup(self, stage: str) -> None:
         """Reads the rows and checks that the stage can run; no picture but the first readable one is decoded.
