@@ -29,7 +29,7 @@ class Classifier(LightningModule):
         class_names: K names, from the data.
         image_size: Side of the square images, in pixels, from the data.
         name: The network: alexnet, or any of torchvision's classification networks.
-        lr: Highest learning rate. AlexNet has no batch norm and stays at chance level with Adam's usual 1e-3.
+        lr: Highest learning rate. Adam's usual 1e-3 is known to be too high for AlexNet, which has no batch norm.
         warmup: Share of the steps over which the learning rate rises, before it falls along a cosine.
         positive: Of two classes, the one that precision, recall and F1 are about; by default the second.
     """
