@@ -101,7 +101,6 @@ class Narrator(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
-        self._start = time.monotonic()
         self._steps = 0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -150,10 +149,8 @@ class FirstBatch(Callback):
         images = batch.image[:32].permute(0, 2, 3, 1).cpu().numpy()
         titles = [names[label] for label in batch.label[:32].tolist()]
         writer.add_figure("train/first_batch", figures.image_grid(images, titles), 0)
-        with (
-            warnings.catch_warnings()
-        ):  # TensorBoard's graph is made by torch.jit.trace, which says that it is deprecated
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the graph is made by torch.jit.trace, which says that it is deprecated
             writer.add_graph(pl_module.network, batch.image[:1])
 
 
@@ -167,7 +164,7 @@ class Figures(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the figures of the validation with the lowest val/loss."""
         now = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
-        if now["val/loss"] < self.best.get("val/loss", float("inf")):
+        if now.get("val/loss", float("inf")) < self.best.get("val/loss", float("inf")):
             self.best = now | {"epoch": trainer.current_epoch + 1}
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -298,7 +298,8 @@ def run(verb: str, argv: list[str]) -> int:
         logging.getLogger(name).setLevel(logging.WARNING)
     for harmless in HARMLESS:
         warnings.filterwarnings("ignore", harmless)
-    os.environ.pop(CHECKPOINT_VARIABLE, None) if _rank() == 0 else None
+    if _rank() == 0:
+        os.environ.pop(CHECKPOINT_VARIABLE, None)
     try:
         Cli(verb, argv)
     except MisconfigurationException as error:
