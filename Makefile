@@ -3,7 +3,10 @@ PYTHON ?=
 ARGS ?=
 VENV = .venv/bin/python
 
-.PHONY: install fit test test-slow check board clean core dev
+.PHONY: help install fit test test-slow check board clean core dev
+
+help:  ## these lines
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):[^#]*## /make \1\t/' | expand -t 18
 
 install: dev  ## everything, for developing
 

@@ -1,16 +1,13 @@
-"""What watches a fit: saves it, shows it, tells how long it takes, and writes down what a test found."""
+"""What watches a fit: shows it, tells how long it takes, and writes down what a test found."""
 
 import json
 import time
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from project import figures, files, predictions
@@ -20,78 +17,24 @@ if TYPE_CHECKING:
     from project.data.datamodule import ImageData
 
 
-class Best(ModelCheckpoint):
-    """A name of its own, so that its state is not taken for that of a user's ModelCheckpoint."""
-
-
-class Last(ModelCheckpoint):
-    """Likewise."""
-
-
-def checkpoints() -> list[Callback]:
-    """best.ckpt, weights of the lowest val/loss, and last.ckpt, everything that a fit needs to go on.
-
-    Two callbacks, because ModelCheckpoint's own save_last writes only when it has also saved a best one.
-    """
-    best = Best(filename="best", monitor="val/loss", save_weights_only=True, enable_version_counter=False)
-    last = Last(filename="last", save_on_train_epoch_end=True, save_on_exception=True, enable_version_counter=False)
-    return [best, last]
-
-
-class CheckpointWriter(TorchCheckpointIO):
-    """Writes checkpoints beside their target, and waits for the disk in a thread while the fit goes on.
-
-    Lightning's own keeps a second copy in memory and, where the temporary folder is another file system, is not
-    atomic. AlexNet with Adam is 685 MB: 0.6 s to write, 2.5 s more until the disk has it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._settling: list[Future[None]] = []
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Returns when the weights are safe to change; the file is in place some seconds later."""
-        target = Path(path)
-        unfinished = files.beside(target)
-        try:
-            torch.save(checkpoint, unfinished)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
-        self._settling.append(self._thread.submit(files.settle, unfinished, target))
-
-    def teardown(self) -> None:
-        """Waits until every checkpoint is in place."""
-        while self._settling:
-            self._settling.pop(0).result()
-
-
 class Unreadable(Callback):
     """Names each picture that could not be read, once."""
 
     def __init__(self) -> None:
         self.named: set[str] = set()
 
-    def name(self, trainer: Trainer, pl_module: LightningModule, failed: list[tuple[int, str]], split: str) -> None:
-        """Prints path and reason of those that are new."""
-        for row, reason in failed:
+    def name(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Prints path and reason of those that are new in a batch."""
+        split: Any = trainer.state.stage and trainer.state.stage.dataloader_prefix  # train, val or test
+        for row, reason in batch.failed:
             path = data_of(trainer).path(split, row)
             if path not in self.named:
                 self.named.add(path)
                 print(f"left out, unreadable: {path}: {reason}", flush=True)  # each rank, what it has met
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
-        """Looks through a training batch."""
-        self.name(trainer, pl_module, batch.failed, "train")
-
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
-        """Looks through a validation batch."""
-        self.name(trainer, pl_module, batch.failed, "val")
-
-    def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
-        """Looks through a test batch."""
-        self.name(trainer, pl_module, batch.failed, "test")
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = name
 
 
 class Narrator(Callback):
@@ -121,7 +64,7 @@ class Narrator(Callback):
                 # a forward pass costs about a third of a training step
                 validation = sum(trainer.num_val_batches) / 3 / (trainer.check_val_every_n_epoch or 1)
                 expected = step * epochs * (trainer.num_training_batches + validation)
-                pl_module.print(f"expected time: {duration(expected)} for {epochs} epochs")
+                pl_module.print(f"expected time: {duration(expected)} for {epochs} epoch{'s' * (epochs > 1)}")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The epoch's line."""

@@ -4,12 +4,11 @@ The Trainer's verbs go through LightningCLI (training.py); each other verb is a 
 whose signature is its options and whose docstring is its help. Nothing heavy is imported before a verb needs it.
 """
 
-import difflib
 import importlib
 import sys
 
 from project.data import workers
-from project.errors import UserError
+from project.errors import UserError, did_you_mean
 
 TRAINER_VERBS = {
     "fit": "train on a folder of pictures (the bundled digits, if none is given)",
@@ -53,9 +52,7 @@ def _run(argv: list[str]) -> int:
         later = next((word for word in rest if word in VERBS), "fit")
         raise UserError(f"Options come after the verb: python -m project.cli {later} {verb} ...")
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, 1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise UserError(f"There is no verb {verb}.{hint} The verbs are {', '.join(VERBS)}.")
+        raise UserError(f"There is no verb {verb}.{did_you_mean(verb, VERBS)} The verbs are {', '.join(VERBS)}.")
     if verb in TRAINER_VERBS:
         if any(word.startswith(("--data.root", "--config")) for word in rest):
             workers.start_server()  # it imports torch while this process imports Lightning

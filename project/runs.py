@@ -18,8 +18,10 @@ def claim(name: str, rank_zero: bool = True, runs: Path = ROOT) -> Path:
     Raises:
         UserError: It cannot be written.
     """
-    if name in ("", ".", "..", "latest") or Path(name).name != name:
-        raise UserError(f"A run cannot be called {name!r}; choose a plain name other than latest by --name.")
+    if (
+        name in ("", ".", "..", "latest") or Path(name).name != name or {",", ":"} & set(name)
+    ):  # , and : are TensorBoard's
+        raise UserError(f"A run cannot be called {name!r}; give a name without / , : and other than latest by --name.")
     if not rank_zero:
         return Path(os.environ.get(VARIABLE, runs / name / "version_0"))
     try:

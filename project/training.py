@@ -21,11 +21,12 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from project import callbacks, checkpoint, runs, usage
+from project import callbacks, checkpoint, files, runs, saving, usage
 from project.classifier import Classifier
 from project.data.datamodule import ImageData
 from project.errors import UserError
 from project.metrics import positive_index
+from project.origin import Origin
 
 CHECKPOINT_VARIABLE = "PROJECT_CHECKPOINT"  # tells the other ranks which one was found
 TRAINER_DEFAULTS = {
@@ -41,13 +42,6 @@ HARMLESS = (
     ".*dirpath has changed.*",  # a continued fit has a folder of its own, and its own best
     ".*smaller than the logging interval.*",  # a small folder; every epoch is logged all the same
     ".*isinstance.treespec, LeafSpec.*",  # Lightning's own use of torch
-)
-# What a checkpoint may set of the Trainer. Not the machine's share (accelerator, devices, workers), and nothing that
-# names a class: whoever writes a checkpoint must not choose what code runs.
-TRAINER_SETTINGS = frozenset(
-    {"max_epochs", "min_epochs", "max_steps", "min_steps", "precision", "accumulate_grad_batches", "deterministic"}
-    | {"gradient_clip_val", "gradient_clip_algorithm"}
-    | {"check_val_every_n_epoch", "val_check_interval", "log_every_n_steps"}
 )
 
 
@@ -103,43 +97,23 @@ class Cli(LightningCLI):
         """Parses the command line; a second time, above the run's settings, where it starts from a checkpoint."""
         self.config = parser.parse_args([self.verb, *self.argv])
         given, chosen_split = self.config[self.verb].ckpt_path, self.config[self.verb].data.split
-        self.checkpoint: Path | None = None
+        self.origin: Origin | None = None
         if self.verb == "fit" and given is None:
             return
-        self.checkpoint = runs.find(given or os.environ.get(CHECKPOINT_VARIABLE))
-        os.environ[CHECKPOINT_VARIABLE] = str(self.checkpoint)
-        content = checkpoint.read(self.checkpoint)
-        self.metadata = content[checkpoint.METADATA]
-        settings = self._settings_of_run()
+        path = runs.find(given or os.environ.get(CHECKPOINT_VARIABLE))
+        os.environ[CHECKPOINT_VARIABLE] = str(path)
+        self.origin = Origin(path)
+        settings = self.origin.settings()
         self.config = parser.parse_args([self.verb, f"--config={json.dumps(settings)}", *self.argv])
-        self.config[self.verb].ckpt_path = str(self.checkpoint)
+        self.config[self.verb].ckpt_path = str(path)
         data, run_root = self.config[self.verb].data, settings["data"].get("root", "")
         if chosen_split is None and Path(data.root).resolve() != Path(run_root).resolve():
             data.split = None
             print(f"{data.root} is not the run's {run_root}: its split.csv is not used (--data.split would)")
         if self.verb == "fit":
-            self._require_more_to_do(content)
+            self.origin.require_more_to_do(self.config.fit.trainer.max_epochs)
         else:
-            print(f"checkpoint: {self.checkpoint}", flush=True)
-
-    def _settings_of_run(self) -> dict[str, Any]:
-        assert self.checkpoint is not None
-        config: dict[str, dict[str, Any]] = self.metadata["config"]
-        settings = {section: {k: v for k, v in config[section].items() if _plain(v)} for section in ("data", "model")}
-        settings["data"].pop("workers", None)
-        settings["trainer"] = {k: v for k, v in config["trainer"].items() if k in TRAINER_SETTINGS and _plain(v)}
-        split = runs.folder_of(self.checkpoint) / "split.csv"
-        if runs.is_inside(self.checkpoint) and split.is_file():
-            settings["data"]["split"] = str(split)
-        return settings | {"seed_everything": config.get("seed_everything", 0)}
-
-    def _require_more_to_do(self, content: dict[str, Any]) -> None:
-        if "optimizer_states" not in content:
-            raise UserError(f"{self.checkpoint} holds weights only; continue from the run's last.ckpt.")
-        batches = content["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        done, epochs = content["epoch"] + bool(batches["is_last_batch"]), self.config.fit.trainer.max_epochs
-        if epochs not in (None, -1) and done >= epochs:
-            raise UserError(f"{self.checkpoint} has done its {done} epochs; give more by --trainer.max_epochs.")
+            print(f"checkpoint: {path}", flush=True)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would put the checkpoint's model settings over the command line's."""
@@ -148,31 +122,10 @@ class Cli(LightningCLI):
         """Makes data, model and Trainer, and checks all of them before anything is written."""
         super().instantiate_classes()
         self.datamodule.setup(self.verb)
-        if self.checkpoint is not None:
-            self._require_same()
-        if self.verb == "test":
-            self._require_place_for_results()
-
-    def _require_same(self) -> None:
-        if (name := self.metadata["model"]) != self.model.name:
-            raise UserError(
-                f"{self.checkpoint} holds the weights of {name}, not of {self.model.name}; leave --model.name out."
-            )
-        trained, found = self.metadata["class_names"], self.datamodule.class_names
-        if trained != found:
-            raise UserError(
-                f"{self.checkpoint} and {self.datamodule.root} have different classes: the checkpoint has "
-                f"{', '.join(trained)}; the data has {', '.join(found)}. Give its own data by --data.root."
-            )
-
-    def _require_place_for_results(self) -> None:
-        assert self.checkpoint is not None
-        folder = runs.folder_of(self.checkpoint)
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"The results of a test go into {folder}, which cannot be written; change its permissions.")
-        mine = [name for name in callbacks.TestResults.FILES if (folder / name).exists()]
-        if mine and not runs.is_inside(self.checkpoint):  # in a run they are an earlier test's
-            raise UserError(f"{folder}/{mine[0]} exists and may be your own; move it, or the checkpoint, away.")
+        if self.origin is not None:
+            self.origin.require_same(self.model.name, self.datamodule.class_names, self.datamodule.root)
+            if self.verb == "test":
+                self.origin.require_place_for(callbacks.TestResults.FILES)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with the callbacks that every run has; its loggers follow in `before_fit`."""
@@ -191,10 +144,10 @@ class Cli(LightningCLI):
         if kwargs.get("enable_progress_bar", trainer["enable_progress_bar"]):
             always.append(TQDMProgressBar(refresh_rate=5))
         if self.verb == "fit" and trainer["enable_checkpointing"] is not False:
-            always += callbacks.checkpoints()
+            always += saving.checkpoints()
         plugins = trainer["plugins"] or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
-        config = {**trainer, **kwargs, "logger": loggers or False, "plugins": [*plugins, callbacks.CheckpointWriter()]}
+        config = {**trainer, **kwargs, "logger": loggers or False, "plugins": [*plugins, saving.CheckpointWriter()]}
         try:
             return self._instantiate_trainer(config, always)
         except (TypeError, ValueError) as error:  # Lightning's way to refuse some of its options
@@ -204,7 +157,7 @@ class Cli(LightningCLI):
         """Makes the run's folder and points loggers and checkpoints at it."""
         if self.trainer.fast_dev_run:
             return
-        name = self.config.fit.name or self.datamodule.root.resolve().name
+        name = self.config.fit.name or self.datamodule.root.resolve().name.translate({ord(","): "-", ord(":"): "-"})
         self.run = runs.claim(name, rank_zero=_rank() == 0)
         if self.log:
             place: Any = {"save_dir": self.run.parent.parent, "name": name, "version": self.run.name}
@@ -214,9 +167,12 @@ class Cli(LightningCLI):
             self.trainer.callbacks.append(LearningRateMonitor("step"))
         for saver in self.trainer.checkpoint_callbacks:
             saver.dirpath = saver.dirpath or str(self.run / "checkpoints")
-        self.model.metadata = {"config": self._settings(), "resize": self.datamodule.resize, **checkpoint.provenance()}
+        config = self._parser("fit").dump(self.config.fit, skip_none=False)
+        settings = {key: value for key, value in yaml.safe_load(config).items() if key not in ("name", "ckpt_path")}
+        self.model.metadata = {"config": settings, "resize": self.datamodule.resize, **checkpoint.provenance()}
         if self.trainer.is_global_zero:
-            (self.run / "config.yaml").write_text(self._config_yaml(), encoding="utf-8")
+            with files.replacing(self.run / "config.yaml") as stream:
+                stream.write(f"# python -m project.cli fit --config THIS_FILE\n{config}")
             self.datamodule.manifest.write_split(self.run / "split.csv")
             self._introduce()
 
@@ -230,9 +186,8 @@ class Cli(LightningCLI):
 
     def test(self, **kwargs: Any) -> None:
         """Measures on the test pictures; writes into the checkpoint's run."""
-        assert self.checkpoint is not None
-        run = runs.folder_of(self.checkpoint)
-        self.trainer.callbacks.append(callbacks.TestResults(run, self.checkpoint))
+        assert self.origin is not None
+        self.trainer.callbacks.append(callbacks.TestResults(self.origin.run, self.origin.path))
         self.trainer.test(**kwargs, weights_only=True)
 
     def after_fit(self) -> None:
@@ -247,15 +202,6 @@ class Cli(LightningCLI):
         if (self.run / "checkpoints" / "best.ckpt").exists():
             verbs = f"python -m project.cli test | python -m project.cli predict {self.run} PICTURES..."
             print(f"next: make board | {verbs}")
-
-    def _settings(self) -> dict[str, Any]:
-        """The run's configuration as plain types, without what names the run."""
-        settings: dict[str, Any] = yaml.safe_load(self._config_yaml())
-        return {key: settings[key] for key in ("seed_everything", "trainer", "model", "data")}
-
-    def _config_yaml(self) -> str:
-        text: str = self._parser("fit").dump(self.config.fit, skip_none=False)
-        return f"# python -m project.cli fit --config THIS_FILE\n{text}"
 
     def _flat_settings(self) -> dict[str, Any]:
         data = self.datamodule
@@ -322,10 +268,6 @@ def _say_where_it_stopped(verb: str) -> None:
     last = Path(os.environ.get(runs.VARIABLE, "")) / "checkpoints" / "last.ckpt"
     saved = verb == "fit" and last.exists()
     print(f"\nstopped; continue with: python -m project.cli fit --ckpt_path {last}" if saved else "\nstopped")
-
-
-def _plain(value: object) -> bool:
-    return value is None or isinstance(value, str | int | float)
 
 
 def _rank() -> int:

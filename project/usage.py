@@ -1,16 +1,15 @@
 """How words on the command line reach a function, and what is said of words that nobody knows."""
 
 import argparse
-import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import docstring_parser
 import jsonargparse
 
-from project.errors import UserError
+from project.errors import UserError, did_you_mean
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -38,12 +37,6 @@ def call(function: Callable[..., int], verb: str, argv: list[str]) -> int:
         if parameter.arg_name in lists:
             parser.add_argument(parameter.arg_name, nargs="+", type=str, help=parameter.description)
     return function(**parser.parse_args(argv).as_dict())
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A question that starts with a space where a known word is near, else nothing."""
-    near = difflib.get_close_matches(word, list(known), 1, cutoff=0.6)
-    return f" Did you mean {near[0]}?" if near else ""
 
 
 def explain(message: str, parser: argparse.ArgumentParser) -> UserError:

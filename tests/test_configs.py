@@ -1,5 +1,7 @@
 """Every file in configs/ is whole, true and runs."""
 
+import csv
+import json
 import re
 from pathlib import Path
 
@@ -35,7 +37,29 @@ def test_the_others_say_only_what_differs(workplace, capsys):
 def test_header_gives_the_command_and_its_result(config):
     head = "".join(line for line in config.read_text().splitlines(keepends=True) if line.startswith("#"))
     assert re.search(r"python -m project\.cli fit --config configs/" + config.name, head)
-    assert "%" in head or "not run here" in head
+    assert "not run here" in head or claimed(head)
+
+
+def claimed(head):
+    """The accuracy a header states, 0 to 1, and the split it was measured on."""
+    found = re.search(r"(val|test) accuracy ([\d.]+) %", head)
+    return found and (found[1], float(found[2]) / 100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["default", "quick"])
+def test_the_result_in_the_header_is_what_comes_out(name, workplace, capsys):
+    config = next(c for c in CONFIGS if c.stem == name)
+    split, accuracy = claimed(config.read_text())
+    assert cli.main(["fit", "--config", str(config), "--name", name]) == 0
+    capsys.readouterr()
+    if split == "test":
+        assert cli.main(["test"]) == 0
+        measured = json.loads((Path("runs") / name / "version_0" / "test_metrics.json").read_text())["test/accuracy"]
+    else:
+        rows = csv.DictReader((Path("runs") / name / "version_0" / "metrics.csv").open(newline=""))
+        measured = next(float(row["val/accuracy"]) for row in rows if row["val/accuracy"])
+    assert measured == pytest.approx(accuracy, abs=0.02)  # another machine rounds otherwise
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.stem)

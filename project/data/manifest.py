@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from project import files
 from project.data.images import is_picture
 from project.errors import UserError
 
@@ -45,7 +46,7 @@ class Manifest:
 
     def write_split(self, file: Path) -> None:
         """Writes path, label and split of every row as CSV; `load(split=file)` reads it back."""
-        with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+        with files.replacing(file) as stream:
             writer = csv.writer(stream)
             writer.writerow(("path", "label", "split"))
             for path, label, split in zip(self.paths, self.labels, self.splits, strict=True):

@@ -1,10 +1,9 @@
 """Names become networks."""
 
-import difflib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from project.errors import UserError
+from project.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,8 +38,10 @@ def build(
 
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
-        near = difflib.get_close_matches(name, names, 3) or ["alexnet", "resnet18"]
-        raise UserError(f"There is no network {name}; --model.name takes, among others, {', '.join(near)}.")
+        raise UserError(
+            f"There is no network {name}.{did_you_mean(name, names)} --model.name takes alexnet, resnet18 or another "
+            "of torchvision's classification networks."
+        )
     # these two would answer with a tuple of logits while they train
     options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     return nn.Sequential(

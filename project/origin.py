@@ -1,0 +1,89 @@
+"""The checkpoint that a verb starts from: its settings are the lowest layer, and some things must agree with it."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from project import checkpoint, runs
+from project.errors import UserError
+
+# What a checkpoint may set of the Trainer. Not the machine's share (accelerator, devices, workers), and nothing that
+# names a class: whoever writes a checkpoint must not choose what code runs.
+TRAINER_SETTINGS = frozenset(
+    {"max_epochs", "min_epochs", "max_steps", "min_steps", "precision", "accumulate_grad_batches", "deterministic"}
+    | {"gradient_clip_val", "gradient_clip_algorithm"}
+    | {"check_val_every_n_epoch", "val_check_interval", "log_every_n_steps"}
+)
+
+
+class Origin:
+    """A checkpoint and its run.
+
+    Args:
+        path: The file; its run is found beside it.
+
+    Raises:
+        UserError: It is damaged, holds code, or is not one of this project's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.run = path, runs.folder_of(path)
+        self.content = checkpoint.read(path)
+        self.metadata = self.content[checkpoint.METADATA]
+
+    def settings(self) -> dict[str, Any]:
+        """The run's configuration, as far as it holds on another machine, and its split."""
+        config: dict[str, dict[str, Any]] = self.metadata["config"]
+        settings = {section: {k: v for k, v in config[section].items() if _plain(v)} for section in ("data", "model")}
+        settings["data"].pop("workers", None)
+        settings["trainer"] = {k: v for k, v in config["trainer"].items() if k in TRAINER_SETTINGS and _plain(v)}
+        split = self.run / "split.csv"
+        if runs.is_inside(self.path) and split.is_file():
+            settings["data"]["split"] = str(split)
+        return settings | {"seed_everything": config.get("seed_everything", 0)}
+
+    def require_more_to_do(self, epochs: int | None) -> None:
+        """Checks that a fit of so many epochs can go on from here.
+
+        Raises:
+            UserError: The checkpoint holds weights only, or has done its epochs.
+        """
+        if "optimizer_states" not in self.content:
+            raise UserError(f"{self.path} holds weights only; continue from the run's last.ckpt.")
+        batches = self.content["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        done = self.content["epoch"] + bool(batches["is_last_batch"])
+        if epochs not in (None, -1) and done >= epochs:
+            raise UserError(f"{self.path} has done its {done} epochs; give more by --trainer.max_epochs.")
+
+    def require_same(self, model: str, class_names: list[str], root: Path) -> None:
+        """Checks that the network and the data are those that the weights are of.
+
+        Raises:
+            UserError: Another network, or other classes.
+        """
+        if (name := self.metadata["model"]) != model:
+            raise UserError(f"{self.path} holds the weights of {name}, not of {model}; leave --model.name out.")
+        if (trained := self.metadata["class_names"]) != class_names:
+            raise UserError(
+                f"{self.path} and {root} have different classes: the checkpoint has {', '.join(trained)}; "
+                f"the data has {', '.join(class_names)}. Give its own data by --data.root."
+            )
+
+    def require_place_for(self, names: Iterable[str]) -> None:
+        """Checks that results can be written into the run.
+
+        Raises:
+            UserError: They cannot, or outside a run files of these names are there already.
+        """
+        if not os.access(self.run, os.W_OK):
+            raise UserError(
+                f"The results of a test go into {self.run}, which cannot be written; change its permissions."
+            )
+        mine = [name for name in names if (self.run / name).exists()]
+        if mine and not runs.is_inside(self.path):  # in a run they are an earlier test's
+            raise UserError(f"{self.run}/{mine[0]} exists and may be your own; move it, or the checkpoint, away.")
+
+
+def _plain(value: object) -> bool:
+    return value is None or isinstance(value, str | int | float)
