@@ -1,12 +1,16 @@
-"""How a fit saves: best.ckpt and last.ckpt, written beside their place and put there whole."""
+"""How a fit saves: best.ckpt and last.ckpt, written beside their place and put there whole; and how Ctrl-C ends it."""
 
+import os
+import signal
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from project import files
@@ -57,3 +61,43 @@ class CheckpointWriter(TorchCheckpointIO):
         """Waits until every checkpoint is in place."""
         while self._settling:
             self._settling.pop(0).result()
+
+
+class Interruption(Callback):
+    """The first Ctrl-C ends the fit after the batch in progress, the second one at once.
+
+    Raised wherever the program stands, as Python does by default, the exception is now and then lost in a library.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on Ctrl-C waits."""
+        if threading.current_thread() is threading.main_thread():  # no other may set a handler
+            signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            os._exit(130)
+        self._asked = True
+
+    def end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Lightning saves and cleans up after this exception."""
+        if self._asked:
+            raise KeyboardInterrupt
+
+    on_train_batch_end = on_validation_batch_end = end
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """As it was, if the fit has come to its end."""
+        if signal.getsignal(signal.SIGINT) == self._note:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

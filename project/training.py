@@ -138,7 +138,7 @@ class Cli(LightningCLI):
             if 0 in (trainer["max_epochs"], trainer["max_steps"]):
                 raise UserError("There is nothing to train: --trainer.max_epochs or --trainer.max_steps is 0.")
             self.figures = callbacks.Figures(self._flat_settings())
-            always += [callbacks.Narrator(), callbacks.FirstBatch(), self.figures]
+            always += [saving.Interruption(), callbacks.Narrator(), callbacks.FirstBatch(), self.figures]
         if trainer["enable_progress_bar"] is None:
             kwargs["enable_progress_bar"] = sys.stderr.isatty()
         if kwargs.get("enable_progress_bar", trainer["enable_progress_bar"]):
