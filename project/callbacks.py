@@ -29,7 +29,7 @@ class Unreadable(Callback):
         """Prints path and reason of those that are new in a batch."""
         split: Any = trainer.state.stage and trainer.state.stage.dataloader_prefix  # train, val or test
         for row, reason in batch.failed:
-            path = data_of(trainer).path(split, row)
+            path = data_of(trainer).dataset(split).path(row)
             if path not in self.named:
                 self.named.add(path)
                 print(f"left out, unreadable: {path}: {reason}", flush=True)  # each rank, what it has met
@@ -149,10 +149,10 @@ class TestResults(Callback):
         if not trainer.is_global_zero:
             return
         data = data_of(trainer)
-        names, labels = data.class_names, data.dataset("test").labels
+        names, dataset = data.class_names, data.dataset("test")
 
         def prediction(row: int, probabilities: list[float], error: str) -> Prediction:
-            path, true = data.path("test", row), names[labels[row]]
+            path, true = dataset.path(row), names[dataset.labels[row]]
             if error:
                 return Prediction(path, error=error, true=true)
             return Prediction.of(path, probabilities, names, true)

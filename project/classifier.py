@@ -1,17 +1,19 @@
 """Classifier: the network with its loss, metrics and optimiser. Change the loss or the optimiser here."""
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
+from torchvision.transforms import v2
 
 from project import models
 from project.errors import UserError
@@ -20,6 +22,14 @@ from project.models.normalize import Normalize
 
 if TYPE_CHECKING:
     from project.data.dataset import Batch
+
+Mix = Literal["none", "mixup", "cutmix"]
+# alpha as in torchvision's reference training
+MIXERS: dict[str, Callable[[int], Any]] = {
+    "none": lambda _: None,
+    "mixup": lambda classes: v2.MixUp(alpha=0.2, num_classes=classes),
+    "cutmix": lambda classes: v2.CutMix(alpha=1.0, num_classes=classes),
+}
 
 
 class Classifier(LightningModule):
@@ -32,6 +42,9 @@ class Classifier(LightningModule):
         lr: Highest learning rate. Adam's usual 1e-3 is known to be too high for AlexNet, which has no batch norm.
         warmup: Share of the steps over which the learning rate rises, before it falls along a cosine.
         positive: Of two classes, the one that precision, recall and F1 are about; by default the second.
+        mix: Training pictures are blended (mixup, arXiv:1710.09412) or cut and pasted (cutmix, arXiv:1905.04899) in
+            pairs, their labels likewise: none, mixup or cutmix.
+        class_weights: What each class weighs in the training loss, from the data; None means the same.
     """
 
     def __init__(
@@ -42,6 +55,8 @@ class Classifier(LightningModule):
         lr: float = 3e-4,
         warmup: float = 0.1,
         positive: str | None = None,
+        mix: Mix = "none",
+        class_weights: list[float] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
@@ -53,10 +68,13 @@ class Classifier(LightningModule):
         self.network = models.build(name, len(class_names)).to(memory_format=torch.channels_last)
         models.require_size(self.network, name, image_size)
         self.batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.network.modules())
-        self.loss = nn.CrossEntropyLoss()
+        self.mix = MIXERS[mix](len(class_names))
+        weights = torch.tensor(class_weights) if class_weights else None
+        self.register_buffer("class_weights", weights, persistent=False)
         self.train_loss, self.val_loss, self.test_loss = MeanMetric(), MeanMetric(), MeanMetric()
-        self.train_accuracy = MulticlassAccuracy(len(class_names), average="micro", validate_args=False)
+        self.train_accuracy = MeanMetric()
         self.val_metrics, self.test_metrics = measured.clone("val/"), measured.clone("test/")
+        self.class_weights: Tensor | None
         self.metadata: dict[str, Any] = {}  # what else a checkpoint should say; the command line fills it
 
     def forward(self, image: Tensor) -> Tensor:
@@ -66,9 +84,7 @@ class Classifier(LightningModule):
 
     def training_step(self, batch: "Batch", batch_idx: int) -> Tensor:
         """Loss of a batch."""
-        loss, logits = self._step(batch, "train")
-        if len(batch.label):
-            self.train_accuracy.update(logits.detach(), batch.label)
+        loss, _ = self._step(batch, "train")
         self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True)
         self.log("train/loss_step", loss.detach(), prog_bar=True, batch_size=1)
         return loss
@@ -93,14 +109,21 @@ class Classifier(LightningModule):
         too_few = self.batch_norm and self.training and len(batch.label) < 2
         if too_few:  # one picture, or none, has no batch statistics
             self.network.eval()
-        logits = self(batch.image)  # (B, K)
+        image, target = self.network[0](batch.image), batch.label  # (B, 3, H, W) float, (B,)
+        if split == "train" and self.mix and len(target):
+            image, target = self.mix(image, target)  # after normalising: v2 refuses uint8; target is (B, K)
+        logits = self.network[1](image)  # (B, K)
         if too_few:
             self.network.train()
-        # a batch of which no picture could be read still takes part, so that no rank waits for another
-        loss = self.loss(logits, batch.label) if len(batch.label) else logits.sum()
         mean: MeanMetric = getattr(self, f"{split}_loss")
-        if len(batch.label):
-            mean.update(loss.detach(), weight=len(batch.label))
+        if not len(target):  # none of them could be read; it still takes part, so that no rank waits for another
+            loss = logits.sum()
+        else:
+            weight = self.class_weights if split == "train" else None
+            loss = functional.cross_entropy(logits, target, weight, reduction="sum") / len(target)
+            mean.update(loss.detach(), weight=len(target))
+            if split == "train":
+                self.train_accuracy.update(_right(logits.detach(), target))
         self.log(f"{split}/loss", mean, on_step=False, on_epoch=True)
         return loss, logits
 
@@ -138,6 +161,14 @@ class Classifier(LightningModule):
             "std": (normalize.std.flatten() / 255).tolist(),
             "metrics": {key: float(value) for key, value in self.trainer.callback_metrics.items()},
         }
+
+
+def _right(logits: Tensor, target: Tensor) -> Tensor:
+    """How much of each target the likeliest class has right: (B,) of 0 or 1; between them for mixed targets (B, K)."""
+    likeliest = logits.argmax(dim=1)
+    if target.ndim == 1:
+        return (likeliest == target).float()
+    return target.gather(1, likeliest[:, None])[:, 0]
 
 
 def lr_factor(step: int, total: float, warmup: float) -> float:

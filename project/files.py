@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 _serial = itertools.count()
 
@@ -32,10 +32,22 @@ def settle(unfinished: Path, file: Path) -> None:
 @contextmanager
 def replacing(file: Path) -> Iterator[TextIO]:
     """Opens a text file (UTF-8, line ends as given) that takes `file`'s place when the block ends well."""
+    with _placed(file) as unfinished, unfinished.open("w", encoding="utf-8", errors="surrogateescape", newline="") as f:
+        yield f
+
+
+@contextmanager
+def replacing_bytes(file: Path) -> Iterator[BinaryIO]:
+    """Likewise, for bytes."""
+    with _placed(file) as unfinished, unfinished.open("wb") as stream:
+        yield stream
+
+
+@contextmanager
+def _placed(file: Path) -> Iterator[Path]:
     unfinished = beside(file)
     try:
-        with unfinished.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
-            yield stream
+        yield unfinished
         settle(unfinished, file)
     finally:
         unfinished.unlink(missing_ok=True)

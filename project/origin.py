@@ -36,11 +36,14 @@ class Origin:
         """The run's configuration, as far as it holds on another machine, and its split."""
         config: dict[str, dict[str, Any]] = self.metadata["config"]
         settings = {section: {k: v for k, v in config[section].items() if _plain(v)} for section in ("data", "model")}
-        settings["data"].pop("workers", None)
+        for option in ("workers", "cache"):
+            settings["data"].pop(option, None)
         settings["trainer"] = {k: v for k, v in config["trainer"].items() if k in TRAINER_SETTINGS and _plain(v)}
         split = self.run / "split.csv"
         if runs.is_inside(self.path) and split.is_file():
             settings["data"]["split"] = str(split)
+            for option in ("folds", "fold", "group", "exclude"):  # the split is their outcome
+                settings["data"].pop(option, None)
         return settings | {"seed_everything": config.get("seed_everything", 0)}
 
     def require_more_to_do(self, epochs: int | None) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from project import predictions
-from project.data import manifest
+from project.data import folders
 from project.data.workers import usable_cores
 from project.errors import UserError
 
@@ -64,7 +64,7 @@ def expand(pictures: Iterable[str]) -> Iterable[str]:
     """
     for name in pictures:
         if Path(name).is_dir():
-            found = [str(Path(path)) for path in manifest.pictures(name)]
+            found = [str(Path(path)) for path in folders.pictures(name)]
             if not found:
                 raise UserError(f"There are no pictures in {name}.")
             yield from found

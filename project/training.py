@@ -91,6 +91,7 @@ class Cli(LightningCLI):
         """What the data tells the model."""
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
+        parser.link_arguments("data.class_weights", "model.class_weights", apply_on="instantiate")
         parser.link_arguments("data.image_size", "model.image_size", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -157,7 +158,9 @@ class Cli(LightningCLI):
         """Makes the run's folder and points loggers and checkpoints at it."""
         if self.trainer.fast_dev_run:
             return
-        name = self.config.fit.name or self.datamodule.root.resolve().name.translate({ord(","): "-", ord(":"): "-"})
+        root = self.datamodule.root.resolve()
+        own = root.stem if root.is_file() else root.name
+        name = self.config.fit.name or own.translate({ord(","): "-", ord(":"): "-"})
         self.run = runs.claim(name, rank_zero=_rank() == 0)
         if self.log:
             place: Any = {"save_dir": self.run.parent.parent, "name": name, "version": self.run.name}
@@ -218,8 +221,9 @@ class Cli(LightningCLI):
     def _introduce(self) -> None:
         data = self.datamodule
         print(data.manifest.summary())
-        for notice in data.manifest.notices:
-            print(notice)
+        for notice in (*data.manifest.notices, data.kept(data.augment)[1]):
+            if notice:
+                print(notice)
         if (positive := positive_index(data.class_names, self.model.hparams["positive"])) is not None:
             print(f"positive class: {data.class_names[positive]} (--model.positive chooses the other)")
         millions = sum(p.numel() for p in self.model.network.parameters()) / 1e6

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from project.data import manifest
+from project.data import folders
 from project.data.manifest import SPLITS, load
 from project.errors import UserError
 from tests.conftest import make_pictures
@@ -33,8 +33,8 @@ def test_split_is_the_order_of_sha256_of_seed_and_path(tmp_path):
 def test_split_depends_on_nothing_but_names_and_seed(tmp_path, monkeypatch):
     first = load(make_pictures(tmp_path / "one", {"a": 30, "b": 30}))
     shutil.copytree(tmp_path / "one", tmp_path / "two")
-    entries = manifest._entries
-    monkeypatch.setattr(manifest, "_entries", lambda folder: entries(folder)[::-1])
+    entries = folders.entries
+    monkeypatch.setattr(folders, "entries", lambda folder: entries(folder)[::-1])
     assert split_of(load(tmp_path / "two")) == split_of(first)
     assert split_of(load(tmp_path / "two", seed=1)) != split_of(first)
 
@@ -157,7 +157,7 @@ def test_splits_without_train_are_not_mistaken_for_classes(tmp_path):
     [
         ("path,label\na,b\n", "no column split"),
         ("path,label,split\na,b,tran\n", "tran"),
-        ("path,label,split\na,b\n", "None"),
+        ("path,label,split\na,b\n", "line 2, has no split"),
         ("path,label,split\na,b,val\na,b,test\n", "more than once"),
     ],
 )

@@ -72,7 +72,7 @@ def test_last_checkpoint_is_the_end_of_the_fit_with_full_state(at_trained):
 
 def test_split_file_is_the_manifest(at_trained):
     rows = manifest.load(Path("photos"))
-    assert [row["path"] for row in read_csv(at_trained / "split.csv")] == rows.paths
+    assert [row["path"] for row in read_csv(at_trained / "split.csv")] == list(rows.paths)
 
 
 def test_tensorboard_holds_the_named_scalars_pictures_graph_and_hparams(at_trained):

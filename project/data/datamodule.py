@@ -2,18 +2,24 @@
 
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from project.data import digits, manifest
 from project.data import workers as processes
-from project.data.dataset import Batch, ImageDataset, loader
+from project.data.cache import Cache, Choice, choose
+from project.data.dataset import Batch, ImageDataset, loader, read_size
 from project.data.images import ImageError, Resize
 from project.data.sampler import BatchSampler
+from project.data.table import Manifest
 from project.data.transforms import Augment
 from project.errors import UserError
 
+Balance = Literal["none", "loss", "sample"]
 STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 
 
@@ -21,13 +27,21 @@ class ImageData(LightningDataModule):
     """Feeds a folder of pictures to the Trainer.
 
     Args:
-        root: The pictures: root/<class>/**.jpg, or root/train|val|test/<class>/**.jpg. The default, data/digits, is
-            written on first use.
+        root: The pictures: root/<class>/**.jpg, or root/train|val|test/<class>/**.jpg, or a CSV file with the columns
+            path and label, and perhaps split and group. The default, data/digits, is written on first use.
         split: A run's split.csv, to use the very same rows again.
         split_seed: Decides which picture goes into which split.
+        group: Regular expression; pictures in whose path it matches the same text stay in one split (the first
+            parentheses, if there are any): all pictures of one patient, module or video.
+        folds: Number of equal parts for cross-validation; `fold` of them is the test split.
+        fold: Which part, from 0.
+        exclude: CSV file with a column path: pictures to leave out, as `check --quarantine` writes it.
         image_size: Side of the square images, in pixels; by default 64 for the bundled digits, else 224.
         resize: How a picture becomes square: stretch, crop (the centre square) or pad (black borders).
-        augment: What is done to training pictures: none or flip; by default none for the digits, else flip.
+        augment: What is done to training pictures, each adding to the one before: none, flip, crop
+            (RandomResizedCrop) or trivial (TrivialAugmentWide); by default none for the digits, else flip.
+        balance: Against unequal classes: none, loss (rare classes weigh more) or sample (they are drawn more often).
+        cache: Keep decoded pictures in data/cache: on, off or auto, which means on where there is room.
         batch_size: Pictures a step, over all devices; by default 64, less for fewer than 512 training pictures.
         workers: Processes that read pictures; by default none for the digits, else the usable cores, at most 8.
         seed: Order and augmentation; the command line sets it to --seed_everything.
@@ -38,9 +52,15 @@ class ImageData(LightningDataModule):
         root: str = str(digits.ROOT),
         split: str | None = None,
         split_seed: int = 0,
+        group: str | None = None,
+        folds: int | None = None,
+        fold: int | None = None,
+        exclude: str | None = None,
         image_size: int | None = None,
         resize: Resize = "stretch",
         augment: Augment | None = None,
+        balance: Balance = "none",
+        cache: Choice = "auto",
         batch_size: int | None = None,
         workers: int | None = None,
         seed: int = 0,
@@ -48,11 +68,13 @@ class ImageData(LightningDataModule):
         super().__init__()
         self.root = Path(root)
         self.split, self.split_seed, self.seed = split, split_seed, seed
+        self.group, self.folds, self.fold, self.exclude = group, folds, fold, exclude
         bundled = self.root.resolve() == digits.ROOT.resolve()
         if bundled:
             digits.write(self.root)
         self.image_size: int = image_size if image_size is not None else digits.IMAGE_SIZE if bundled else 224
         self.resize: Resize = resize
+        self.balance, self.cache = balance, cache
         self.augment: Augment = augment or ("none" if bundled else "flip")
         self.workers = workers if workers is not None else 0 if bundled else min(processes.usable_cores(), 8)
         self._batch_size = batch_size
@@ -66,14 +88,32 @@ class ImageData(LightningDataModule):
                 raise UserError(f"--data.{name} is {value}; it must be at least {least}.")
 
     @cached_property
-    def manifest(self) -> manifest.Manifest:
+    def manifest(self) -> Manifest:
         """The data set's rows; reads the folder on first use."""
-        return manifest.load(self.root, Path(self.split) if self.split else None, self.split_seed)
+        return manifest.load(
+            self.root,
+            Path(self.split) if self.split else None,
+            self.split_seed,
+            group=self.group,
+            folds=self.folds,
+            fold=self.fold,
+            exclude=Path(self.exclude) if self.exclude else None,
+            keep=self.cache != "off",
+        )
 
     @property
     def class_names(self) -> list[str]:
         """Sorted names of the training split's classes."""
         return self.manifest.class_names
+
+    @property
+    def class_weights(self) -> list[float] | None:
+        """What a training picture of each class weighs in the loss, 1 on average; None where all weigh the same."""
+        return self._weights().tolist() if self.balance == "loss" else None
+
+    def _weights(self) -> npt.NDArray[np.float64]:
+        labels = self.manifest.labels[self.manifest.rows("train")]
+        return len(labels) / (len(self.class_names) * np.bincount(labels, minlength=len(self.class_names)))
 
     @property
     def batch_size(self) -> int:
@@ -115,21 +155,24 @@ class ImageData(LightningDataModule):
         """One split's rows; only the training split is augmented."""
         if split in self._datasets:
             return self._datasets[split]
-        rows = self.manifest.rows(split)
+        augment: Augment = self.augment if split == "train" else "none"
         self._datasets[split] = ImageDataset(
-            root=self.root,
-            paths=[self.manifest.paths[row] for row in rows],
-            labels=self.manifest.labels[rows],
+            root=self.manifest.root,
+            paths=self.manifest.paths,
+            labels=self.manifest.labels,
             image_size=self.image_size,
             resize=self.resize,
-            augment=self.augment if split == "train" else "none",
+            augment=augment,
             seed=self.seed,
+            rows=self.manifest.rows(split).astype(np.int32),
+            kept=self.kept(augment)[0],
         )
         return self._datasets[split]
 
-    def path(self, split: str, row: int) -> str:
-        """Where a row's picture lies, as the root was given."""
-        return str(self.root / self.dataset(split).paths[row])
+    def kept(self, augment: Augment) -> tuple[Cache | None, str]:
+        """The cache of the pictures at the size that an augmentation wants, and a sentence about it."""
+        size = read_size(self.image_size, augment)
+        return choose(self.cache, manifest.CACHE, self.root, self.manifest.paths, size, self.resize)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled batches of `Batch`, the incomplete last one left out."""
@@ -155,6 +198,7 @@ class ImageData(LightningDataModule):
                 seed=self.seed,
                 rank=trainer.global_rank if trainer else 0,
                 world_size=trainer.world_size if trainer else 1,
+                weights=self._weights()[dataset.labels] if split == "train" and self.balance == "sample" else None,
             ),
             self.workers,
             pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",

@@ -1,5 +1,6 @@
 """Rows become uint8 images and labels, read when they are asked for."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from project.data import images, transforms, workers
+from project.data import cache, images, transforms, workers
+from project.data.cache import Cache
 from project.data.sampler import BatchSampler, Key
 
 UNKNOWN = -1  # the label of a picture that has none
@@ -37,39 +39,45 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
     Args:
         root: Folder that `paths` are relative to.
-        paths: One a row.
-        labels: (N,) int64, or None where they are unknown.
+        paths: One a picture.
+        labels: (N,) integers, or None where they are unknown.
         image_size: Side of the square images, in pixels.
         resize: How a picture becomes square; see `images.read`.
         augment: Name of the augmentation, from `transforms.AUGMENTATIONS`.
         seed: Augmentation is drawn from (seed, epoch, row).
+        rows: Which of `paths` and `labels` are in this set, and in which order; by default all.
+        kept: Keeps every one of `paths` decoded; its size is `read_size`.
     """
 
     def __init__(
         self,
         root: Path,
         paths: Sequence[str],
-        labels: npt.NDArray[np.int64] | None,
+        labels: npt.NDArray[np.integer[Any]] | None,
         image_size: int,
         resize: images.Resize = "stretch",
         augment: transforms.Augment = "none",
         seed: int = 0,
+        rows: npt.NDArray[np.integer[Any]] | None = None,
+        kept: Cache | None = None,
     ) -> None:
         self.root, self.paths = root, paths
-        self.labels = np.full(len(paths), UNKNOWN) if labels is None else labels
-        self.image_size, self.resize, self.seed = image_size, resize, seed
+        self.rows = np.arange(len(paths)) if rows is None else rows
+        self.labels = np.full(len(self.rows), UNKNOWN) if labels is None else labels[self.rows].astype(np.int64)
+        self.image_size, self.resize, self.seed, self.kept = image_size, resize, seed, kept
         self.augment = transforms.AUGMENTATIONS[augment]
+        self.read_size = read_size(image_size, augment)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.rows)
 
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
-        """One row of epoch 0: image (3, H, W) uint8 and label.
+        """Image (3, H, W) uint8 and label of one row, as the first epoch has it.
 
         Raises:
             ImageError: The picture cannot be read.
         """
-        image = torch.from_numpy(np.ascontiguousarray(self._read((0, row))))
+        image = torch.from_numpy(self._read((0, row)).copy())  # it may be mapped, or mirrored
         return image.permute(2, 0, 1), int(self.labels[row])
 
     def __getitems__(self, keys: list[Key]) -> Batch:
@@ -88,11 +96,35 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         image = torch.from_numpy(pixels[: len(rows)]).permute(0, 3, 1, 2)
         return Batch(image, torch.from_numpy(self.labels[rows]), torch.tensor(rows, dtype=torch.int64), failed)
 
+    def path(self, row: int) -> str:
+        """Where a row's picture lies, as the root was given."""
+        return os.path.join(self.root, self.paths[self.rows[row]])  # noqa: PTH118 (a tenth of a Path's time)
+
     def _read(self, key: Key) -> images.Pixels:
-        image = images.read(self.root / self.paths[key[1]], self.image_size, self.resize)
-        if self.augment is transforms.none:
+        image = self._square(key[1])
+        if self.augment.apply is transforms.none:
             return image
-        return self.augment(image, np.random.default_rng((self.seed, *key)))
+        return self.augment.apply(image, np.random.default_rng((self.seed, *key)), self.image_size)
+
+    def _square(self, row: int) -> images.Pixels:
+        path = self.path(row)
+        if self.kept is None:
+            return images.read(path, self.read_size, self.resize)
+        try:
+            stamp = cache.stamp(path)
+        except OSError:  # it is not there: `read` says so
+            return images.read(path, self.read_size, self.resize)
+        place = int(self.rows[row])
+        if (image := self.kept.get(place, stamp)) is not None:
+            return image
+        image = images.read(path, self.read_size, self.resize)
+        self.kept.put(place, stamp, image)
+        return image
+
+
+def read_size(image_size: int, augment: transforms.Augment) -> int:
+    """Side of the square that an augmentation starts from, in pixels."""
+    return round(image_size * transforms.AUGMENTATIONS[augment].margin)
 
 
 def loader(

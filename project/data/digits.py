@@ -3,13 +3,13 @@
 import os
 import shutil
 import tempfile
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from project.data import manifest
+from project.data import splits
+from project.data.splits import Row
 from project.errors import UserError
 
 ROOT = Path("data/digits")
@@ -25,9 +25,7 @@ def write(root: Path = ROOT) -> None:
         return
     with np.load(Path(__file__).with_name("digits.npz")) as stored:
         images, labels = stored["images"], stored["labels"]
-    pictures = defaultdict(list)
-    for number, label in enumerate(labels):
-        pictures[str(label)].append(f"{label}/{number:04d}.png")
+    pictures = [Row(f"{label}/{number:04d}.png", str(label)) for number, label in enumerate(labels)]
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
@@ -35,7 +33,7 @@ def write(root: Path = ROOT) -> None:
         raise UserError(f"Cannot write the digits into {root}: {error.strerror}; change folder.") from error
     try:
         unfinished.chmod(0o755)
-        for path, _, split in manifest.split_by_quota(pictures, seed=0):
+        for path, _, split, _ in splits.assign(pictures, seed=0):
             file = unfinished / split / path
             file.parent.mkdir(parents=True, exist_ok=True)
             grey = images[int(Path(path).stem)].astype(np.uint16) * 255 // 16  # 0-16 to 0-255

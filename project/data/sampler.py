@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 from torch.utils.data import Sampler
 
 Key = tuple[int, int]  # epoch, row: the epoch travels with the row, so that workers augment each epoch differently
@@ -19,15 +20,25 @@ class BatchSampler(Sampler[list[Key]]):
         batch_size: Rows in a global batch.
         shuffle: New order each epoch, drawn from (seed, epoch).
         seed: The run's seed.
+        weights: (rows,) how often each row is drawn, relative to the others; then an epoch draws with replacement.
         rank: This process.
         world_size: How many processes share a batch.
     """
 
     def __init__(
-        self, rows: int, batch_size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        rows: int,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        weights: npt.NDArray[np.float64] | None = None,
     ) -> None:
         self.rows, self.batch_size, self.shuffle, self.seed = rows, batch_size, shuffle, seed
         self.rank, self.world_size = rank, world_size
+        self.weights = weights
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -35,11 +46,19 @@ class BatchSampler(Sampler[list[Key]]):
         return self.rows // self.batch_size if self.shuffle else -(-self.rows // self.batch_size)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.rows) if self.shuffle else None
+        order = self._order()
         for batch in range(len(self)):
             places = np.arange(batch * self.batch_size, min((batch + 1) * self.batch_size, self.rows))
             places = places[self.rank :: self.world_size]
             yield [(self.epoch, int(row)) for row in (order[places] if order is not None else places)]
+
+    def _order(self) -> npt.NDArray[np.int64] | None:
+        if not self.shuffle:
+            return None
+        random = np.random.default_rng((self.seed, self.epoch))
+        if self.weights is None:
+            return random.permutation(self.rows)
+        return random.choice(self.rows, self.rows, p=self.weights / self.weights.sum())
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this before each epoch."""
