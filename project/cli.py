@@ -18,6 +18,7 @@ TRAINER_VERBS = {
 # verb: what it does; the verb is a function of the same name in the module of the same name
 COMMANDS = {
     "predict": "label pictures with a checkpoint",
+    "check": "look through a folder of pictures before training on it",
 }
 VERBS = TRAINER_VERBS | COMMANDS
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
+from project.errors import UserError
+
 _serial = itertools.count()
 
 
@@ -17,6 +19,21 @@ def beside(file: Path) -> Path:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     return file.with_name(f".{file.name}.{os.getpid()}-{next(_serial)}.tmp")
+
+
+def require_new(file: Path, option: str) -> None:
+    """Checks that an output file can be made and is not there yet.
+
+    Raises:
+        UserError: It cannot, or it is.
+    """
+    folder = file.absolute().parent
+    if file.exists():
+        raise UserError(f"{file} exists; give another file by --{option}, or remove it.")
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder} for --{option} {file}; make it first.")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"Cannot write into {folder} for --{option} {file}; change its permissions.")
 
 
 def settle(unfinished: Path, file: Path) -> None:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from project import predictions
+from project import files, predictions
 from project.data import folders
 from project.data.workers import usable_cores
 from project.errors import UserError
@@ -25,12 +25,7 @@ def predict(
         workers: Processes that read pictures; by default as many as there are cores, none for few pictures.
     """
     target = Path(out)
-    if target.exists():
-        raise UserError(f"{out} exists; give another file by --out, or remove it.")
-    if not target.absolute().parent.is_dir():
-        raise UserError(f"There is no folder {target.parent} for --out {out}; make it first.")
-    if not os.access(target.absolute().parent, os.W_OK):
-        raise UserError(f"Cannot write into {target.absolute().parent} for --out {out}; change its permissions.")
+    files.require_new(target, "out")
     paths = list(expand(pictures))
     for option, value, least in (("batch_size", batch_size, 1), ("workers", workers or 0, 0)):
         if value < least:

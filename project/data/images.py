@@ -7,7 +7,8 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,6 +65,17 @@ def read(source: str | os.PathLike[str] | bytes, size: int, resize: Resize = "st
     Raises:
         ImageError: The file is missing, unreadable, truncated, not a picture, or larger than `MAX_PIXELS`.
     """
+    with opened(source) as image:
+        return np.array(RESIZERS[resize](to_rgb(ImageOps.exif_transpose(image)), size))
+
+
+@contextmanager
+def opened(source: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
+    """Opens a picture, not yet decoded, whose header is in order.
+
+    Raises:
+        ImageError: As `read`; whatever goes wrong until the block ends is the picture's fault.
+    """
     name = "<bytes>" if isinstance(source, bytes) else os.fspath(source)
     try:
         if not isinstance(source, bytes) and not stat.S_ISREG(Path(source).stat().st_mode):  # a pipe would wait
@@ -72,8 +84,7 @@ def read(source: str | os.PathLike[str] | bytes, size: int, resize: Resize = "st
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ImageError(name, f"{width}x{height} pixels, more than the {MAX_PIXELS:,} allowed")
-            rgb = to_rgb(ImageOps.exif_transpose(image))
-            return np.array(RESIZERS[resize](rgb, size))
+            yield image
     except ImageError:
         raise
     except Exception as error:  # hostile bytes make decoders raise anything: OSError, SyntaxError, struct.error, ...
