@@ -1,14 +1,12 @@
-"""Decoded, resized pictures in one memory-mapped file: the second epoch reads at the speed of memory."""
+"""Decoded, resized pictures in one file: the second epoch reads at the speed of memory."""
 
 import hashlib
-import mmap
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import PIL
 
 from project.data.images import Pixels, Resize
@@ -16,79 +14,63 @@ from project.data.rows import Texts
 
 Choice = Literal["auto", "on", "off"]
 FORMAT = 1  # of the file and of what `images.read` makes; another number makes the files anew
-INDEX_ENTRY = 16  # stamp and checksum, 8 bytes each
 
 
 class Cache:
     """Pictures by row, filled as they are read, by any number of processes at once.
 
-    A row is two numbers, stamp and checksum, and its pixels. The pixels are written first; a row counts only if its
-    stamp is that of the picture's file as it is now and its checksum that of the pixels. So a changed picture, a
-    write that was killed half-way and two writers in one place are all the same: not there, read the picture. Writes go
-    through the file rather than the map: on a full disk they fail with an error, where a map would kill the process.
+    A row is two numbers, stamp and checksum, and its pixels. It counts only if the stamp is that of the picture's file
+    as it is now and the checksum that of the pixels. So a changed picture, a write that was killed half-way and two
+    writers in one place are all the same: not there, read the picture.
+
+    Read and written by file calls, not through a map: on a full disk these fail with an error, while touching a map of
+    the unwritten part kills the process on some file systems (SIGBUS on tmpfs).
 
     Args:
-        file: Made when the first row is written.
+        file: Made when the first row is written; the parts that are not written take no room.
         rows: How many rows there are.
         size: Side of the square pictures, in pixels.
     """
 
     def __init__(self, file: Path, rows: int, size: int) -> None:
         self.file, self.rows, self.size = file, rows, size
-        self.start = -(-rows * INDEX_ENTRY // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        self._index: npt.NDArray[np.uint64] | None = None
-        self._full = False
+        self._row = 2 * 8 + size * size * 3
+        self._off = False
 
     @property
     def bytes(self) -> int:
         """Size of the file when every row is in it."""
-        return self.start + self.rows * self.size * self.size * 3
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Cache, (self.file, self.rows, self.size)  # each process opens the file itself
+        return self.rows * self._row
 
     def get(self, row: int, stamp: int) -> Pixels | None:
-        """The picture (size, size, 3), mapped, if it is there and made from the file of this `stamp`."""
-        if self._full or not self._opened():
+        """The picture (size, size, 3), if it is there and made from the file of this `stamp`."""
+        content = np.empty(self._row, dtype=np.uint8)
+        try:
+            with open(self.file, "rb", buffering=0) as stream:  # noqa: PTH123 (a fifth of the time of Path.open)
+                stream.seek(row * self._row)
+                if stream.readinto(content.data) != self._row:
+                    return None
+        except OSError:  # nobody has written it yet
             return None
-        assert self._index is not None
-        if self._index[row, 0] != stamp:
-            return None
-        pixels: Pixels = self._pixels[row]
-        return pixels if self._index[row, 1] == checksum(pixels) else None
+        head, pixels = content[:16].view(np.uint64).tolist(), content[16:].reshape(self.size, self.size, 3)
+        return pixels if head == [stamp, checksum(pixels)] else None
 
     def put(self, row: int, stamp: int, pixels: Pixels) -> None:
         """Adds a picture; a disk that is full or cannot be written is said once, and the row stays out."""
-        if self._full or not self._opened():
+        if self._off:
             return
-        try:
-            with self.file.open("rb+", buffering=0) as stream:
-                stream.seek(self.start + row * pixels.nbytes)
-                stream.write(pixels.tobytes())
-                stream.seek(row * INDEX_ENTRY)
-                stream.write(np.array([stamp, checksum(pixels)], dtype=np.uint64).tobytes())
-        except OSError as error:
-            self._stop(error)
-
-    def _opened(self) -> bool:
-        if self._index is not None:
-            return True
+        head = np.array([stamp, checksum(pixels)], dtype=np.uint64)
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.file.touch()
-            with self.file.open("rb+") as stream:
-                if os.fstat(stream.fileno()).st_size < self.bytes:
-                    stream.truncate(self.bytes)  # by whoever comes first; for the others it changes nothing
-                mapped = mmap.mmap(stream.fileno(), self.bytes, access=mmap.ACCESS_READ)
+            with self.file.open("rb+", buffering=0) as stream:
+                stream.seek(row * self._row)
+                stream.write(head.tobytes() + pixels.tobytes())
         except OSError as error:
-            self._stop(error)
-            return False
-        self._index = np.frombuffer(mapped, np.uint64, self.rows * 2).reshape(self.rows, 2)
-        self._pixels = np.frombuffer(mapped, np.uint8, offset=self.start).reshape(self.rows, self.size, self.size, 3)
-        return True
+            self._off = True
+            self._say(error)
 
-    def _stop(self, error: OSError) -> None:
-        self._full = True
+    def _say(self, error: OSError) -> None:
         told = self.file.with_suffix(".full")  # so that of many processes one says it
         try:
             told.touch(exist_ok=False)
