@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from project.data import digits, images, manifest
+from project.data import dataset as dataset_module
+from project.data import digits, images, manifest, transforms
 from project.data.datamodule import ImageData
 from project.data.dataset import ImageDataset, loader
 from project.data.sampler import BatchSampler
@@ -129,3 +130,84 @@ def test_a_set_without_one_readable_picture_is_refused(photos):
         file.write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"None of the 84 train pictures can be read.*not a picture"):
         ImageData(str(photos)).setup("fit")
+
+
+@pytest.mark.parametrize("augment", ["crop", "trivial"])
+def test_random_augmentation_is_a_function_of_seed_epoch_and_row(photos, augment):
+    data = ImageData(str(photos), image_size=40, augment=augment, batch_size=16, workers=0)
+    dataset = data.dataset("train")
+    keys = [(epoch, row) for epoch in range(2) for row in range(16)]
+    torch.manual_seed(1)
+    first = dataset.__getitems__(keys).image
+    drawn = torch.rand(1)
+    assert first.shape == (32, 3, 40, 40)
+    assert torch.equal(dataset.__getitems__(keys).image, first)
+    assert not torch.equal(first[:16], first[16:])
+    torch.manual_seed(1)
+    assert torch.equal(drawn, torch.rand(1))  # the network's random numbers do not depend on it
+
+
+@pytest.mark.parametrize("augment", ["flip", "crop", "trivial"])
+def test_augmentation_never_reaches_validation_or_test_pictures(photos, augment):
+    data = ImageData(str(photos), image_size=40, augment=augment, workers=0)
+    for split, augmented in (("train", True), ("val", False), ("test", False)):
+        dataset = data.dataset(split)
+        plain = np.stack([images.read(dataset.path(row), 40) for row in range(len(dataset))])
+        seen = dataset.__getitems__([(3, row) for row in range(len(dataset))]).image.permute(0, 2, 3, 1).numpy()
+        assert (seen != plain).any() == augmented
+
+
+def test_crop_starts_from_a_larger_picture_and_shows_a_part_of_it(photos):
+    gradient = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
+    seen = [
+        transforms.crop(np.dstack([gradient, gradient.T, gradient]), np.random.default_rng(n), 224) for n in range(50)
+    ]
+    assert dataset_module.read_size(224, "crop") == 256
+    widths = [abs(int(image[0, -1, 0]) - int(image[0, 0, 0])) for image in seen]
+    heights = [int(image[-1, 0, 1]) - int(image[0, 0, 1]) for image in seen]
+    assert min(widths) < 120 < 220 < max(widths)
+    shares = np.array(widths) * heights / 256**2
+    assert 0.05 < shares.min() < 0.25
+    assert shares.max() > 0.8
+
+
+@pytest.fixture
+def unequal(workplace):
+    return make_pictures(workplace / "photos", {"red": 100, "blue": 20, "green": 10})
+
+
+def test_balance_by_sampling_draws_every_class_alike_in_training_alone(unequal):
+    data = ImageData(str(unequal), image_size=16, balance="sample", batch_size=10, workers=0)
+    drawn = torch.cat([batch.label for epoch in range(8) for batch in epochs(data, epoch)])
+    shares = torch.bincount(drawn).double() / len(drawn)
+    assert shares.numpy() == pytest.approx([1 / 3] * 3, abs=0.06)
+    validated = torch.cat([batch.label for batch in data.val_dataloader()])
+    assert torch.bincount(validated).tolist() == [2, 1, 10]
+
+
+def epochs(data, epoch):
+    made = data.train_dataloader()
+    made.batch_sampler.set_epoch(epoch)
+    return made
+
+
+def test_balance_by_loss_weighs_classes_by_their_rarity_and_pictures_1_on_average(unequal):
+    data = ImageData(str(unequal), balance="loss")
+    labels = data.manifest.labels[data.manifest.rows("train")]
+    weights = np.array(data.class_weights)
+    assert weights * np.bincount(labels) == pytest.approx([len(labels) / 3] * 3)
+    assert weights[labels].mean() == pytest.approx(1)
+    assert ImageData(str(unequal)).class_weights is None
+
+
+def test_cached_batches_are_those_that_are_read(photos):
+    def batches(**options):
+        data = ImageData(str(photos), image_size=24, augment="crop", batch_size=16, **options)
+        return [batch.image for epoch in (0, 1) for batch in epochs(data, epoch)]
+
+    plain = batches(cache="off", workers=0)
+    assert not Path("data/cache").exists()
+    for workers in (0, 2):
+        assert all(torch.equal(a, b) for a, b in zip(plain, batches(cache="on", workers=workers), strict=True))
+    assert len(list(Path("data/cache").glob("*-27-stretch.pixels"))) == 1
+    assert not list(Path("data/cache").glob("*.full"))

@@ -1,13 +1,16 @@
 import csv
 import hashlib
 import os
+import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from project.data import folders
+from project.data import folders, manifest
 from project.data.manifest import SPLITS, load
+from project.data.rows import Texts
 from project.errors import UserError
 from tests.conftest import make_pictures
 
@@ -165,3 +168,260 @@ def test_unusable_split_file_says_why(tmp_path, text, said):
     make_pictures(tmp_path / "photos", {"a": 4, "b": 4})
     (tmp_path / "split.csv").write_text(text)
     assert said in refusal(tmp_path / "photos", split=tmp_path / "split.csv")
+
+
+# CSV files
+
+
+def table(tmp_path, text, **options):
+    make_pictures(tmp_path / "pics", {"a": 30, "b": 30})
+    (tmp_path / "list.csv").write_text(text, **options)
+    return tmp_path / "list.csv"
+
+
+LINES = [f"pics/{c}/{n:03d}.png,{c}" for c in "ab" for n in range(30)]
+
+
+def test_csv_file_is_split_like_a_folder(tmp_path):
+    rows = load(table(tmp_path, "\n".join(["path,label", *LINES])))
+    assert rows.root == tmp_path
+    assert [len(rows.rows(s)) for s in SPLITS] == [42, 6, 12]
+    assert (rows.root / rows.paths[0]).exists()
+
+
+def test_csv_columns_come_in_any_case_and_order_with_a_byte_order_mark(tmp_path):
+    lines = [f"{line.split(',')[1]}, {line.split(',')[0]} ,x" for line in LINES]
+    rows = load(table(tmp_path, "\n".join(["Label , PATH,note", *lines, ""]), encoding="utf-8-sig"))
+    assert len(rows.paths) == 60
+    assert rows.class_names == ["a", "b"]
+
+
+def test_csv_split_is_taken_as_it_is(tmp_path):
+    names = ["Train"] * 20 + ["valid"] * 5 + ["test"] * 5
+    rows = load(
+        table(tmp_path, "\n".join(["path,label,split", *(f"{x},{s}" for x, s in zip(LINES, names * 2, strict=True))]))
+    )
+    assert [len(rows.rows(s)) for s in SPLITS] == [40, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("file,label\na,b", "no column path; it has file, label"),
+        ("path\na", "no column label"),
+        ("", "no column label, path; it has nothing"),
+        ("path,label\nx,\n", "line 2, has no label"),
+        ("path,label\nx,a\nx,b\n", "lists x more than once"),
+        ("path,label,split\nx,a,train\ny,b,\n", "none for y"),
+        ("path,label\n", "No pictures"),
+    ],
+)
+def test_unusable_csv_file_says_why(tmp_path, text, said):
+    (tmp_path / "list.csv").write_text(text)
+    assert said in refusal(tmp_path / "list.csv")
+
+
+# groups and folds
+
+
+def grouped(tmp_path, groups=12):
+    root = tmp_path / "photos"
+    random = np.random.default_rng(0)
+    for label in "abc":
+        for group in range(groups):
+            for number in range(int(random.integers(1, 9))):
+                (root / label).mkdir(parents=True, exist_ok=True)
+                (root / label / f"p{group:02d}_{number}.png").touch()
+    return root
+
+
+def sides(rows):
+    found = {}
+    for path, split in split_of(rows).items():
+        found.setdefault(path.split("/")[1].split("_")[0], set()).add(split)
+    return found
+
+
+def test_groups_stay_on_one_side_and_shares_are_nearly_kept(tmp_path):
+    root = grouped(tmp_path)
+    rows = load(root, group=r"/(p\d+)_")
+    assert all(len(splits) == 1 for splits in sides(rows).values())
+    assert any(len(splits) > 1 for splits in sides(load(root)).values())  # which it does not without
+    shares = np.bincount(rows.splits) / len(rows.splits)
+    assert shares == pytest.approx([0.7, 0.1, 0.2], abs=0.06)
+    assert split_of(load(root, group=r"/(p\d+)_")) == split_of(rows)
+    assert split_of(load(root, group=r"/(p\d+)_", seed=1)) != split_of(rows)
+
+
+def test_few_groups_still_reach_every_split(tmp_path):
+    rows = load(grouped(tmp_path, groups=3), group=r"p\d+")
+    assert sorted(next(iter(s)) for s in sides(rows).values()) == ["test", "train", "val"]
+
+
+def test_groups_are_written_with_the_split_and_read_again(tmp_path):
+    rows = load(grouped(tmp_path), group=r"/(p\d+)_")
+    rows.write_split(tmp_path / "split.csv")
+    again = load(tmp_path / "photos", tmp_path / "split.csv")
+    assert split_of(again) == split_of(rows)
+    assert list(again.groups) == list(rows.groups)
+
+
+@pytest.mark.parametrize("group", [None, r"/(p\d+)_"])
+def test_folds_partition_the_pictures(tmp_path, group):
+    root = grouped(tmp_path)
+    folds = [load(root, folds=5, fold=fold, group=group) for fold in range(5)]
+    tested = [path for rows in folds for path, split in split_of(rows).items() if split == "test"]
+    assert sorted(tested) == list(folds[0].paths)
+    for rows in folds:
+        assert set(np.bincount(rows.splits) > 0) == {True}
+        if group:
+            assert all(len(splits) == 1 for splits in sides(rows).values())
+        else:
+            assert np.bincount(rows.splits) / len(rows.splits) == pytest.approx([0.7, 0.1, 0.2], abs=0.03)
+
+
+def test_val_is_carved_from_train_by_whole_groups(tmp_path):
+    grouped(tmp_path).rename(tmp_path / "train")
+    rows = load(tmp_path, group=r"/(p\d+)_")
+    found = {}
+    for path, split in split_of(rows).items():
+        found.setdefault(path.split("/")[2].split("_")[0], set()).add(split)
+    assert {frozenset(splits) for splits in found.values()} == {frozenset({"train"}), frozenset({"val"})}
+
+
+def test_groups_on_both_sides_of_a_given_split_are_said(tmp_path):
+    for split in ("train", "val"):
+        for label in "ab":
+            (tmp_path / split / label).mkdir(parents=True)
+            for number in range(4):
+                (tmp_path / split / label / f"p{number}.png").touch()
+    assert any("4 groups lie on both sides" in notice for notice in load(tmp_path, group=r"p\d").notices)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"folds": 5}, "--data.fold is None"),
+        ({"fold": 1}, "--data.folds is None"),
+        ({"folds": 5, "fold": 5}, "a fold from 0"),
+        ({"folds": 1, "fold": 0}, "two folds or more"),
+        ({"folds": 99, "fold": 0}, "needs at least 99"),
+        ({"group": "("}, "no regular expression"),
+        ({"group": "nothing like it"}, "matches none of the paths; the first is a/p00_0.png"),
+        ({"group": "png"}, "Too few groups"),
+        ({"folds": 2, "fold": 0, "split": "split.csv"}, "exclude each other"),
+    ],
+)
+def test_split_that_cannot_be_made_says_why(tmp_path, options, said):
+    root = grouped(tmp_path)
+    load(root).write_split(tmp_path / "split.csv")
+    if "split" in options:
+        options = options | {"split": tmp_path / "split.csv"}
+    assert said in refusal(root, **options)
+
+
+def test_folds_of_a_folder_that_is_split_are_refused(tmp_path):
+    make_pictures(tmp_path / "train", {"a": 9, "b": 9})
+    assert "split already" in refusal(tmp_path, folds=3, fold=0)
+
+
+def test_excluded_paths_are_left_out_and_counted(tmp_path):
+    root = make_pictures(tmp_path / "photos", {"a": 20, "b": 20})
+    (tmp_path / "out.csv").write_text("path,reason\na/003.png,bad\na/004.png,bad\nz/1.png,gone\n")
+    rows = load(root, exclude=tmp_path / "out.csv")
+    assert len(rows.paths) == 38
+    assert not {"a/003.png", "a/004.png"} & set(rows.paths)
+    assert any("2 of 3 paths" in notice for notice in rows.notices)
+
+
+# rows, compact and kept
+
+
+def test_texts_are_a_sequence_of_strings():
+    names = ["", "a", "ü/ß.png", "caf\udce9", "x" * 1000]
+    texts = Texts.of(names)
+    assert (list(texts), len(texts), texts[-1], texts[1:3]) == (names, 5, names[-1], names[1:3])
+    assert [texts[place] for place in range(5)] == names
+    assert pickle.loads(pickle.dumps(texts))[2] == names[2]
+    with pytest.raises(IndexError):
+        texts[5]
+
+
+@pytest.fixture
+def old(workplace):
+    """photos/, whose folders changed long enough ago to be trusted."""
+    root = make_pictures(workplace / "photos", {"a": 20, "b": 20})
+    grow_old(root)
+    return root
+
+
+def grow_old(root):
+    for folder in (root, *root.iterdir()):
+        os.utime(folder, (1_700_000_000, 1_700_000_000 + hash(folder.stat().st_mtime_ns) % 1000))
+
+
+def without_reading(monkeypatch, root, **options):
+    with monkeypatch.context() as patched:
+        patched.setattr(folders, "entries", None)
+        return load(root, keep=True, **options)
+
+
+def test_second_start_reads_no_folder_and_gives_the_same_rows(old, monkeypatch):
+    first = load(old, keep=True, group=r"/(\d+)")
+    again = without_reading(monkeypatch, old, group=r"/(\d+)")
+    assert split_of(first) == split_of(again) == split_of(load(old, group=r"/(\d+)"))
+    assert again.labels.tolist() == first.labels.tolist()
+    assert (again.class_names, again.notices, list(again.groups)) == (
+        first.class_names,
+        first.notices,
+        list(first.groups),
+    )
+    assert len(pickle.dumps(again.paths)) < 500  # a worker maps the file
+    assert list(pickle.loads(pickle.dumps(again.paths))) == list(first.paths)
+
+
+def change_name(root):
+    (root / "a" / "000.png").rename(root / "a" / "new.png")
+
+
+def change_folder(root):
+    make_pictures(root, {"c": 5})
+
+
+def change_below(root):
+    (root / "b" / "019.png").unlink()
+
+
+@pytest.mark.parametrize("change", [change_name, change_folder, change_below])
+def test_changed_tree_is_noticed(old, change):
+    load(old, keep=True)
+    change(old)
+    assert split_of(load(old, keep=True)) == split_of(load(old))
+
+
+def test_tree_that_is_just_being_written_is_read_again(workplace, monkeypatch):
+    root = make_pictures(workplace / "photos", {"a": 20, "b": 20})
+    load(root, keep=True)
+    with pytest.raises(TypeError):
+        without_reading(monkeypatch, root)
+
+
+def test_other_options_have_rows_of_their_own(old):
+    load(old, keep=True)
+    assert split_of(load(old, keep=True, seed=1)) == split_of(load(old, seed=1)) != split_of(load(old))
+    assert split_of(load(old, keep=True, folds=2, fold=1)) == split_of(load(old, folds=2, fold=1))
+
+
+def test_damaged_rows_are_read_from_the_folder_again(old):
+    load(old, keep=True)
+    (kept,) = manifest.CACHE.glob("*.rows")
+    for content in (b"", b"{}\n", kept.read_bytes()[:150], b"\xff" * 500):
+        Path("damaged").write_bytes(content)
+        Path("damaged").replace(kept)
+        assert split_of(load(old, keep=True)) == split_of(load(old))
+
+
+def test_rows_that_cannot_be_kept_are_used_all_the_same(old):
+    manifest.CACHE.parent.mkdir()
+    manifest.CACHE.write_text("a file where the folder should be")
+    assert len(load(old, keep=True).paths) == 40

@@ -16,8 +16,9 @@ from sklearn import metrics as reference
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from project import cli, runs
-from project.classifier import lr_factor
+from project.classifier import Classifier, lr_factor
 from project.data import manifest
+from project.data.dataset import Batch
 from tests.conftest import COLOURS, SMALL, make_pictures
 
 FIT = ["fit", "--data.root", "photos", *SMALL, "--trainer.max_epochs", "1"]
@@ -159,6 +160,80 @@ def test_positive_class_of_two_is_said_and_can_be_chosen(workplace, capsys):
     assert "positive class: red" in capsys.readouterr().out
     assert cli.main([*FIT, "--model.positive", "blue"]) == 0
     assert "positive class: blue" in capsys.readouterr().out
+
+
+# data of other kinds
+
+
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+def test_fit_with_mixed_pictures(photos, mix):
+    assert cli.main([*FIT, "--model.mix", mix, "--trainer.max_epochs", "2"]) == 0
+    rows = [row for row in read_csv("runs/photos/version_0/metrics.csv") if row["train/accuracy"]]
+    assert all(0 <= float(row["train/accuracy"]) <= 1 for row in rows)
+    assert any(float(row["train/accuracy"]) * 80 % 1 for row in rows)  # a mixed picture can be right in part
+    assert cli.main(["test"]) == 0
+
+
+def test_mixed_loss_is_the_mixture_of_both_losses_and_so_is_accuracy():
+    torch.manual_seed(0)
+    model = Classifier(["a", "b", "c"], 32, "squeezenet1_1", mix="mixup").eval()
+    image, label = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), torch.tensor([0, 1, 2, 0])
+    share, other = 0.7, torch.tensor([2, 2, 1, 0])
+    one_hot = torch.nn.functional.one_hot
+
+    class Fixed(torch.nn.Module):
+        def forward(self, x, y):
+            return x, share * one_hot(y, 3).float() + (1 - share) * one_hot(other, 3).float()
+
+    model.mix = Fixed()
+    model.log = lambda *_, **__: None
+    loss, logits = model._step(Batch(image, label, label, []), "train")
+    losses = [torch.nn.functional.cross_entropy(logits, y) for y in (label, other)]
+    assert loss.item() == pytest.approx((share * losses[0] + (1 - share) * losses[1]).item())
+    right = [(logits.argmax(1) == y).float().mean() for y in (label, other)]
+    assert model.train_accuracy.compute() == pytest.approx(float(share * right[0] + (1 - share) * right[1]))
+    model._step(Batch(image, label, label, []), "val")  # validation is never mixed
+    assert model.val_loss.compute() == pytest.approx(losses[0].item())
+
+
+def test_class_weights_are_for_the_training_loss_alone():
+    torch.manual_seed(0)
+    weights = [0.5, 1.0, 2.0]
+    model = Classifier(["a", "b", "c"], 32, "squeezenet1_1", class_weights=weights).eval()
+    image, label = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), torch.tensor([0, 1, 2, 0])
+    model.log = lambda *_, **__: None
+    loss, logits = model._step(Batch(image, label, label, []), "train")
+    each = torch.nn.functional.cross_entropy(logits, label, reduction="none")
+    assert loss.item() == pytest.approx((each * torch.tensor(weights)[label]).mean().item())
+    # divided by the pictures, not by their weights: so the mean over ranks is that of the whole batch
+    halves = [model._step(Batch(image[s], label[s], label[s], []), "train")[0] for s in (slice(2), slice(2, 4))]
+    assert sum(half.item() for half in halves) / 2 == pytest.approx(loss.item())
+    model._step(Batch(image, label, label, []), "val")
+    assert model.val_loss.compute() == pytest.approx(each.mean().item())
+
+
+@pytest.mark.parametrize("balance", ["loss", "sample"])
+def test_fit_on_unequal_classes_with_balance(workplace, balance):
+    make_pictures(Path("photos"), {"red": 60, "blue": 12, "green": 12})
+    assert cli.main([*FIT, "--data.balance", balance]) == 0
+    assert cli.main(["test"]) == cli.main(["test", "--data.balance", "none"]) == 0
+
+
+def test_fit_and_test_from_a_csv_file(photos):
+    lines = [f"photos/{p.parent.name}/{p.name},{p.parent.name}" for p in sorted(photos.rglob("*.png"))]
+    Path("my,list.csv").write_text("\n".join(["path,label", *lines]))
+    assert cli.main(["fit", "--data.root", "my,list.csv", *SMALL, "--trainer.max_epochs", "1"]) == 0
+    run = Path("runs/my-list/version_0")
+    assert cli.main(["test"]) == 0
+    assert {row["path"] for row in read_csv(run / "predictions.csv")} <= {line.split(",")[0] for line in lines}
+
+
+def test_test_uses_the_fold_of_its_run(photos):
+    assert cli.main([*FIT, "--data.folds", "4", "--data.fold", "2"]) == 0
+    assert cli.main(["test"]) == 0
+    rows = manifest.load(photos, folds=4, fold=2)
+    tested = {row["path"] for row in read_csv("runs/photos/version_0/predictions.csv")}
+    assert tested == {f"photos/{rows.paths[row]}" for row in rows.rows("test")}
 
 
 # layers of settings, and verbs that start from a checkpoint

@@ -61,7 +61,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         rows: npt.NDArray[np.integer[Any]] | None = None,
         kept: Cache | None = None,
     ) -> None:
-        self.root, self.paths = root, paths
+        self.root, self.paths = "" if root == Path() else str(root), paths
         self.rows = np.arange(len(paths)) if rows is None else rows
         self.labels = np.full(len(self.rows), UNKNOWN) if labels is None else labels[self.rows].astype(np.int64)
         self.image_size, self.resize, self.seed, self.kept = image_size, resize, seed, kept
@@ -77,7 +77,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         Raises:
             ImageError: The picture cannot be read.
         """
-        image = torch.from_numpy(self._read((0, row)).copy())  # it may be mapped, or mirrored
+        image = torch.from_numpy(self._read((0, row)).copy())  # Pillow's own memory is not writable
         return image.permute(2, 0, 1), int(self.labels[row])
 
     def __getitems__(self, keys: list[Key]) -> Batch:

@@ -1,10 +1,12 @@
 """Augmentation of uint8 pictures: a function of the pixels and a random generator, nothing else."""
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from project.data.images import Pixels
 
@@ -31,17 +33,36 @@ def none(image: Pixels, _: np.random.Generator, size: int) -> Pixels:
 
 def flip(image: Pixels, random: np.random.Generator, size: int) -> Pixels:
     """Mirrors left to right, half of the time: the article's RandomHorizontalFlip."""
-    return image[:, ::-1] if random.random() < 0.5 else image
+    if random.random() < 0.5:
+        return image
+    return np.asarray(Image.fromarray(image).transpose(Image.Transpose.FLIP_LEFT_RIGHT))  # a fifth of NumPy's time
 
 
 def crop(image: Pixels, random: np.random.Generator, size: int) -> Pixels:
-    """A random part, 8 to 100 % of the area, at full size (torchvision's RandomResizedCrop), after `flip`."""
-    return _by_torchvision("crop", flip(image, random, size), random, size)
+    """A random part at full size, 8 to 100 % of the area, 3:4 to 4:3 (RandomResizedCrop), after `flip`."""
+    side = len(image)
+    area, ratio = random.uniform(0.08, 1.0) * side * side, math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+    width, height = (min(side, round(length)) for length in (math.sqrt(area * ratio), math.sqrt(area / ratio)))
+    left, top = (int(random.integers(side - length + 1)) for length in (width, height))
+    part = Image.fromarray(flip(image, random, size))
+    return np.asarray(part.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + width, top + height)))
 
 
 def trivial(image: Pixels, random: np.random.Generator, size: int) -> Pixels:
     """One random operation of random strength (TrivialAugmentWide, arXiv:2103.10158), after `crop`."""
-    return _by_torchvision("trivial", crop(image, random, size), random, size)
+    import torch
+
+    cropped = Image.fromarray(crop(image, random, size))
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator: it is put back
+        torch.default_generator.manual_seed(int(random.integers(2**63)))
+        return np.asarray(_trivial_augment()(cropped))
+
+
+@cache
+def _trivial_augment() -> Any:
+    from torchvision.transforms import v2  # the other augmentations do without torch
+
+    return v2.TrivialAugmentWide()
 
 
 AUGMENTATIONS = {
@@ -50,21 +71,3 @@ AUGMENTATIONS = {
     "crop": Augmentation(crop, margin=8 / 7),  # 256 px for 224, as in torchvision's reference
     "trivial": Augmentation(trivial, margin=8 / 7),
 }
-
-
-@cache
-def _transform(name: str, size: int) -> Any:
-    from torchvision.transforms import v2  # the other augmentations do without torch
-
-    return {"crop": v2.RandomResizedCrop(size, antialias=True), "trivial": v2.TrivialAugmentWide()}[name]
-
-
-def _by_torchvision(name: str, image: Pixels, random: np.random.Generator, size: int) -> Pixels:
-    """Runs a transform of torchvision's, which draws from torch's own generator: seeded here, and put back."""
-    import torch
-
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(random.integers(2**63)))
-        made = _transform(name, size)(torch.from_numpy(image.copy()).permute(2, 0, 1))
-    pixels: Pixels = made.permute(1, 2, 0).numpy()
-    return pixels
