@@ -1,11 +1,13 @@
 """Labels pictures with a checkpoint: python -m project.cli predict runs/digits/version_0 photos/ --out labels.csv."""
 
+import glob
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from project import files, predictions
-from project.data import folders
+from project.data import folders, manifest
 from project.data.workers import usable_cores
 from project.errors import UserError
 
@@ -19,7 +21,8 @@ def predict(
 
     Args:
         checkpoint: A best.ckpt or last.ckpt, or a run's folder.
-        pictures: Files and folders, in any mix; of a folder, all pictures in it and below.
+        pictures: Files, folders (all pictures in them and below), patterns like "photos/*.jpg", CSV files with a column
+            path, and - for a list on standard input; in any mix.
         out: The CSV file to write; must not exist.
         batch_size: Pictures at a time.
         workers: Processes that read pictures; by default as many as there are cores, none for few pictures.
@@ -51,19 +54,31 @@ def predict(
     return 0
 
 
-def expand(pictures: Iterable[str]) -> Iterable[str]:
-    """Yields files as given and, of folders, every picture below, in order of name; hidden ones are passed over.
+def expand(pictures: Iterable[str]) -> Iterator[str]:
+    """Yields the path of every picture that is meant, in the order given.
+
+    Args:
+        pictures: Files as they are; of folders, every picture below in order of name (hidden ones are passed over); of
+            patterns like photos/*.jpg, what they match; of CSV files, the column path, relative to the file; of a
+            dash, the lines of standard input.
 
     Raises:
-        UserError: A name is neither file nor folder, or a folder holds no picture.
+        UserError: A name is none of these, or means no picture.
     """
     for name in pictures:
-        if Path(name).is_dir():
+        if name == "-":
+            yield from expand(line.rstrip("\n") for line in sys.stdin if line.strip())
+        elif Path(name).is_dir():
             found = [str(Path(path)) for path in folders.pictures(name)]
             if not found:
                 raise UserError(f"There are no pictures in {name}.")
             yield from found
+        elif name.lower().endswith(".csv") and Path(name).exists():
+            for row in manifest.read_csv(Path(name), {"path"}, folders.Findings()):
+                yield os.path.normpath(Path(name).parent / row.path)
         elif os.path.lexists(name):  # a dangling link exists, and gets its error row
             yield name
+        elif matched := sorted(glob.glob(name, recursive=True)):  # noqa: PTH207 (keeps the path as it was given)
+            yield from expand(matched)
         else:
-            raise UserError(f"There is no file or folder {name}.")
+            raise UserError(f"There is no file or folder {name}, nor a match for it.")

@@ -29,6 +29,17 @@ def test_grey_picture_has_three_equal_channels():
     assert (pixels == ramp(np.uint8, 255)[:, :, None]).all()
 
 
+@pytest.mark.parametrize("resize", ["stretch", "crop", "pad"])
+def test_grey_picture_is_resized_as_if_it_were_rgb(resize):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 131), dtype=np.uint8))
+    assert (read(encoded(image), 64, resize) == read(encoded(image.convert("RGB")), 64, resize)).all()
+
+
+def test_grey_picture_with_a_transparent_level_is_laid_on_white():
+    image = Image.fromarray(np.zeros((20, 20), dtype=np.uint8))
+    assert (read(encoded(image, transparency=0), 64) == 255).all()
+
+
 @pytest.mark.parametrize("fmt", ["PNG", "TIFF"])
 def test_16_bit_ramp_stays_a_ramp(fmt):
     pixels = read(encoded(Image.fromarray(ramp(np.uint16, 65535)), fmt), 64)[0, :, 0].astype(int)

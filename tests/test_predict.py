@@ -94,3 +94,24 @@ def test_hidden_pictures_of_a_folder_are_passed_over(workplace):
     Path("elsewhere", "g.png").write_bytes(b"")
     Path("p", "linked").symlink_to(Path("elsewhere").resolve())
     assert list(expand(["p"])) == ["p/a.png", "p/e/f.PNG", "p/linked/g.png"]
+
+
+def test_patterns_csv_files_and_standard_input_mean_pictures(photos, monkeypatch):
+    import io
+
+    Path("lists").mkdir()
+    Path("lists/some.csv").write_text("label,path\nx,../photos/red/001.png\n,../photos/red/000.png\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("photos/blue/002.png\n\nphotos/gr*/003.png\n"))
+    assert list(expand(["photos/*/00[01].png", "lists/some.csv", "-"])) == [
+        *(f"photos/{c}/00{n}.png" for c in ("blue", "green", "red") for n in (0, 1)),
+        "photos/red/001.png",
+        "photos/red/000.png",
+        "photos/blue/002.png",
+        "photos/green/003.png",
+    ]
+
+
+def test_a_path_in_a_csv_file_that_is_not_there_gets_an_error_row(at_trained, tmp_path):
+    (tmp_path / "some.csv").write_text("path\ngone.png\n")
+    assert cli.main(["predict", str(at_trained), str(tmp_path / "some.csv"), "--out", str(tmp_path / "o.csv")]) == 0
+    assert [row["error"] for row in rows_of(tmp_path / "o.csv")] == ["no such file or directory"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 from project.data import duplicates, images, manifest
 from project.data.folders import Findings
@@ -98,8 +98,10 @@ def examine(path: str) -> npt.NDArray[np.void]:
     row = np.zeros((), EXAMINED)
     with images.opened(path) as image:
         row["format"], row["mode"], row["size"] = image.format, image.mode, image.size
-        row["rotated"] = image.getexif().get(0x0112, 1) not in (0, 1)
-        rgb = images.to_rgb(ImageOps.exif_transpose(image))
+        row["rotated"] = image.getexif().get(images.ORIENTATION, 1) not in (0, 1)
+        images.upright(image)
+        rgb = images.to_rgb(image)
+        rgb.load()
     with open(path, "rb") as stream:  # noqa: PTH123
         row["digest"] = np.frombuffer(hashlib.file_digest(stream, "md5").digest(), np.uint64)  # equal, not secret
     step = max(1, min(rgb.size) // 64)
