@@ -19,6 +19,7 @@ TRAINER_VERBS = {
 COMMANDS = {
     "predict": "label pictures with a checkpoint",
     "check": "look through a folder of pictures before training on it",
+    "bench": "measure how fast pictures are read, beside the usual ways",
 }
 VERBS = TRAINER_VERBS | COMMANDS
 

@@ -36,7 +36,7 @@ def call(function: Callable[..., int], verb: str, argv: list[str]) -> int:
     for parameter in document.params:
         if parameter.arg_name in lists:
             parser.add_argument(parameter.arg_name, nargs="+", type=str, help=parameter.description)
-    return function(**parser.parse_args(argv).as_dict())
+    return function(**parser.instantiate_classes(parser.parse_args(argv)).as_dict())
 
 
 def explain(message: str, parser: argparse.ArgumentParser) -> UserError:

@@ -1,0 +1,227 @@
+"""Measures, side by side in one run: python -m project.cli bench data --data.root photos."""
+
+import functools
+import itertools
+import json as json_format
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from project import files
+from project.data import images, manifest
+from project.data.check import examine_all
+from project.data.table import Manifest
+from project.data.workers import usable_cores
+
+BATCH, SIZE = 64, 224
+
+
+@dataclass
+class Pictures:
+    """What is read.
+
+    Args:
+        root: The pictures, as fit takes them; by default made ones of 475 x 404 pixels.
+        count: How many of them.
+    """
+
+    root: str | None = None
+    count: int = 256
+
+
+def bench(what: Literal["data"], data: Pictures | None = None, rounds: int = 5, json: str | None = None) -> int:
+    """Measures how fast pictures become batches, beside the usual ways, in one run.
+
+    All are run in turn, `rounds` times; the medians count. Exits with 0.
+
+    Args:
+        what: `data`: reading on one core, with workers, and from the cache.
+        data: What is read.
+        rounds: How often each is run.
+        json: Write the figures into this file too; must not exist.
+    """
+    if json is not None:
+        files.require_new(Path(json), "json")
+    data = data or Pictures()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(data.root) if data.root else make_photographs(Path(folder) / "photos", data.count)
+        result = measure_data(root, data.count, rounds, Path(folder))
+    if json is not None:
+        with files.replacing(Path(json)) as stream:
+            json_format.dump(result, stream, indent=2)
+    return 0
+
+
+def make_photographs(root: Path, count: int) -> Path:
+    """Writes JPEGs with the detail of photographs: random shapes of all sizes and some noise, about 70 kB each."""
+    random = np.random.default_rng(0)
+    for number in range(count):
+        pixels = np.zeros((404, 475, 3))
+        for octave in range(1, 7):
+            coarse = random.normal(0, 1, (2**octave, 2**octave, 3))
+            scaled = [
+                Image.fromarray(c.astype(np.float32)).resize((475, 404), Image.Resampling.BICUBIC) for c in coarse.T
+            ]
+            pixels += np.dstack([np.asarray(channel) for channel in scaled]) * 60 / octave
+        pixels = np.clip(pixels + 128 + random.normal(0, 8, pixels.shape), 0, 255)
+        folder = root / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:04d}.jpg", quality=90)
+    return root
+
+
+def measure_data(root: Path, count: int, rounds: int, scratch: Path) -> dict[str, Any]:
+    """Runs all readers in turn, prints the table and returns it: pictures a second by reader."""
+    import torch
+
+    rows = manifest.load(root)
+    base, paths = rows.root, list(itertools.islice(_readable(rows), count))
+    cores = usable_cores()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    runs: dict[str, Callable[[], Iterator[int]]] = {
+        "decoding alone (Pillow)": lambda: _decode(base, paths),
+        "the article's reader": lambda: _loop(_usual(base, paths, "article", 0)),
+        "torchvision's reference reader": lambda: _loop(_usual(base, paths, "reference", 0)),
+        "ours, first epoch": lambda: _loop(_ours(base, paths, "flip", 0)),
+        "ours, from the cache": lambda: _loop(_ours(base, paths, "flip", 0, scratch)),
+        "ours, from the cache, crop": lambda: _loop(_ours(base, paths, "crop", 0, scratch)),
+    }
+    print(f"{root}: {len(paths):,} pictures, {SIZE} px, batches of {BATCH}, medians of {rounds} rounds\n")
+    one_core = _compare("on one core", runs, len(paths), rounds)
+    with_workers = {
+        f"torchvision's reference reader, {cores} workers": _usual(base, paths, "reference", cores),
+        f"ours, {cores} workers, first epoch": _ours(base, paths, "flip", cores),
+        f"ours, {cores} workers, from the cache": _ours(base, paths, "flip", cores, scratch),
+    }
+    loaders: dict[str, Callable[[], Iterator[int]]] = {
+        name: functools.partial(_loop, made) for name, made in with_workers.items()
+    }
+    many = _compare(f"with {cores} workers, which are there already", loaders, len(paths), rounds)
+    gap = _gap(with_workers[f"ours, {cores} workers, from the cache"])
+    print(f"from the last batch of an epoch to the first of the next: {gap:.3f} s\n")
+    with ProcessPoolExecutor(cores) as pool:
+        full = [[str(base / path) for path in paths[start : start + 32]] for start in range(0, len(paths), 32)]
+        pools: dict[str, Callable[[], Iterator[int]]] = {
+            "decoding alone (Pillow), all cores": lambda: iter(list(pool.map(_decode_all, full))),
+            "check, all cores": lambda: iter([len(part) for part, _ in pool.map(examine_all, full)]),
+        }
+        checked = _compare("the doctor", pools, len(paths), rounds)
+    torch.set_num_threads(threads)
+    first, cached = one_core["ours, first epoch"], one_core["ours, from the cache"]
+    print(
+        f"One core reads {first:,.0f} pictures a second, {cached:,.0f} from the cache: leave --data.cache on; where "
+        f"training is faster than {first * cores:,.0f} a second, its first epoch waits for the pictures."
+    )
+    return {"one_core": one_core, "workers": many, "gap_seconds": gap, "check": checked}
+
+
+def _compare(title: str, runs: dict[str, Callable[[], Iterator[int]]], pictures: int, rounds: int) -> dict[str, float]:
+    """Pictures a second of each, the median over the rounds; each round runs all of them, after one that warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number, name in itertools.product(range(rounds + 1), runs):
+        start = time.perf_counter()
+        seen = sum(runs[name]())
+        assert seen == pictures, (name, seen)
+        if number:
+            seconds[name].append(time.perf_counter() - start)
+    speed = {name: pictures / statistics.median(times) for name, times in seconds.items()}
+    beside = speed.get("torchvision's reference reader") or next(iter(speed.values()))
+    print(f"{title:60}  pictures/s   ratio")
+    for name, value in speed.items():
+        print(f"  {name:58}  {value:10,.0f}  {value / beside:6.2f}")
+    print()
+    return speed
+
+
+def _loop(loader: Any) -> Iterator[int]:
+    for batch in loader:
+        yield len(batch[0])
+
+
+def _gap(loader: Any) -> float:
+    """Seconds between two epochs, the median of five."""
+    gaps = []
+    for _ in range(6):
+        start = time.perf_counter()
+        epoch = iter(loader)
+        next(epoch)
+        gaps.append(time.perf_counter() - start)
+        for _ in epoch:
+            pass
+    return statistics.median(gaps[1:])
+
+
+def _readable(rows: Manifest) -> Iterator[str]:
+    for path in rows.paths:
+        try:
+            images.read(rows.root / path, SIZE)
+        except images.ImageError:
+            continue
+        yield path
+
+
+def _decode(root: Path, paths: Sequence[str]) -> Iterator[int]:
+    for path in paths:
+        with images.opened(root / path) as image:
+            image.load()
+        yield 1
+
+
+def _decode_all(paths: Sequence[str]) -> int:
+    return sum(_decode(Path(), paths))
+
+
+def _ours(root: Path, paths: Sequence[str], augment: Any, workers: int, cache: Path | None = None) -> Any:
+    from project.data.cache import Cache
+    from project.data.dataset import ImageDataset, loader, read_size
+    from project.data.sampler import BatchSampler
+
+    size = read_size(SIZE, augment)
+    kept = Cache(cache / f"{size}.pixels", len(paths), size) if cache else None
+    dataset = ImageDataset(root, paths, None, SIZE, augment=augment, kept=kept)
+    return loader(dataset, BatchSampler(len(paths), BATCH, shuffle=False), workers)
+
+
+def _usual(root: Path, paths: Sequence[str], kind: str, workers: int) -> Any:
+    from torch.utils.data import DataLoader
+
+    return DataLoader(
+        Usual([str(root / path) for path in paths], kind),  # type: ignore[arg-type]
+        BATCH,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+
+
+class Usual:
+    """What others do: a map-style data set of float tensors (3, 224, 224).
+
+    Args:
+        paths: The pictures.
+        kind: `article`: Resize, flip, tensor. `reference`: what torchvision's training script does (RandomResizedCrop,
+            flip, tensor, Normalize).
+    """
+
+    def __init__(self, paths: list[str], kind: str) -> None:
+        from torchvision import transforms
+
+        first = transforms.Resize((SIZE, SIZE)) if kind == "article" else transforms.RandomResizedCrop(SIZE)
+        last = [] if kind == "article" else [transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+        steps = [first, transforms.RandomHorizontalFlip(), transforms.ToTensor(), *last]
+        self.paths, self.transform = paths, transforms.Compose(steps)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, row: int) -> tuple[Any, int]:
+        with open(self.paths[row], "rb") as stream:  # noqa: PTH123 (as torchvision's own loader does)
+            return self.transform(Image.open(stream).convert("RGB")), 0
