@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json as json_format
+import multiprocessing
 import statistics
 import tempfile
 import time
@@ -108,13 +109,13 @@ def measure_data(root: Path, count: int, rounds: int, scratch: Path) -> dict[str
     many = _compare(f"with {cores} workers, which are there already", loaders, len(paths), rounds)
     gap = _gap(with_workers[f"ours, {cores} workers, from the cache"])
     print(f"from the last batch of an epoch to the first of the next: {gap:.3f} s\n")
-    with ProcessPoolExecutor(cores) as pool:
-        full = [[str(base / path) for path in paths[start : start + 32]] for start in range(0, len(paths), 32)]
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:  # as check's: without torch
+        full = [[str(base / path) for path in paths[start : start + 32]] for start in range(0, len(paths), 32)] * 4
         pools: dict[str, Callable[[], Iterator[int]]] = {
-            "decoding alone (Pillow), all cores": lambda: iter(list(pool.map(_decode_all, full))),
-            "check, all cores": lambda: iter([len(part) for part, _ in pool.map(examine_all, full)]),
+            "decoding alone (Pillow), all cores": lambda: pool.map(_decode_all, full),
+            "check, all cores": lambda: (len(part) for part, _ in pool.map(examine_all, full)),
         }
-        checked = _compare("the doctor", pools, len(paths), rounds)
+        checked = _compare("the doctor", pools, 4 * len(paths), rounds)
     torch.set_num_threads(threads)
     first, cached = one_core["ours, first epoch"], one_core["ours, from the cache"]
     print(

@@ -18,9 +18,10 @@ from project.data.splits import SPLITS, Row
 from project.data.workers import usable_cores
 from project.errors import UserError
 
-SIDE = 16  # of the fingerprint, in pixels
+SIDE = 16  # of the thumbnail, in pixels
 CONSTANT = 2.0  # standard deviation in grey levels below which a picture shows nothing
 GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as Pillow's L
+ONES = np.full(1024, 1 / 1024, dtype=np.float32)
 SMALL_CLASS, IMBALANCE = 10, 10.0
 ENDINGS = {
     "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"},
@@ -43,7 +44,7 @@ EXAMINED = np.dtype(
         ("mean", np.float32, 3),  # of the pixels, 0 to 1
         ("square", np.float32, 3),  # mean of their squares
         ("deviation", np.float32),  # of the grey levels, 0 to 255
-        ("fingerprint", np.float16, SIDE * SIDE),  # see `duplicates.near_pairs`
+        ("thumbnail", np.uint8, SIDE * SIDE),  # in grey
     ]
 )
 
@@ -101,17 +102,17 @@ def examine(path: str) -> npt.NDArray[np.void]:
         row["rotated"] = image.getexif().get(images.ORIENTATION, 1) not in (0, 1)
         with open(path, "rb") as stream:  # noqa: PTH123
             row["digest"] = np.frombuffer(hashlib.sha256(stream.read()).digest()[:16], np.uint64)
+        image.draft(image.mode, (96, 96))  # a JPEG is read to its end, but decoded at a fraction of its size
         images.upright(image)
-        rgb = images.to_rgb(image)
-        sample = np.asarray(rgb.resize((64, 64), Image.Resampling.NEAREST)).reshape(-1, 3).astype(np.float32) / 255
-        small = rgb.resize((SIDE, SIDE), Image.Resampling.HAMMING, reducing_gap=4.0).convert("L")
-    moments = sample.T @ sample / len(sample)  # (3, 3)
-    mean = sample.mean(0)
-    row["mean"], row["square"] = mean, np.diagonal(moments)
-    row["deviation"] = 255 * np.sqrt(np.maximum(GREY @ (moments - np.outer(mean, mean)) @ GREY, 0))
-    shape = np.asarray(small, dtype=np.float32).ravel()
-    shape -= shape.mean()
-    row["fingerprint"] = shape / max(float(np.linalg.norm(shape)), 1e-6)
+        plain = image if images.is_plain_grey(image) else images.to_rgb(image)
+        sample = np.asarray(plain.resize((32, 32), Image.Resampling.NEAREST), dtype=np.float32).reshape(1024, -1)
+        small = plain.resize((SIDE, SIDE), Image.Resampling.HAMMING, reducing_gap=4.0).convert("L")
+    sample /= 255
+    mean, products = ONES @ sample, sample.T @ sample / 1024  # of a grey picture, the same for each channel
+    row["mean"], row["square"] = mean, np.diagonal(products)
+    grey = GREY if len(mean) == 3 else np.ones(1, dtype=np.float32)
+    row["deviation"] = 255 * max(float(grey @ products @ grey - (grey @ mean) ** 2), 0.0) ** 0.5
+    row["thumbnail"] = np.frombuffer(small.tobytes(), np.uint8)
     return row
 
 

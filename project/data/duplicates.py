@@ -18,14 +18,14 @@ def groups(
 
     Args:
         rows: Path, label and split of each picture.
-        seen: What `check.examine` says of each: `digest` and `fingerprint`.
+        seen: What `check.examine` says of each: `digest` and `thumbnail`.
         places: Which of them to compare.
     """
     same: dict[bytes, list[int]] = defaultdict(list)
     for place in places.tolist():
         same[seen["digest"][place].tobytes()].append(place)
     firsts = np.array([group[0] for group in same.values()], dtype=np.int64)
-    near = [[int(firsts[a]), int(firsts[b])] for a, b in near_pairs(seen["fingerprint"][firsts])]
+    near = [[int(firsts[a]), int(firsts[b])] for a, b in near_pairs(fingerprints(seen["thumbnail"][firsts]))]
     exact = [group for group in same.values() if len(group) > 1]
     for kind, what, found in (("duplicate", "the same file", exact), ("near-duplicate", "nearly the same", near)):
         sorts: dict[str, list[list[int]]] = {"-label": [], "-split": [], "": []}
@@ -35,6 +35,16 @@ def groups(
         yield f"{kind}-label", f"{what}, with different labels", sorts["-label"]
         yield f"{kind}-split", f"{what}, on both sides of the split", sorts["-split"]
         yield kind, f"{what}, within one class and split", sorts[""]
+
+
+def fingerprints(thumbnails: npt.NDArray[np.uint8]) -> npt.NDArray[np.float16]:
+    """Thumbnails (N, D), each less its mean and at length 1."""
+    made = np.empty(thumbnails.shape, dtype=np.float16)
+    for start in range(0, len(made), 65536):
+        block = thumbnails[start : start + 65536].astype(np.float32)
+        block -= block.mean(axis=1, keepdims=True)
+        made[start : start + 65536] = block / np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-6)
+    return made
 
 
 def near_pairs(fingerprints: npt.NDArray[np.float16], least: float = NEARLY_SAME) -> list[tuple[int, int]]:

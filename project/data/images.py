@@ -69,7 +69,7 @@ def read(source: str | os.PathLike[str] | bytes, size: int, resize: Resize = "st
     with opened(source) as image:
         square = RESIZERS[resize]
         upright(image)
-        if image.mode == "L" and "transparency" not in image.info:  # a third of the work, and the same pixels
+        if is_plain_grey(image):  # a third of the work, and the same pixels
             return np.array(square(image, size).convert("RGB"))
         return np.array(square(to_rgb(image), size))
 
@@ -94,6 +94,11 @@ def opened(source: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
         raise
     except Exception as error:  # hostile bytes make decoders raise anything: OSError, SyntaxError, struct.error, ...
         raise ImageError(name, _reason(error)) from error
+
+
+def is_plain_grey(image: Image.Image) -> bool:
+    """Whether a picture is 8-bit grey and nothing else."""
+    return image.mode == "L" and "transparency" not in image.info
 
 
 def upright(image: Image.Image) -> None:

