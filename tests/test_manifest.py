@@ -190,7 +190,7 @@ def test_csv_file_is_split_like_a_folder(tmp_path):
 
 
 def test_csv_columns_come_in_any_case_and_order_with_a_byte_order_mark(tmp_path):
-    lines = [f"{line.split(',')[1]}, {line.split(',')[0]} ,x" for line in LINES]
+    lines = [f"{line.split(',')[1]} ,{line.split(',')[0]},x" for line in LINES]
     rows = load(table(tmp_path, "\n".join(["Label , PATH,note", *lines, ""]), encoding="utf-8-sig"))
     assert len(rows.paths) == 60
     assert rows.class_names == ["a", "b"]
@@ -325,9 +325,23 @@ def test_folds_of_a_folder_that_is_split_are_refused(tmp_path):
     assert "split already" in refusal(tmp_path, folds=3, fold=0)
 
 
+def test_names_with_spaces_and_backslashes_come_back_from_the_split_file(tmp_path):
+    root = make_pictures(tmp_path / "photos", {"a": 9, "b ": 9})
+    (root / "a" / " odd\\name .png").touch()
+    load(root).write_split(tmp_path / "split.csv")
+    again = load(root, tmp_path / "split.csv")
+    assert split_of(again) == split_of(load(root))
+    assert again.class_names == ["a", "b "]
+
+
+def test_paths_of_a_table_from_windows_are_found(tmp_path):
+    rows = load(table(tmp_path, "\n".join(["path,label", *(line.replace("/", "\\") for line in LINES)])))
+    assert (tmp_path / rows.paths[0]).exists()
+
+
 def test_excluded_paths_are_left_out_and_counted(tmp_path):
     root = make_pictures(tmp_path / "photos", {"a": 20, "b": 20})
-    (tmp_path / "out.csv").write_text("path,reason\na/003.png,bad\na/004.png,bad\nz/1.png,gone\n")
+    (tmp_path / "out.csv").write_text(f"path,reason\na/003.png,bad\n{root}/a/004.png,bad\nz/1.png,gone\n")
     rows = load(root, exclude=tmp_path / "out.csv")
     assert len(rows.paths) == 38
     assert not {"a/003.png", "a/004.png"} & set(rows.paths)

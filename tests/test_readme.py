@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from torchvision import datasets
 
 from project import cli
 from project.data import digits
@@ -35,19 +36,32 @@ def as_in_the_readme(photos):
 
 def test_commands_run(as_in_the_readme):
     found = commands("python -m project.cli")
-    assert {command[3] for command in found} == {"fit", "test", "predict"}
+    assert {command[3] for command in found} == {"fit", "test", "predict", "check", "bench"}
     for _, _, _, verb, *options in found:
-        small = [*SMALL, "--trainer.max_epochs", "1"] if verb == "fit" else []
-        assert cli.main([verb, *options, *small]) == 0, options
+        small = {"fit": [*SMALL, "--trainer.max_epochs", "1"], "bench": ["--data.count", "8", "--rounds", "1"]}
+        assert cli.main([verb, *options, *small.get(verb, [])]) == 0, options
 
 
 def test_python_snippet_runs(as_in_the_readme, capsys):
     for number, name in enumerate(("one.jpg", "two.png")):
         Path(name).write_bytes(sorted(Path("DIR").rglob("*.png"))[50 * number].read_bytes())
-    snippets = blocks("python")
-    assert len(snippets) == 1
-    exec(snippets[0], {})
+    (snippet,) = [text for text in blocks("python") if "import load" in text]
+    exec(snippet, {})
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-2:]] == ["one.jpg", "two.png"]
+
+
+def test_public_data_set_becomes_a_folder_that_fit_takes(workplace, monkeypatch):
+    class Pictures(datasets.FakeData):  # what can be had without a download
+        classes = ("cat", "dog")
+
+        def __init__(self, root, train, download):
+            super().__init__(size=30 if train else 10, image_size=(3, 32, 32), num_classes=2)
+
+    monkeypatch.setattr(datasets, "CIFAR10", Pictures)
+    (snippet,) = [text for text in blocks("python") if "torchvision" in text]
+    exec(snippet, {})
+    assert len(list(Path("cifar10").rglob("*.png"))) == 40
+    assert cli.main(["fit", "--data.root", "cifar10", *SMALL, "--trainer.max_epochs", "1"]) == 0
 
 
 def test_make_targets_exist():

@@ -209,7 +209,7 @@ def _judge(
         far = (shorter < usual / 4) | (shorter > usual * 4)
         add("size", False, f"far from the usual size ({usual:.0f} px)", where(far))
         long = np.maximum(width, height) > 3 * shorter
-        add("aspect", False, "more than 3 times as long as wide, or the other way round", where(long))
+        add("aspect", False, "with one side more than 3 times the other", where(long))
         common = Counter(good["mode"].tolist()).most_common(1)[0][0]
         add("mode", False, f"of another mode than {common.decode()}", where(seen["mode"] != common))
         add("rotated", False, "turned by their EXIF orientation (training turns them too)", where(seen["rotated"]))

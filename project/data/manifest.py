@@ -24,7 +24,7 @@ FORMAT = 1  # of the kept manifests; another number makes them anew
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from and how they are split; the fields are `ImageData`'s options."""
+    """What `load` is asked for."""
 
     root: Path
     split: Path | None = None
@@ -35,7 +35,17 @@ class Source:
     exclude: Path | None = None
 
 
-def load(root: Path, split: Path | None = None, seed: int = 0, *, keep: bool = False, **options: object) -> Manifest:
+def load(
+    root: Path,
+    split: Path | None = None,
+    seed: int = 0,
+    *,
+    group: str | None = None,
+    folds: int | None = None,
+    fold: int | None = None,
+    exclude: Path | None = None,
+    keep: bool = False,
+) -> Manifest:
     """Reads a data set's rows.
 
     Args:
@@ -44,14 +54,17 @@ def load(root: Path, split: Path | None = None, seed: int = 0, *, keep: bool = F
             columns path (relative to the file) and label, and perhaps split and group.
         split: A split.csv of an earlier run; its rows are used as they are.
         seed: Decides which picture goes into which split.
+        group: Regular expression; what it matches in a path stays in one split.
+        folds: Number of equal parts; see `splits.assign`.
+        fold: Which of them is the test split, from 0.
+        exclude: CSV file with a column path: rows to leave out.
         keep: Keep the rows in `CACHE`, and take them from there while no folder or file that was read has changed.
-        options: group, folds, fold and exclude; see `ImageData`.
 
     Raises:
         UserError: There is no such folder, no picture, a single class, a class with fewer than three pictures, or
             a class that one split has and another has not; the sentence says which.
     """
-    source = Source(root, split, seed, **options)  # type: ignore[arg-type]
+    source = Source(root, split, seed, group, folds, fold, exclude)
     if not keep:
         return _read(source, Findings())
     question = repr([FORMAT, str(root.resolve()), source]).encode("utf-8", "surrogateescape")
@@ -91,7 +104,9 @@ def scan(root: Path, found: Findings) -> Iterable[Row]:
             raise UserError(
                 f"{root} is a file; --data.root takes a folder of pictures, <folder>/<class>/*.jpg, or a CSV file."
             )
-        yield from read_csv(root, {"path", "label"}, found)
+        for row in read_csv(root, {"path", "label"}, found):
+            path = row.path if "/" in row.path else row.path.replace("\\", "/")  # a table that was made on Windows
+            yield Row(path, row.label.strip(), row.split, row.group.strip())
     elif folders.is_split(root):
         for path, label, split in folders.by_split(root, found):
             yield Row(path, label, split)
@@ -119,10 +134,10 @@ def read_csv(file: Path, needed: set[str], found: Findings) -> list[Row]:
             read = []
             for line in lines:
                 if line:
-                    row = Row(*("" if p is None or p >= len(line) else line[p].strip() for p in places))
+                    row = Row(*("" if p is None or p >= len(line) else line[p] for p in places))
                     if lacking := [name for name in sorted(needed) if not getattr(row, name)]:
                         raise UserError(f"{file}, line {lines.line_num}, has no {lacking[0]}; fill it in.")
-                    read.append(row._replace(path=row.path.replace("\\", "/"), split=_split_name(row.split, file)))
+                    read.append(row._replace(split=_split_name(row.split.strip(), file)))
     except (OSError, csv.Error) as error:
         raise UserError(f"Cannot read {file}: {getattr(error, 'strerror', None) or error}.") from error
     twice = [path for path, count in Counter(row.path for row in read).items() if count > 1]
@@ -158,7 +173,7 @@ def _grouped(read: list[Row], pattern: str, found: Findings) -> list[Row]:
 def _excluded(read: list[Row], source: Source, found: Findings) -> list[Row]:
     assert source.exclude is not None
     unwanted = {row.path for row in read_csv(source.exclude, {"path"}, found)}
-    kept = [row for row in read if row.path not in unwanted]
+    kept = [row for row in read if not {row.path, f"{source.root}/{row.path}"} & unwanted]
     found.say(f"left out, listed in {source.exclude}: {len(read) - len(kept):,} of {len(unwanted):,} paths")
     return kept
 
