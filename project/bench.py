@@ -21,6 +21,7 @@ from project.data import images, manifest
 from project.data.check import examine_all
 from project.data.table import Manifest
 from project.data.workers import usable_cores
+from project.errors import UserError
 
 BATCH, SIZE = 64, 224
 
@@ -52,6 +53,9 @@ def bench(what: Literal["data"], data: Pictures | None = None, rounds: int = 5, 
     if json is not None:
         files.require_new(Path(json), "json")
     data = data or Pictures()
+    for option, value in (("data.count", data.count), ("rounds", rounds)):
+        if value < 1:
+            raise UserError(f"--{option} is {value}; it must be at least 1.")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(data.root) if data.root else make_photographs(Path(folder) / "photos", data.count)
         result = measure_data(root, data.count, rounds, Path(folder))
@@ -85,6 +89,8 @@ def measure_data(root: Path, count: int, rounds: int, scratch: Path) -> dict[str
 
     rows = manifest.load(root)
     base, paths = rows.root, list(itertools.islice(_readable(rows), count))
+    if not paths:
+        raise UserError(f"None of the pictures in {root} can be read; python -m project.cli check {root} says why.")
     cores = usable_cores()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -10,6 +10,7 @@ from project.data.check import Finding, Report
 from project.data.check import check as examine
 from project.data.images import ImageError, Resize, read
 from project.data.transforms import AUGMENTATIONS, Augment
+from project.errors import UserError
 
 SHOWN, TABLE = 5, 30
 
@@ -40,6 +41,9 @@ def check(
     for option, file in (("json", json), ("preview", preview), ("quarantine", quarantine)):
         if file is not None:
             files.require_new(Path(file), option)
+
+    if image_size < 1:
+        raise UserError(f"--image_size is {image_size}; it must be at least 1.")
 
     def progress(results: Any, total: int) -> Any:
         return track(results, "check", total, console=Console(stderr=True), transient=True)

@@ -5,6 +5,7 @@ whose signature is its options and whose docstring is its help. Nothing heavy is
 """
 
 import importlib
+import io
 import sys
 
 from project.data import workers
@@ -33,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code: 0 fine, 1 findings or a failed run, 2 the user's mistake, 130 Ctrl-C, 143 SIGTERM.
     """
+    for stream in (sys.stdout, sys.stderr, sys.stdin):  # a file's name may be no text in this locale
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "backslashreplace")
     try:
         return _run(sys.argv[1:] if argv is None else argv)
     except UserError as error:

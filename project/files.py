@@ -28,7 +28,15 @@ def require_new(file: Path, option: str) -> None:
         UserError: It cannot, or it is.
     """
     folder = file.absolute().parent
-    if file.exists():
+    try:
+        there = os.path.lexists(file)
+        if not there:
+            file.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"Cannot write --{option} {file}: {error.strerror}; give another file.") from error
+    if there:
         raise UserError(f"{file} exists; give another file by --{option}, or remove it.")
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder} for --{option} {file}; make it first.")

@@ -32,15 +32,19 @@ class Origin:
         self.content = checkpoint.read(path)
         self.metadata = self.content[checkpoint.METADATA]
 
-    def settings(self) -> dict[str, Any]:
-        """The run's configuration, as far as it holds on another machine, and its split."""
+    def settings(self, with_split: bool) -> dict[str, Any]:
+        """The run's configuration, as far as it holds on another machine.
+
+        Args:
+            with_split: Its split.csv, where there is one, instead of the options that it came from.
+        """
         config: dict[str, dict[str, Any]] = self.metadata["config"]
         settings = {section: {k: v for k, v in config[section].items() if _plain(v)} for section in ("data", "model")}
         for option in ("workers", "cache"):
             settings["data"].pop(option, None)
         settings["trainer"] = {k: v for k, v in config["trainer"].items() if k in TRAINER_SETTINGS and _plain(v)}
         split = self.run / "split.csv"
-        if runs.is_inside(self.path) and split.is_file():
+        if with_split and runs.is_inside(self.path) and split.is_file():
             settings["data"]["split"] = str(split)
             for option in ("folds", "fold", "group", "exclude"):  # the split is their outcome
                 settings["data"].pop(option, None)

@@ -67,14 +67,14 @@ def expand(pictures: Iterable[str]) -> Iterator[str]:
     """
     for name in pictures:
         if name == "-":
-            yield from expand(line.rstrip("\n") for line in sys.stdin if line.strip())
+            yield from expand(line.rstrip("\r\n") for line in sys.stdin if line.strip())
         elif Path(name).is_dir():
             found = [str(Path(path)) for path in folders.pictures(name)]
             if not found:
                 raise UserError(f"There are no pictures in {name}.")
             yield from found
         elif name.lower().endswith(".csv") and Path(name).exists():
-            for row in manifest.read_csv(Path(name), {"path"}, folders.Findings()):
+            for row in manifest.read_csv(Path(name), {"path"}, folders.Findings(), tidy=True):
                 yield os.path.normpath(Path(name).parent / row.path)
         elif os.path.lexists(name):  # a dangling link exists, and gets its error row
             yield name

@@ -57,6 +57,11 @@ class CheckpointWriter(TorchCheckpointIO):
             raise
         self._settling.append(self._thread.submit(files.settle, unfinished, target))
 
+    def remove_checkpoint(self, path: Any) -> None:
+        """Waits until every checkpoint is in place: one that is removed must not come back."""
+        self.teardown()
+        super().remove_checkpoint(path)
+
     def teardown(self) -> None:
         """Waits until every checkpoint is in place."""
         while self._settling:

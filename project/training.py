@@ -104,13 +104,16 @@ class Cli(LightningCLI):
         path = runs.find(given or os.environ.get(CHECKPOINT_VARIABLE))
         os.environ[CHECKPOINT_VARIABLE] = str(path)
         self.origin = Origin(path)
-        settings = self.origin.settings()
-        self.config = parser.parse_args([self.verb, f"--config={json.dumps(settings)}", *self.argv])
+        run_root = self.origin.metadata["config"]["data"].get("root", "")
+        for with_split in (True, False):
+            settings = self.origin.settings(with_split)
+            self.config = parser.parse_args([self.verb, f"--config={json.dumps(settings)}", *self.argv])
+            root = self.config[self.verb].data.root
+            if chosen_split is not None or Path(root).resolve() == Path(run_root).resolve():
+                break
+        else:
+            print(f"{root} is not the run's {run_root}: its split.csv is not used (--data.split would)")
         self.config[self.verb].ckpt_path = str(path)
-        data, run_root = self.config[self.verb].data, settings["data"].get("root", "")
-        if chosen_split is None and Path(data.root).resolve() != Path(run_root).resolve():
-            data.split = None
-            print(f"{data.root} is not the run's {run_root}: its split.csv is not used (--data.split would)")
         if self.verb == "fit":
             self.origin.require_more_to_do(self.config.fit.trainer.max_epochs)
         else:

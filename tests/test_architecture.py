@@ -1,4 +1,4 @@
-"""Who may import whom: DESIGN in the README, held by reading the imports."""
+"""Who may import whom, held by reading the imports."""
 
 import ast
 from pathlib import Path

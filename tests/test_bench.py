@@ -55,5 +55,7 @@ def test_usual_readers_give_what_torchvision_gives(workplace):
 
 def test_unknown_subject_and_existing_output_are_refused(workplace, refused):
     assert "it takes data" in refused("bench", "dat")
+    assert "--rounds is 0" in refused("bench", "data", "--rounds", "0")
+    assert "--data.count is 0" in refused("bench", "data", "--data.count", "0")
     Path("mine").write_text("x")
     assert "mine exists" in refused("bench", "data", "--json", "mine")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from project.data import cache, images
 from project.data.cache import Cache, choose, stamp
@@ -56,6 +57,18 @@ def test_changed_picture_is_read_again(pictures):
     shutil.copy(pictures / "red" / "003.png", pictures / "blue" / "007.png")
     assert (all_of(data) == truth(pictures)).all()
     assert (all_of(dataset(pictures)) == truth(pictures)).all()
+
+
+def test_picture_replaced_by_one_of_the_same_size_and_date_is_read_again(pictures):
+    before, after = (np.full((30, 40, 3), value, dtype=np.uint8) for value in (10, 200))
+    file = pictures / "blue" / "003.bmp"
+    Image.fromarray(before).save(file)
+    os.utime(file, (1_700_000_000, 1_700_000_000))
+    data = ImageDataset(pictures, ["blue/003.bmp"], None, SIZE, kept=Cache(Path("it.pixels"), 1, SIZE))
+    assert (all_of(data) == 10).all()
+    Image.fromarray(after).save(file)
+    os.utime(file, (1_700_000_000, 1_700_000_000))
+    assert (all_of(data) == 200).all()
 
 
 def test_deleted_and_spoilt_pictures_fail_although_they_were_kept(pictures):
@@ -146,6 +159,8 @@ def test_full_disk_is_said_once_and_training_goes_on_without(pictures, capfd):
 
 def test_cache_that_cannot_be_made_is_said_and_training_goes_on(pictures, capsys):
     Path("place").write_text("a file where the folder should be")
+    paths = Texts.of(["blue/000.png"])
+    assert choose("on", Path("place"), pictures, paths, SIZE, "stretch")[0] is not None  # said when a row is written
     assert (all_of(dataset(pictures, "place/it.pixels")) == truth(pictures)).all()
     assert capsys.readouterr().out.count("going on without") == 1
 

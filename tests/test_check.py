@@ -13,7 +13,7 @@ from PIL import Image
 
 from project import cli
 from project.data.check import check
-from project.data.duplicates import near_pairs
+from project.data.duplicates import near_groups
 from tests.conftest import COLOURS, SMALL, make_pictures
 
 
@@ -141,6 +141,29 @@ def test_same_picture_on_both_sides_of_the_split_is_found(workplace):
     assert list(report.leave_out) == ["train/a/004.png"]  # the test stays as hard as it was
 
 
+def test_a_copy_of_a_nearly_same_picture_is_of_its_group(workplace):
+    for number in range(12):
+        for label, seed in (("a", number), ("b", 50 + number)):
+            Path("p/train", label).mkdir(parents=True, exist_ok=True)
+            Path("p/val", label).mkdir(parents=True, exist_ok=True)
+            scenery(seed).save(Path("p/train", label, f"{number}.png"))
+            scenery(seed + 100).save(Path("p/val", label, f"{number}.png"))
+    scenery(300).save("p/train/a/x.png")
+    Path("p/val/a/copy.png").write_bytes(Path("p/train/a/x.png").read_bytes())
+    scenery(300).convert("RGB").save("p/train/a/saved anew.jpg", quality=70)
+    report = check(Path("p"))
+    group = ["train/a/saved anew.jpg", "train/a/x.png", "val/a/copy.png"]
+    assert kinds(report)["near-duplicate-split"].paths == [group]
+    assert set(report.leave_out) == set(group[:2])
+
+
+def test_a_telephones_jpeg_with_two_pictures_in_it_has_the_right_ending(photos):
+    stream = io.BytesIO()
+    scenery(1).save(stream, "MPO", save_all=True, append_images=[scenery(2)])
+    (photos / "red" / "telephone.jpg").write_bytes(stream.getvalue())
+    assert "ending" not in kinds(check(photos))
+
+
 def test_mean_and_deviation_are_those_of_the_pixels(workplace):
     for number in range(24):
         pixels = np.zeros((40, 40, 3), dtype=np.uint8)
@@ -152,17 +175,23 @@ def test_mean_and_deviation_are_those_of_the_pixels(workplace):
     assert report.std == pytest.approx([100 / 255, 0, 0], abs=1e-3)
 
 
-def test_near_pairs_are_those_of_all_comparisons():
+def test_near_groups_are_those_of_all_comparisons():
     random = np.random.default_rng(0)
     vectors = random.normal(size=(3000, 32))
     vectors[1500:1600] = vectors[:100] + random.normal(size=(100, 32)) * 0.04
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     stored = vectors.astype(np.float16)
     correlation = stored.astype(np.float32) @ stored.astype(np.float32).T
-    expected = {(a, b) for a, b in zip(*np.nonzero(np.triu(correlation >= 0.998, 1)), strict=True)}
+    expected = [list(pair) for pair in zip(*np.nonzero(np.triu(correlation >= 0.998, 1)), strict=True)]
     assert len(expected) > 50
-    assert set(near_pairs(stored)) == expected
-    assert near_pairs(stored[:1]) == []
+    assert near_groups(stored) == expected
+    assert near_groups(stored[:1]) == []
+
+
+def test_near_groups_link_through_others_and_take_many_alike():
+    angles = np.concatenate([np.linspace(0, 0.5, 20), [2.0], np.full(3000, 3.0)])  # cos(0.5 / 19) is above 0.998
+    circle = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float16)
+    assert sorted(map(len, near_groups(circle))) == [20, 3000]
 
 
 def test_preview_shows_three_draws_of_each_way_and_validation_pictures_as_they_are(photos):
@@ -177,6 +206,23 @@ def test_existing_output_is_not_overwritten(photos, refused, option):
     Path("mine").write_text("mine")
     assert "mine exists" in refused("check", str(photos), f"--{option}", "mine")
     assert Path("mine").read_text() == "mine"
+
+
+def test_names_that_are_no_text_or_too_long_end_in_a_sentence(photos, refused):
+    import os
+    import subprocess
+    import sys
+
+    os.rename(photos / "red" / "003.png", os.fsencode(photos / "red") + b"/caf\xe9.png")
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    Path(os.fsdecode(os.fsencode(photos / "red") + b"/caf\xe9.png")).write_bytes(b"no picture")
+    command = [sys.executable, "-m", "project.cli", "check", "photos"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stderr
+    assert "caf\\udce9.png: not a picture" in done.stdout
+    assert "no folder xxx" in refused("check", "x" * 300)
+    assert "File name too long" in refused("check", "photos", "--json", "x" * 300)
+    assert "--image_size is 0" in refused("check", "photos", "--image_size", "0")
 
 
 @pytest.mark.parametrize(("root", "said"), [("nowhere", "no folder nowhere"), ("empty", "No pictures in empty")])

@@ -190,7 +190,7 @@ def test_csv_file_is_split_like_a_folder(tmp_path):
 
 
 def test_csv_columns_come_in_any_case_and_order_with_a_byte_order_mark(tmp_path):
-    lines = [f"{line.split(',')[1]} ,{line.split(',')[0]},x" for line in LINES]
+    lines = [f"{line.split(',')[1]} , {line.split(',')[0]} ,x" for line in LINES]
     rows = load(table(tmp_path, "\n".join(["Label , PATH,note", *lines, ""]), encoding="utf-8-sig"))
     assert len(rows.paths) == 60
     assert rows.class_names == ["a", "b"]
@@ -289,6 +289,25 @@ def test_val_is_carved_from_train_by_whole_groups(tmp_path):
     assert {frozenset(splits) for splits in found.values()} == {frozenset({"train"}), frozenset({"val"})}
 
 
+def test_group_beside_a_split_file_is_kept_and_what_lies_on_both_sides_is_said(tmp_path):
+    root = grouped(tmp_path)
+    load(root).write_split(tmp_path / "split.csv")
+    rows = load(root, tmp_path / "split.csv", group=r"/(p\d+)_")
+    assert set(rows.groups) == {f"p{number:02d}" for number in range(12)}
+    assert any("lie on both sides" in notice for notice in rows.notices)
+
+
+def test_two_folds_leave_something_to_train_on(tmp_path):
+    assert "a (3)" in refusal(make_pictures(tmp_path / "p", {"a": 3, "b": 9}), folds=2, fold=0)
+    rows = load(make_pictures(tmp_path / "q", {"a": 4, "b": 9}), folds=2, fold=1)
+    assert min(np.bincount(rows.labels[rows.rows("train")])) == 1
+
+
+def test_one_picture_under_two_spellings_is_one(tmp_path):
+    text = "path,label\n" + "\n".join(LINES) + "\n./pics//a/000.png,b\n"
+    assert "pics/a/000.png more than once" in refusal(table(tmp_path, text))
+
+
 def test_groups_on_both_sides_of_a_given_split_are_said(tmp_path):
     for split in ("train", "val"):
         for label in "ab":
@@ -310,6 +329,8 @@ def test_groups_on_both_sides_of_a_given_split_are_said(tmp_path):
         ({"group": "nothing like it"}, "matches none of the paths; the first is a/p00_0.png"),
         ({"group": "png"}, "Too few groups"),
         ({"folds": 2, "fold": 0, "split": "split.csv"}, "exclude each other"),
+        ({"fold": 3, "split": "split.csv"}, "--data.folds is None"),
+        ({"group": r"\d*"}, "matches none of the paths"),
     ],
 )
 def test_split_that_cannot_be_made_says_why(tmp_path, options, said):
@@ -424,6 +445,21 @@ def test_other_options_have_rows_of_their_own(old):
     load(old, keep=True)
     assert split_of(load(old, keep=True, seed=1)) == split_of(load(old, seed=1)) != split_of(load(old))
     assert split_of(load(old, keep=True, folds=2, fold=1)) == split_of(load(old, folds=2, fold=1))
+
+
+def test_rows_that_are_made_anew_do_not_reach_the_workers_of_a_running_fit(old):
+    first = load(old, keep=True)
+    (old / "a" / "000a.png").touch()  # every later row moves on by one
+    grow_old(old)
+    second = load(old, keep=True)
+    assert second.paths.source and first.paths.source
+    assert list(pickle.loads(pickle.dumps(first.paths))) == list(first.paths) != list(second.paths)
+    packed = pickle.dumps(second.paths)
+    (old / "a" / "000b.png").touch()
+    grow_old(old)
+    load(old, keep=True)
+    with pytest.raises(RuntimeError, match="start again"):  # replaced between sending and opening
+        pickle.loads(packed)
 
 
 def test_damaged_rows_are_read_from_the_folder_again(old):

@@ -75,9 +75,15 @@ def test_unknown_network_lists_near_names():
         models.build("resnet81", 2)
 
 
-def test_too_small_a_size_is_refused_with_the_smallest_that_works():
+def test_network_of_one_size_only_is_refused_any_other():
+    network = models.build("vit_b_16", 3)
+    with pytest.raises(UserError, match=r"64, which vit_b_16 does not take; the next size that it takes is 224"):
+        models.require_size(network, "vit_b_16", 64)
+
+
+def test_a_size_that_does_not_work_is_refused_with_the_next_that_does():
     network = models.build("alexnet", 2)
     models.require_size(network, "alexnet", 63)
     assert network.training
-    with pytest.raises(UserError, match=r"62.*at least 63"):
+    with pytest.raises(UserError, match=r"62.*takes is 63"):
         models.require_size(network, "alexnet", 62)

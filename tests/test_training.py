@@ -236,6 +236,16 @@ def test_test_uses_the_fold_of_its_run(photos):
     assert tested == {f"photos/{rows.paths[row]}" for row in rows.rows("test")}
 
 
+def test_moved_data_is_dealt_out_as_in_the_run(workplace):
+    make_pictures(Path("photos"), dict.fromkeys(COLOURS, 40))
+    assert cli.main([*FIT, "--data.folds", "3", "--data.fold", "1", "--data.group", r"(\d)\.png"]) == 0
+    shutil.copytree("photos", "moved")
+    rows = manifest.load(Path("photos"), folds=3, fold=1, group=r"(\d)\.png")
+    assert cli.main(["test", "--data.root", "moved"]) == 0
+    tested = {row["path"] for row in read_csv("runs/photos/version_0/predictions.csv")}
+    assert tested == {f"moved/{rows.paths[row]}" for row in rows.rows("test")}
+
+
 # layers of settings, and verbs that start from a checkpoint
 
 

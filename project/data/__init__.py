@@ -1,1 +1,1 @@
-"""Pictures on disk to uint8 batches; imports nothing else of the package but its errors."""
+"""Pictures on disk to uint8 batches; of the package it imports errors and files, nothing else."""

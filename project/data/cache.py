@@ -1,5 +1,6 @@
 """Decoded, resized pictures in one file: the second epoch reads at the speed of memory."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -82,9 +83,9 @@ class Cache:
 
 
 def stamp(path: str) -> int:
-    """Changes with the file: never 0, which is what an empty row has."""
+    """Changes with the file, also when it is replaced by one of the same size and date; never 0, as an empty row is."""
     status = os.stat(path)  # noqa: PTH116 (a Path would take as long as the call)
-    return (status.st_mtime_ns * 1_000_003 + status.st_size * 31 + status.st_ino) % (1 << 64) | 1
+    return hash((status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)) % (1 << 64) or 1
 
 
 def checksum(pixels: Pixels) -> int:
@@ -123,5 +124,6 @@ def choose(
     if choice == "auto" and cache.bytes > free / 2:
         need = f"{cache.bytes / 1e9:,.1f} GB, more than half of the {free / 1e9:,.1f} GB free"
         return None, f"cache: none, it would take {need} (--data.cache on would)"
-    file.with_suffix(".full").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a place that cannot be written is said when a row is
+        file.with_suffix(".full").unlink()
     return cache, f"cache: {file}, {cache.bytes / 1e6:,.0f} MB when it is full"

@@ -19,12 +19,12 @@ from project.data.workers import usable_cores
 from project.errors import UserError
 
 SIDE = 16  # of the thumbnail, in pixels
-CONSTANT = 2.0  # standard deviation in grey levels below which a picture shows nothing
-GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as Pillow's L
+CONSTANT = 2.0  # standard deviation of the thumbnail's grey levels below which a picture shows nearly nothing
 ONES = np.full(1024, 1 / 1024, dtype=np.float32)
 SMALL_CLASS, IMBALANCE = 10, 10.0
 ENDINGS = {
     "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"},
+    "MPO": {".jpg", ".jpeg", ".jpe", ".jfif"},  # a telephone's JPEG with a second picture in it
     "PNG": {".png"},
     "GIF": {".gif"},
     "BMP": {".bmp"},
@@ -43,7 +43,6 @@ EXAMINED = np.dtype(
         ("rotated", np.bool_),  # by its EXIF orientation
         ("mean", np.float32, 3),  # of the pixels, 0 to 1
         ("square", np.float32, 3),  # mean of their squares
-        ("deviation", np.float32),  # of the grey levels, 0 to 255
         ("thumbnail", np.uint8, SIDE * SIDE),  # in grey
     ]
 )
@@ -110,8 +109,6 @@ def examine(path: str) -> npt.NDArray[np.void]:
     sample /= 255
     mean, products = ONES @ sample, sample.T @ sample / 1024  # of a grey picture, the same for each channel
     row["mean"], row["square"] = mean, np.diagonal(products)
-    grey = GREY if len(mean) == 3 else np.ones(1, dtype=np.float32)
-    row["deviation"] = 255 * max(float(grey @ products @ grey - (grey @ mean) ** 2), 0.0) ** 0.5
     row["thumbnail"] = np.frombuffer(small.tobytes(), np.uint8)
     return row
 
@@ -127,13 +124,12 @@ def examine_all(paths: list[str]) -> tuple[npt.NDArray[np.void], dict[int, str]]
     return rows, errors
 
 
-def check(root: Path, progress: Any = None, processes: int | None = None) -> Report:
+def check(root: Path, progress: Any = None) -> Report:
     """Looks at every picture of a data set.
 
     Args:
         root: A folder or CSV file, as `manifest.load` takes it.
         progress: Wraps the iterator over the chunks, given it and their number.
-        processes: How many decode; by default one a usable core.
 
     Raises:
         UserError: There is nothing that could be looked at.
@@ -160,7 +156,7 @@ def check(root: Path, progress: Any = None, processes: int | None = None) -> Rep
     work: Iterable[list[str]] = [[str(base / row.path) for row in chunk] for chunk in chunks]
     parts: list[npt.NDArray[np.void]] = []
     errors: dict[str, str] = {}
-    with ProcessPoolExecutor(processes or usable_cores()) as pool:
+    with ProcessPoolExecutor(usable_cores()) as pool:
         results: Iterator[Any] = pool.map(examine_all, work)
         for number, (part, failed) in enumerate(progress(results, len(chunks)) if progress else results):
             parts.append(part)
@@ -172,6 +168,7 @@ def _judge(
     rows: list[Row], seen: npt.NDArray[np.void], errors: dict[str, str], findings: list[Finding], found: Findings
 ) -> Report:
     bad = np.array([row.path in errors for row in rows])
+    empty = seen["thumbnail"].std(axis=1) < CONSTANT
     leave_out = {path: f"unreadable: {reason}" for path, reason in errors.items()}
 
     def add(kind: str, problem: bool, what: str, paths: Iterable[Sequence[str]]) -> None:
@@ -183,7 +180,7 @@ def _judge(
         return [[rows[place].path] for place in np.flatnonzero(condition & ~bad)]
 
     add("unreadable", True, "cannot be read", ([f"{path}: {reason}"] for path, reason in errors.items()))
-    for kind, what, places in duplicates.groups(rows, seen, np.flatnonzero(~bad & (seen["deviation"] >= CONSTANT))):
+    for kind, what, places in duplicates.groups(rows, seen, np.flatnonzero(~bad & ~empty)):
         add(kind, True, what, ([rows[place].path for place in group] for group in places))
         for group in places:
             keep = max(group, key=lambda place: (SPLITS.index(rows[place].split or "train"), -place))
@@ -197,7 +194,7 @@ def _judge(
         ]
     )
     add("ending", True, "with the ending of another format", where(~endings))
-    add("constant", True, "show nearly nothing: all of one colour", where(seen["deviation"] < CONSTANT))
+    add("constant", True, "look like a single colour", where(empty))
     findings += _classes(rows)
     for kind, (count, names) in found.skipped.items():
         problem = kind in ("folder without pictures", "not inside a class folder")

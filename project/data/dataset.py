@@ -112,7 +112,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             return images.read(path, self.read_size, self.resize)
         try:
             stamp = cache.stamp(path)
-        except OSError:  # it is not there: `read` says so
+        except (OSError, ValueError):  # it is not there, or cannot be: `read` says so
             return images.read(path, self.read_size, self.resize)
         place = int(self.rows[row])
         if (image := self.kept.get(place, stamp)) is not None:

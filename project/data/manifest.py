@@ -2,6 +2,8 @@
 
 import csv
 import hashlib
+import os
+import posixpath
 import re
 import time
 from collections import Counter
@@ -77,17 +79,26 @@ def load(
 
 
 def _read(source: Source, found: Findings) -> Manifest:
+    folds, fold = source.folds, source.fold
+    if (folds is None) != (fold is None) or (folds is not None and fold is not None and not 0 <= fold < folds >= 2):
+        raise UserError(
+            f"--data.folds is {folds} and --data.fold is {fold}; both are needed, two folds or more and a fold from 0."
+        )
+    if folds is not None and source.split is not None:
+        raise UserError(
+            f"--data.folds and the split file {source.split} exclude each other; add --data.split null, or leave "
+            "--data.folds out."
+        )
     read = list(scan(source.root, found))
+    if source.split is not None:
+        read = _as_listed(read, source.split, source.root, found)
     if source.group is not None:
         read = _grouped(read, source.group, found)
-    if source.split is not None:
-        if source.folds is not None:
-            raise UserError(f"--data.folds and --data.split {source.split} exclude each other; leave one of them out.")
-        read = _as_listed(read, source.split, source.root, found)
     if source.exclude is not None:
         read = _excluded(read, source, found)
     if read and source.split is None:
         read = _split(read, source, found)
+    _say_groups_on_both_sides(read, found)
     return _manifest(source.root, sorted(read), found)
 
 
@@ -97,16 +108,14 @@ def scan(root: Path, found: Findings) -> Iterable[Row]:
     Raises:
         UserError: There is no such folder or file, or it cannot be read.
     """
-    if not root.exists():
+    if not os.path.exists(root):  # noqa: PTH110 (False for a name that is too long, too)
         raise UserError(f"There is no folder {root}; --data.root takes a folder of pictures, {root}/<class>/*.jpg.")
     if root.is_file():
         if root.suffix.lower() != ".csv":
             raise UserError(
                 f"{root} is a file; --data.root takes a folder of pictures, <folder>/<class>/*.jpg, or a CSV file."
             )
-        for row in read_csv(root, {"path", "label"}, found):
-            path = row.path if "/" in row.path else row.path.replace("\\", "/")  # a table that was made on Windows
-            yield Row(path, row.label.strip(), row.split, row.group.strip())
+        yield from read_csv(root, {"path", "label"}, found, tidy=True)
     elif folders.is_split(root):
         for path, label, split in folders.by_split(root, found):
             yield Row(path, label, split)
@@ -115,8 +124,15 @@ def scan(root: Path, found: Findings) -> Iterable[Row]:
             yield Row(path, label)
 
 
-def read_csv(file: Path, needed: set[str], found: Findings) -> list[Row]:
+def read_csv(file: Path, needed: set[str], found: Findings, tidy: bool = False) -> list[Row]:
     """Rows of a CSV file with the columns path, label, split and group, in any case and order, BOM or not.
+
+    Args:
+        file: Written by a person, by a program, or by `Manifest.write_split`.
+        needed: Columns that must be there and filled.
+        found: Is told that the file was read.
+        tidy: Take blanks off the ends, read a backslash as a slash (a table from Windows) and shorten `a/./b` and
+            `a/../b`; not in a file that this program wrote, where a name is as it is.
 
     Raises:
         UserError: It cannot be read, a needed column or value is missing, or a path comes twice.
@@ -124,7 +140,7 @@ def read_csv(file: Path, needed: set[str], found: Findings) -> list[Row]:
     found.read.append(str(file))
     try:
         with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
-            lines = csv.reader(stream)
+            lines = csv.reader(stream, skipinitialspace=tidy)
             names = [name.strip().casefold() for name in next(lines, [])]
             if missing := needed - set(names):
                 raise UserError(
@@ -135,15 +151,21 @@ def read_csv(file: Path, needed: set[str], found: Findings) -> list[Row]:
             for line in lines:
                 if line:
                     row = Row(*("" if p is None or p >= len(line) else line[p] for p in places))
+                    row = _tidied(row) if tidy else row
                     if lacking := [name for name in sorted(needed) if not getattr(row, name)]:
                         raise UserError(f"{file}, line {lines.line_num}, has no {lacking[0]}; fill it in.")
                     read.append(row._replace(split=_split_name(row.split.strip(), file)))
     except (OSError, csv.Error) as error:
         raise UserError(f"Cannot read {file}: {getattr(error, 'strerror', None) or error}.") from error
     twice = [path for path, count in Counter(row.path for row in read).items() if count > 1]
-    if twice:
+    if twice and "label" in needed:
         raise UserError(f"{file} lists {twice[0]} more than once; a picture has one label and belongs to one split.")
     return read
+
+
+def _tidied(row: Row) -> Row:
+    values = [value.strip() for value in row]
+    return Row(posixpath.normpath(values[0].replace("\\", "/")) if values[0] else "", *values[1:])
 
 
 def _split_name(name: str, file: Path) -> str:
@@ -159,22 +181,22 @@ def _grouped(read: list[Row], pattern: str, found: Findings) -> list[Row]:
     except re.error as error:
         raise UserError(f"--data.group {pattern} is no regular expression: {error}.") from error
     matches = [expression.search(row.path) for row in read]
-    alone = sum(not match for match in matches)
+    texts = [(match and (match[1] if expression.groups else match[0])) or "" for match in matches]
+    alone = texts.count("")
     if read and alone == len(read):
         raise UserError(f"--data.group {pattern} matches none of the paths; the first is {read[0].path}.")
     if alone:
         found.say(f"--data.group matches {len(read) - alone:,} paths; the other {alone:,} pictures stand alone")
-    return [
-        row._replace(group=(match[1] or "" if expression.groups else match[0]) if match else "")
-        for row, match in zip(read, matches, strict=True)
-    ]
+    return [row._replace(group=text) for row, text in zip(read, texts, strict=True)]
 
 
 def _excluded(read: list[Row], source: Source, found: Findings) -> list[Row]:
     assert source.exclude is not None
-    unwanted = {row.path for row in read_csv(source.exclude, {"path"}, found)}
-    kept = [row for row in read if not {row.path, f"{source.root}/{row.path}"} & unwanted]
-    found.say(f"left out, listed in {source.exclude}: {len(read) - len(kept):,} of {len(unwanted):,} paths")
+    listed = read_csv(source.exclude, {"path"}, found)
+    unwanted = {row.path for row in listed} | {_tidied(row).path for row in listed}
+    base = source.root.parent if source.root.is_file() else source.root
+    kept = [row for row in read if not {row.path, posixpath.normpath(f"{base}/{row.path}")} & unwanted]
+    found.say(f"left out, listed in {source.exclude}: {len(read) - len(kept):,} of {len(listed):,} paths")
     return kept
 
 
@@ -190,15 +212,11 @@ def _as_listed(read: list[Row], split: Path, root: Path, found: Findings) -> lis
 
 
 def _split(read: list[Row], source: Source, found: Findings) -> list[Row]:
-    root, folds, fold = source.root, source.folds, source.fold
-    if (folds is None) != (fold is None) or (folds is not None and fold is not None and not 0 <= fold < folds >= 2):
-        raise UserError(
-            f"--data.folds is {folds} and --data.fold is {fold}; both are needed, two folds or more and a fold from 0."
-        )
+    root = source.root
     with_split = sum(bool(row.split) for row in read)
     if not with_split:
-        return splits.assign(read, source.seed, folds, fold)
-    if folds is not None:
+        return splits.assign(read, source.seed, source.folds, source.fold)
+    if source.folds is not None:
         raise UserError(f"{root} is split already; --data.folds needs a folder or file without splits.")
     if with_split < len(read):
         bare = next(row.path for row in read if not row.split)
@@ -210,6 +228,10 @@ def _split(read: list[Row], source: Source, found: Findings) -> list[Row]:
         found.say(f"{root} has no val: {carved:,} pictures of train are set aside for it")
     if "test" not in present:
         found.say(f"{root} has no test: the run will have validation figures only")
+    return read
+
+
+def _say_groups_on_both_sides(read: list[Row], found: Findings) -> None:
     sides: dict[str, set[str]] = {}
     for row in read:
         if row.group:
@@ -219,7 +241,6 @@ def _split(read: list[Row], source: Source, found: Findings) -> list[Row]:
             f"{len(both):,} groups lie on both sides of a split ({', '.join(both[:3])}): the figures of val and test "
             "will be better than on new groups"
         )
-    return read
 
 
 def _manifest(root: Path, read: list[Row], found: Findings) -> Manifest:

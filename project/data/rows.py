@@ -1,7 +1,9 @@
 """Many texts and numbers as a few arrays: small in memory, kept in one file, shared by every process that maps it."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
@@ -12,6 +14,7 @@ import numpy.typing as npt
 from project import files
 
 Array = npt.NDArray[Any]
+Identity = tuple[int, int]
 ALIGNMENT = 64
 
 
@@ -24,11 +27,14 @@ class Texts(Sequence[str]):
     Args:
         buffer: (bytes,) uint8, all texts in UTF-8, one after the other.
         ends: (N,) int64, where each ends.
-        source: File and names of the two arrays in it, where they are mapped; a pickle then holds this alone.
+        source: File, name in it and identity of the file, where they are mapped; a pickle then holds this alone.
     """
 
     def __init__(
-        self, buffer: npt.NDArray[np.uint8], ends: npt.NDArray[np.int64], source: tuple[Path, str] | None = None
+        self,
+        buffer: npt.NDArray[np.uint8],
+        ends: npt.NDArray[np.int64],
+        source: tuple[Path, str, Identity] | None = None,
     ) -> None:
         self.buffer, self.ends, self.source = buffer, ends, source
 
@@ -60,19 +66,26 @@ class Texts(Sequence[str]):
             start = end
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self.source:
+        if self.source and identity(self.source[0]) == self.source[2]:
             return mapped_texts, self.source
         return Texts, (self.buffer, self.ends)
 
 
-def mapped_texts(file: Path, name: str) -> Texts:
-    """The texts that `save` has put into a file under a name."""
-    return texts(load(file)[1], name, file)
+def identity(file: Path) -> Identity | None:
+    """What a file that is put in this one's place does not share with it."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
-def texts(arrays: Mapping[str, Array], name: str, file: Path | None = None) -> Texts:
-    """The texts among the arrays that `as_arrays` has made of them."""
-    return Texts(arrays[f"{name}.buffer"], arrays[f"{name}.ends"], (file, name) if file else None)
+def mapped_texts(file: Path, name: str, which: Identity) -> Texts:
+    """The texts that `save` has put into a file under a name; a worker maps them like this."""
+    header = load(file)
+    if header.identity != which:
+        raise RuntimeError(f"{file} was made anew while the workers started; start again.")
+    return header.texts(name)
 
 
 def as_arrays(name: str, texts: Texts) -> dict[str, Array]:
@@ -93,23 +106,45 @@ def save(file: Path, header: Mapping[str, Any], arrays: Mapping[str, Array]) -> 
             stream.write(np.ascontiguousarray(array).tobytes().ljust(-(-array.nbytes // ALIGNMENT) * ALIGNMENT, b"\0"))
 
 
-def load(file: Path) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Header and arrays of a file of `save`; the arrays are mapped, not read.
+@dataclass(frozen=True)
+class Kept:
+    """What is in a file of `save`.
+
+    Attributes:
+        file: Where it lies.
+        identity: Of the file that is mapped.
+        header: As it was given.
+        arrays: By name; mapped, not read.
+    """
+
+    file: Path
+    identity: Identity
+    header: dict[str, Any]
+    arrays: dict[str, Array]
+
+    def texts(self, name: str) -> Texts:
+        """The texts that `as_arrays` has made arrays of."""
+        source = (self.file, name, self.identity)
+        return Texts(self.arrays[f"{name}.buffer"], self.arrays[f"{name}.ends"], source)
+
+
+def load(file: Path) -> Kept:
+    """Maps a file of `save`.
 
     Raises:
         OSError: There is no such file.
         ValueError: It is not whole.
     """
     with file.open("rb") as stream:
-        line = stream.readline()
-    try:
-        content = json.loads(line)
-        arrays = {
-            name: np.memmap(file, place["dtype"], "r", len(line) + place["start"], tuple(place["shape"]))
-            if np.prod(place["shape"])
-            else np.empty(place["shape"], place["dtype"])
-            for name, place in content["arrays"].items()
-        }
-        return content["header"], arrays
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is damaged") from error
+        status, line = os.fstat(stream.fileno()), stream.readline()
+        try:
+            content = json.loads(line)
+            arrays = {
+                name: np.memmap(stream, place["dtype"], "r", len(line) + place["start"], tuple(place["shape"]))
+                if np.prod(place["shape"])
+                else np.empty(place["shape"], place["dtype"])
+                for name, place in content["arrays"].items()
+            }
+            return Kept(file.resolve(), (status.st_ino, status.st_mtime_ns), content["header"], arrays)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} is damaged") from error

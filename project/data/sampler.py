@@ -12,7 +12,7 @@ Key = tuple[int, int]  # epoch, row: the epoch travels with the row, so that wor
 class BatchSampler(Sampler[list[Key]]):
     """Cuts the rows into global batches and gives each rank its share of every one.
 
-    Every rank sees the same number of batches and every row is seen once, without the repeats that
+    Every rank sees the same number of batches and every row of them is seen once, without the repeats that
     `DistributedSampler` adds to even out the ranks; a share of the last batch may be empty.
 
     Args:

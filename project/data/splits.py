@@ -41,7 +41,7 @@ def assign(rows: Sequence[Row], seed: int, folds: int | None = None, fold: int |
         UserError: It cannot be done; the sentence names the classes that are too small.
     """
     shares = [1 - VAL_SHARE - TEST_SHARE, VAL_SHARE, TEST_SHARE] if folds is None else [1 / folds] * folds
-    least = 3 if folds is None else max(3, folds)
+    least = {None: 3, 2: 4}.get(folds) or max(3, folds or 0)  # two folds of three would leave nothing for train
     if not any(row.group for row in rows):
         split = _by_class(rows, seed, least, folds, fold)
         return [row._replace(split=split[row.path]) for row in rows]

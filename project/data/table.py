@@ -59,20 +59,20 @@ class Manifest:
 def kept(file: Path) -> Manifest | None:
     """A kept manifest, mapped, if every folder and file that it was read from is as it was."""
     try:
-        header, arrays = rows.load(file)
+        found = rows.load(file)
+        header, arrays = found.header, found.arrays
         stamps = map(tuple, arrays["stamps"].tolist())
         if any(_stamp(place) != was for place, was in zip(header["read"], stamps, strict=True)):
             return None
     except (OSError, ValueError, KeyError):
         return None
-    groups = rows.texts(arrays, "groups", file.resolve()) if "groups.ends" in arrays else None
     return Manifest(
         root=Path(header["root"]),
-        paths=rows.texts(arrays, "paths", file.resolve()),
+        paths=found.texts("paths"),
         labels=arrays["labels"],
         splits=arrays["splits"],
         class_names=header["class_names"],
-        groups=groups,
+        groups=found.texts("groups") if "groups.ends" in arrays else None,
         notices=header["notices"],
     )
 
@@ -105,7 +105,7 @@ def keep(file: Path, manifest: Manifest, read: Sequence[str], started: int) -> M
     return kept(file) or manifest
 
 
-def _stamp(place: str) -> tuple[int, int, int]:
+def _stamp(place: str) -> tuple[int, ...]:
     """What changes when an entry of a folder is added, removed or renamed, or a file is written."""
     status = os.stat(place)  # noqa: PTH116 (a million folders: no Path for each)
-    return status.st_mtime_ns, status.st_ino, status.st_size
+    return status.st_mtime_ns, status.st_ctime_ns, hash((status.st_ino, status.st_size))

@@ -53,7 +53,7 @@ def require_size(network: "nn.Module", name: str, image_size: int) -> None:
     """Checks that a network can take a size, by showing it one black picture.
 
     Raises:
-        UserError: It cannot; the sentence gives the smallest size that it takes.
+        UserError: It cannot; the sentence gives the next size that it takes.
     """
     import torch
 
@@ -61,13 +61,15 @@ def require_size(network: "nn.Module", name: str, image_size: int) -> None:
         try:
             with torch.inference_mode():
                 network(torch.zeros(1, 3, size, size, dtype=torch.uint8))
-        except (RuntimeError, ValueError):
+        except (AssertionError, RuntimeError, ValueError):
             return False
         return True
 
     was_training = network.training
     network.eval()
     if not takes(image_size):
-        least = next((f"at least {size}" for size in range(image_size + 1, 513) if takes(size)), "another size in")
-        raise UserError(f"--data.image_size is {image_size}, but {name} needs {least} px.")
+        larger = next(
+            (f"the next size that it takes is {n}" for n in range(image_size + 1, 513) if takes(n)), "change it"
+        )
+        raise UserError(f"--data.image_size is {image_size}, which {name} does not take; {larger}.")
     network.train(was_training)
