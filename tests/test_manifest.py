@@ -452,7 +452,8 @@ def test_rows_that_are_made_anew_do_not_reach_the_workers_of_a_running_fit(old):
     (old / "a" / "000a.png").touch()  # every later row moves on by one
     grow_old(old)
     second = load(old, keep=True)
-    assert second.paths.source and first.paths.source
+    assert second.paths.source
+    assert first.paths.source
     assert list(pickle.loads(pickle.dumps(first.paths))) == list(first.paths) != list(second.paths)
     packed = pickle.dumps(second.paths)
     (old / "a" / "000b.png").touch()

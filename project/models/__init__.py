@@ -68,8 +68,7 @@ def require_size(network: "nn.Module", name: str, image_size: int) -> None:
     was_training = network.training
     network.eval()
     if not takes(image_size):
-        larger = next(
-            (f"the next size that it takes is {n}" for n in range(image_size + 1, 513) if takes(n)), "change it"
-        )
-        raise UserError(f"--data.image_size is {image_size}, which {name} does not take; {larger}.")
+        larger = next((size for size in range(image_size + 1, 513) if takes(size)), None)
+        way_out = f"the next size that it takes is {larger}" if larger else "give another"
+        raise UserError(f"--data.image_size is {image_size}, which {name} does not take; {way_out}.")
     network.train(was_training)
