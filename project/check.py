@@ -8,7 +8,8 @@ from typing import Any
 from project import files
 from project.data.check import Finding, Report
 from project.data.check import check as examine
-from project.data.images import ImageError, Resize, read
+from project.data.images import Resize, read
+from project.data.splits import Row
 from project.data.transforms import AUGMENTATIONS, Augment
 from project.errors import UserError
 
@@ -114,24 +115,17 @@ def _draw(file: Path, root: Path, report: Report, augment: Augment, size: int) -
     augmentation = AUGMENTATIONS[augment]
     pictures, titles = [], []
 
-    def readable(split: str, count: int) -> list[Any]:
-        chosen: list[Any] = []
-        candidates = [row for row in report.rows if row.split == split and row.path not in report.leave_out]
-        for row in candidates[:: max(1, len(candidates) // count)]:
-            try:
-                read(base / row.path, size)
-            except ImageError:
-                continue
-            chosen.append(row)
-        return chosen[:count]
+    def some(split: str, count: int) -> list[Row]:
+        good = [row for row in report.rows if row.split == split and row.path not in report.leave_out]
+        return good[:: max(1, len(good) // count)][:count]
 
-    for number, row in enumerate(readable("train", 5)):
+    for number, row in enumerate(some("train", 5)):
         for mode in modes:
             square = read(base / row.path, round(size * augmentation.margin), mode)
             for draw in range(3):
                 pictures.append(augmentation.apply(square, np.random.default_rng((0, draw, number)), size))
                 titles.append(f"{mode} {draw + 1}")
-    for row in readable("val", 6):
+    for row in some("val", 6):
         for mode in modes:
             pictures.append(read(base / row.path, size, mode))
             titles.append(f"val {mode}")

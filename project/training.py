@@ -112,7 +112,8 @@ class Cli(LightningCLI):
             if chosen_split is not None or Path(root).resolve() == Path(run_root).resolve():
                 break
         else:
-            print(f"{root} is not the run's {run_root}: its split.csv is not used (--data.split would)")
+            if self.config[self.verb].data.split is None:
+                print(f"{root} is not the run's {run_root}: its split.csv is not used (--data.split would)")
         self.config[self.verb].ckpt_path = str(path)
         if self.verb == "fit":
             self.origin.require_more_to_do(self.config.fit.trainer.max_epochs)
