@@ -40,25 +40,28 @@ class Unreadable(Callback):
 class Narrator(Callback):
     """Says how long the fit will take, then one line an epoch."""
 
-    FIRST_STEPS = 5  # the first is slower than the rest, so the estimate is made from the others
+    FIRST, LAST = 2, 7  # the first steps are slower, and the first batch is drawn: the estimate is made from the others
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock."""
+        """Starts counting."""
         self._steps = 0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the epoch's clock."""
         self._epoch_start = time.monotonic()
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Starts the estimate's clock."""
+        if self._steps == self.FIRST:
+            self._first = time.monotonic()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Estimates once, after the first steps."""
         self._steps += 1
-        if self._steps == 1:
-            self._second = time.monotonic()
-        elif self._steps == self.FIRST_STEPS:
-            step = (time.monotonic() - self._second) / (self.FIRST_STEPS - 1)
+        if self._steps == self.LAST:
+            step = (time.monotonic() - self._first) / (self.LAST - self.FIRST)
             epochs = (trainer.max_epochs or 0) - trainer.current_epoch
             if epochs > 0 and trainer.max_steps == -1:
                 # a forward pass costs about a third of a training step
