@@ -192,3 +192,15 @@ def test_only_known_endings_are_pictures():
     assert images.is_picture("x.y.webp")
     assert not images.is_picture("notes.txt")
     assert not images.is_picture("jpg")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="changes the user, which only root may")
+def test_picture_without_permission_is_named(tmp_path):
+    (tmp_path / "mine.png").write_bytes(encoded(Image.new("RGB", (9, 9))))
+    (tmp_path / "mine.png").chmod(0)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(ImageError, match="permission denied"):
+            read(tmp_path / "mine.png", 8)
+    finally:
+        os.seteuid(0)
