@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from project.data.sampler import BatchSampler
@@ -24,10 +25,12 @@ def test_training_leaves_out_the_incomplete_batch_and_evaluation_does_not():
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_ranks_share_the_same_global_batches_without_repeats(world_size, shuffle):
-    whole = batches(shuffle=shuffle)
-    ranks = [batches(shuffle=shuffle, rank=rank, world_size=world_size) for rank in range(world_size)]
+@pytest.mark.parametrize(
+    "order", [{"shuffle": True}, {"shuffle": False}, {"shuffle": True, "weights": np.arange(1.0, 104.0)}]
+)
+def test_ranks_share_the_same_global_batches_without_repeats(world_size, order):
+    whole = batches(**order)
+    ranks = [batches(**order, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert {len(rank) for rank in ranks} == {len(whole)}  # no rank waits for another
     for number, batch in enumerate(whole):
         assert sorted(key for rank in ranks for key in rank[number]) == sorted(batch)
