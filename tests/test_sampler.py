@@ -40,3 +40,13 @@ def test_epoch_travels_with_the_row():
     sampler = BatchSampler(10, 5, shuffle=True)
     sampler.set_epoch(3)
     assert {epoch for batch in sampler for epoch, _ in batch} == {3}
+
+
+def test_order_goes_on_from_a_batch_of_an_epoch():
+    whole = BatchSampler(103, 8, shuffle=True, seed=5)
+    whole.set_epoch(2)
+    expected = list(whole)
+    again = BatchSampler(103, 8, shuffle=True, seed=5)
+    again.start_from(2, 7)
+    assert list(again) == expected[7:]
+    assert list(again) == expected  # the next time, from the start

@@ -40,14 +40,15 @@ class BatchSampler(Sampler[list[Key]]):
         self.rank, self.world_size = rank, world_size
         self.weights = weights
         self.epoch = 0
+        self._first = 0
 
     def __len__(self) -> int:
         """Batches an epoch: when shuffling, the rows left over after the last full batch wait for another epoch."""
         return self.rows // self.batch_size if self.shuffle else -(-self.rows // self.batch_size)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order = self._order()
-        for batch in range(len(self)):
+        order, first, self._first = self._order(), self._first, 0
+        for batch in range(first, len(self)):
             places = np.arange(batch * self.batch_size, min((batch + 1) * self.batch_size, self.rows))
             places = places[self.rank :: self.world_size]
             yield [(self.epoch, int(row)) for row in (order[places] if order is not None else places)]
@@ -63,6 +64,10 @@ class BatchSampler(Sampler[list[Key]]):
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this before each epoch."""
         self.epoch = epoch
+
+    def start_from(self, epoch: int, batch: int) -> None:
+        """Makes the next iteration, once, go on at a batch of an epoch: the two numbers are the place in the order."""
+        self.epoch, self._first = epoch, batch
 
     @property
     def sampler(self) -> "BatchSampler":
