@@ -1,8 +1,7 @@
-"""What watches a fit: shows it, tells how long it takes, and writes down what a test found."""
+"""What accompanies a fit or a test: names unreadable pictures, tells the time, writes down what a test found."""
 
 import json
 import time
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from project import figures, files, predictions
+from project import files, predictions
 from project.predictions import Prediction
 
 if TYPE_CHECKING:
@@ -76,49 +75,6 @@ class Narrator(Callback):
         took = duration(time.monotonic() - self._epoch_start)
         of = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
         pl_module.print(f"epoch {trainer.current_epoch + 1}{of}  {'  '.join(values)}  ({took})")
-
-
-class FirstBatch(Callback):
-    """Draws the first training batch as the network sees it, and the network's graph, into TensorBoard."""
-
-    done = False
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Once in a fit."""
-        writer = tensorboard(trainer)
-        if self.done or writer is None or not len(batch.label):
-            return
-        self.done = True
-        names = data_of(trainer).class_names
-        images = batch.image[:32].permute(0, 2, 3, 1).cpu().numpy()
-        titles = [names[label] for label in batch.label[:32].tolist()]
-        writer.add_figure("train/first_batch", figures.image_grid(images, titles), 0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the graph is made by torch.jit.trace, which says that it is deprecated
-            writer.add_graph(pl_module.network, batch.image[:1])
-
-
-class Figures(Callback):
-    """Adds the run's settings and its best figures to TensorBoard's HPARAMS tab."""
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self.settings = settings
-        self.best: dict[str, float] = {}
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keeps the figures of the validation with the lowest val/loss."""
-        now = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
-        if now.get("val/loss", float("inf")) < self.best.get("val/loss", float("inf")):
-            self.best = now | {"epoch": trainer.current_epoch + 1}
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes settings and figures together, as the HPARAMS tab wants them."""
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and self.best:
-                best = {f"val_best/{key.removeprefix('val/')}": value for key, value in self.best.items()}
-                logger.log_hyperparams(self.settings, best, trainer.global_step)
 
 
 class TestResults(Callback):

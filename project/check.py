@@ -18,6 +18,7 @@ SHOWN, TABLE = 5, 30
 
 def check(
     root: str,
+    /,
     json: str | None = None,
     preview: str | None = None,
     quarantine: str | None = None,

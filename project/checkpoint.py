@@ -6,7 +6,6 @@ tensors and plain types. Nothing is ever unpickled: `torch.load(weights_only=Tru
 
 import importlib.metadata
 import os
-import pickle
 import platform
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from project.data import images
 from project.data.dataset import ImageDataset, loader
 from project.data.sampler import BatchSampler
 from project.errors import UserError
+from project.models.weights import read as read_file
 from project.predictions import Prediction
 
 METADATA = "metadata"  # the key under which a checkpoint says what it is
@@ -33,16 +33,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         UserError: It is damaged, holds code, or is not one of this project's.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} is no checkpoint, or holds code, which is never run; give the best.ckpt or last.ckpt of a run."
-        ) from error
-    except Exception as error:  # bytes from anywhere make the zip reader and the unpickler raise anything
-        raise UserError(f"{path} is damaged or no checkpoint; give a best.ckpt or last.ckpt of a run.") from error
+    content = read_file(path)
     metadata = content.get(METADATA) if isinstance(content, dict) else None
     if not _is_ours(content, metadata):
         raise UserError(f"{path} was not written by this project: it has no {METADATA}; give a best.ckpt of a run.")

@@ -1,7 +1,7 @@
 """Classifier: the network with its loss, metrics and optimiser. Change the loss or the optimiser here."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,20 +10,27 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim import Adam, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, MetricCollection
 from torchvision.transforms import v2
 
 from project import models
 from project.errors import UserError
 from project.metrics import metrics
+from project.models import weights as sources
 from project.models.normalize import Normalize
 
 if TYPE_CHECKING:
     from project.data.dataset import Batch
 
 Mix = Literal["none", "mixup", "cutmix"]
+Freeze = Literal["none", "backbone", "gradual"]
+Rule = Literal["adam", "adamw", "sgd"]
+# the highest learning rate unless told. Adam's usual 1e-3 is known to be too high for AlexNet, which has no batch norm;
+# 0.01 is the one of torchvision's reference recipe for it
+RATES: dict[Rule, float] = {"adam": 3e-4, "adamw": 3e-4, "sgd": 0.01}
+STAGES = 4  # into which `gradual` cuts what is below the head
 # alpha as in torchvision's reference training
 MIXERS: dict[str, Callable[[int], Any]] = {
     "none": lambda _: None,
@@ -38,12 +45,21 @@ class Classifier(LightningModule):
     Args:
         class_names: K names, from the data.
         image_size: Side of the square images, in pixels, from the data.
-        name: The network: alexnet, or any of torchvision's classification networks.
-        lr: Highest learning rate. Adam's usual 1e-3 is known to be too high for AlexNet, which has no batch norm.
+        name: The network: alexnet, any of torchvision's classification networks, or timm/NAME.
+        weights: What it starts from: none (random), DEFAULT or another name of published weights, or a file: a
+            checkpoint of this project, a state dict, safetensors. Of other classes' weights the head is left out.
+        freeze: Transfer learning: backbone trains the head alone; gradual starts with the head, and what is below joins
+            from the top downwards during the first half of the fit.
+        optimizer: adam, adamw or sgd (with momentum 0.9).
+        lr: Highest learning rate; by default 3e-4, for sgd 0.01.
+        backbone_lr: Learning rate below the head, as a share of `lr`; by default 0.1 with weights, else 1.
         warmup: Share of the steps over which the learning rate rises, before it falls along a cosine.
+        weight_decay: Pull of weights towards 0 at each step; biases and norms have none.
+        label_smoothing: Share of the target that is spread over all classes, in training.
         positive: Of two classes, the one that precision, recall and F1 are about; by default the second.
         mix: Training pictures are blended (mixup, arXiv:1710.09412) or cut and pasted (cutmix, arXiv:1905.04899) in
             pairs, their labels likewise: none, mixup or cutmix.
+        compile: Compile the network by torch.compile; where that does not work here, it says so and goes on without.
         class_weights: What each class weighs in the training loss, from the data; None means the same.
     """
 
@@ -52,25 +68,47 @@ class Classifier(LightningModule):
         class_names: list[str],
         image_size: int,
         name: str = "alexnet",
-        lr: float = 3e-4,
+        weights: str = "none",
+        freeze: Freeze = "none",
+        optimizer: Rule = "adam",
+        lr: float | None = None,
+        backbone_lr: float | None = None,
         warmup: float = 0.1,
+        weight_decay: float = 0.0,
+        label_smoothing: float = 0.0,
         positive: str | None = None,
         mix: Mix = "none",
+        compile: bool = False,
         class_weights: list[float] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
-        if lr <= 0 or not 0 <= warmup < 1:
-            raise UserError(f"--model.lr must be above 0 and --model.warmup from 0 to below 1, not {lr} and {warmup}.")
+        for option, value, right, range_ in (
+            ("lr", lr, lr is None or lr > 0, "above 0"),
+            ("backbone_lr", backbone_lr, backbone_lr is None or backbone_lr > 0, "above 0"),
+            ("warmup", warmup, 0 <= warmup < 1, "from 0 to below 1"),
+            ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
+            ("label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "from 0 to below 1"),
+        ):
+            if not right:
+                raise UserError(f"--model.{option} is {value}; it must be {range_}.")
         measured = metrics(class_names, positive)
         self.name, self.class_names, self.image_size = name, class_names, image_size
-        self.lr, self.warmup = lr, warmup
-        self.network = models.build(name, len(class_names)).to(memory_format=torch.channels_last)
+        self.rule, self.lr, self.warmup = optimizer, lr if lr is not None else RATES[optimizer], warmup
+        self.backbone_lr = backbone_lr if backbone_lr is not None else 1.0 if weights == "none" else 0.1
+        self.weight_decay, self.label_smoothing = weight_decay, label_smoothing
+        network, self.weights_note = sources.start(name, class_names, weights)
+        self.network = network.to(memory_format=torch.channels_last)
         models.require_size(self.network, name, image_size)
+        self.head_name, head = models.head(self.network)
+        self.transfer, self.compiled = freeze, compile
+        if freeze == "backbone":
+            self.network.requires_grad_(False)
+            head.requires_grad_(True)
         self.batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.network.modules())
         self.mix = MIXERS[mix](len(class_names))
-        weights = torch.tensor(class_weights) if class_weights else None
-        self.register_buffer("class_weights", weights, persistent=False)
+        weighed = torch.tensor(class_weights) if class_weights else None
+        self.register_buffer("class_weights", weighed, persistent=False)
         self.train_loss, self.val_loss, self.test_loss = MeanMetric(), MeanMetric(), MeanMetric()
         self.train_accuracy = MeanMetric()
         self.val_metrics, self.test_metrics = measured.clone("val/"), measured.clone("test/")
@@ -82,6 +120,32 @@ class Classifier(LightningModule):
         logits: Tensor = self.network(image)
         return logits
 
+    @property
+    def head(self) -> nn.Module:
+        """The layer that makes the logits."""
+        return self.network.get_submodule(self.head_name)
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """Training mode; frozen layers stay in evaluation mode, without dropout and with their batch statistics."""
+        super().train(mode)
+        if self.transfer == "backbone":
+            self.network.eval()
+        return self
+
+    def on_fit_start(self) -> None:
+        """Compiles the network, where that is wished and possible."""
+        if not self.compiled:
+            return
+        try:
+            torch.compile(torch.nn.Softplus())(
+                torch.zeros(2, device=self.device)
+            )  # cheap, and meets a missing compiler
+        except Exception as error:  # compilers and their drivers fail in many ways
+            reason = str(error).strip().splitlines()[0]
+            self.print(f"--model.compile does not work here, going on without: {reason}")
+        else:
+            self.network.compile()
+
     def training_step(self, batch: "Batch", batch_idx: int) -> Tensor:
         """Loss of a batch."""
         loss, _ = self._step(batch, "train")
@@ -89,38 +153,43 @@ class Classifier(LightningModule):
         self.log("train/loss_step", loss.detach(), prog_bar=True, batch_size=1)
         return loss
 
-    def validation_step(self, batch: "Batch", batch_idx: int) -> None:
-        """Adds a batch to the validation figures."""
-        _, logits = self._step(batch, "val")
-        if len(batch.label):
-            self.val_metrics.update(logits.float().softmax(dim=1), batch.label)
-        self.log_dict(self.val_metrics)
+    def validation_step(self, batch: "Batch", batch_idx: int) -> Tensor:
+        """Adds a batch to the validation figures and returns its probabilities (B, K)."""
+        return self._measure(batch, "val", self.val_metrics)
 
     def test_step(self, batch: "Batch", batch_idx: int) -> Tensor:
         """Adds a batch to the test figures and returns its probabilities (B, K)."""
-        _, logits = self._step(batch, "test")
+        return self._measure(batch, "test", self.test_metrics)
+
+    def _measure(self, batch: "Batch", split: str, measured: MetricCollection) -> Tensor:
+        _, logits = self._step(batch, split)
         probabilities = logits.float().softmax(dim=1)
         if len(batch.label):
-            self.test_metrics.update(probabilities, batch.label)
-        self.log_dict(self.test_metrics)
+            measured.update(probabilities, batch.label)
+        self.log_dict(measured)
         return probabilities
 
     def _step(self, batch: "Batch", split: str) -> tuple[Tensor, Tensor]:
-        too_few = self.batch_norm and self.training and len(batch.label) < 2
+        target = batch.label  # (B,), when mixed (B, K)
+        too_few = self.batch_norm and self.network.training and len(target) < 2
         if too_few:  # one picture, or none, has no batch statistics
             self.network.eval()
-        image, target = self.network[0](batch.image), batch.label  # (B, 3, H, W) float, (B,)
-        if split == "train" and self.mix and len(target):
-            image, target = self.mix(image, target)  # after normalising: v2 refuses uint8; target is (B, K)
-        logits = self.network[1](image)  # (B, K)
+        if batch.image.ndim == 2:  # what the frozen layers make of the pictures, (B, F): see features.py
+            logits: Tensor = self.head(batch.image)
+        elif split == "train" and self.mix and len(target):
+            image, target = self.mix(self.network[0](batch.image), target)  # after normalising: v2 refuses uint8
+            logits = self.network[1](image)
+        else:
+            logits = self.network(batch.image)  # (B, K)
         if too_few:
             self.network.train()
         mean: MeanMetric = getattr(self, f"{split}_loss")
         if not len(target):  # none of them could be read; it still takes part, so that no rank waits for another
             loss = logits.sum()
         else:
-            weight = self.class_weights if split == "train" else None
-            loss = functional.cross_entropy(logits, target, weight, reduction="sum") / len(target)
+            weight, smoothing = (self.class_weights, self.label_smoothing) if split == "train" else (None, 0.0)
+            loss = functional.cross_entropy(logits, target, weight, reduction="sum", label_smoothing=smoothing)
+            loss = loss / len(target)
             mean.update(loss.detach(), weight=len(target))
             if split == "train":
                 self.train_accuracy.update(_right(logits.detach(), target))
@@ -128,12 +197,37 @@ class Classifier(LightningModule):
         return loss, logits
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Adam, its learning rate a function of the step."""
+        """Adam, AdamW or SGD; each group's learning rate is a function of the step alone."""
         # One kernel for all parameters: the step takes 43 ms instead of 504 at 57 M parameters on two cores. Under
         # 16-mixed it would take the gradients' scaling out only inside the step, after they have been clipped.
-        optimizer = Adam(self.parameters(), lr=self.lr, fused=self.trainer.precision != "16-mixed")
-        factor = partial(lr_factor, total=self.trainer.estimated_stepping_batches, warmup=self.warmup)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+        fused = self.trainer.precision != "16-mixed"
+        total = self.trainer.estimated_stepping_batches
+        groups: list[dict[str, Any]] = []
+        factors: list[Callable[[int], float]] = []
+        for stage, parameters in self._stages():
+            rate = self.lr * (self.backbone_lr if stage else 1)
+            joins = stage / STAGES / 2 if self.transfer == "gradual" else 0.0
+            for decay, members in (
+                (self.weight_decay, [p for p in parameters if p.ndim > 1]),
+                (0.0, [p for p in parameters if p.ndim <= 1]),  # biases and norms
+            ):
+                if members:
+                    groups.append({"params": members, "lr": rate, "weight_decay": decay})
+                    factors.append(partial(lr_factor, total=total, warmup=self.warmup, joins=joins))
+        optimizer = make_optimizer(self.rule, groups, fused)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "step"}}
+
+    def _stages(self) -> Iterator[tuple[int, list[nn.Parameter]]]:
+        """The trained parameters, the head's as stage 0, then those below it; 1 is the uppermost of `STAGES`."""
+        of_head = list(self.head.parameters())
+        below = [p for p in self.network.parameters() if p.requires_grad and not any(p is other for other in of_head)]
+        yield 0, of_head
+        if self.transfer != "gradual":
+            yield 1, below
+            return
+        for stage in range(STAGES):
+            start, end = (len(below) * part // STAGES for part in (stage, stage + 1))
+            yield STAGES - stage, below[start:end]
 
     def configure_gradient_clipping(
         self,
@@ -171,14 +265,24 @@ def _right(logits: Tensor, target: Tensor) -> Tensor:
     return target.gather(1, likeliest[:, None])[:, 0]
 
 
-def lr_factor(step: int, total: float, warmup: float) -> float:
+def make_optimizer(rule: Rule, groups: list[dict[str, Any]], fused: bool) -> Optimizer:
+    """The optimiser of a name, for groups that say their own learning rate and weight decay."""
+    if rule == "sgd":
+        return SGD(groups, momentum=0.9, fused=fused)
+    return (Adam if rule == "adam" else AdamW)(groups, fused=fused)
+
+
+def lr_factor(step: int, total: float, warmup: float, joins: float = 0.0) -> float:
     """The learning rate's share of its highest value: a linear rise, then half a cosine down to a hundredth.
 
     Args:
         step: Optimiser steps made so far.
         total: Optimiser steps of the whole fit; beyond it, and where it is infinite, the factor stays.
         warmup: Share of `total` that the rise takes; 100 steps where `total` is infinite.
+        joins: Share of `total` (or of 1,000 steps) before which it is 0.
     """
+    if step < joins * (total if math.isfinite(total) else 1000):
+        return 0.0
     rise = max(1.0, warmup * total) if math.isfinite(total) else 100.0
     if step < rise:
         return (step + 1) / (rise + 1)

@@ -9,20 +9,22 @@ import io
 import sys
 
 from project.data import workers
-from project.errors import UserError, did_you_mean
+from project.errors import FailedRun, UserError, did_you_mean
 
 TRAINER_VERBS = {
     "fit": "train on a folder of pictures (the bundled digits, if none is given)",
     "validate": "measure a checkpoint on its validation pictures",
     "test": "measure a checkpoint on its test pictures",
+    "tune": "find a learning rate and a batch size for fit",
 }
-# verb: what it does; the verb is a function of the same name in the module of the same name
+# verb: its module in project/, which has a function of the verb's name, and what it does
 COMMANDS = {
-    "predict": "label pictures with a checkpoint",
-    "check": "look through a folder of pictures before training on it",
-    "bench": "measure how fast pictures are read, beside the usual ways",
+    "predict": ("predict", "label pictures with a checkpoint"),
+    "models": ("models.listing", "list the networks, their size and published accuracy"),
+    "check": ("check", "look through a folder of pictures before training on it"),
+    "bench": ("bench", "measure how fast this machine trains and reads, beside the usual ways"),
 }
-VERBS = TRAINER_VERBS | COMMANDS
+VERBS = TRAINER_VERBS | {verb: text for verb, (_, text) in COMMANDS.items()}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except FailedRun as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
@@ -64,10 +69,15 @@ def _run(argv: list[str]) -> int:
             workers.start_server()  # it imports torch while this process imports Lightning
         from project import training
 
+        if verb == "tune":
+            from project.tune import Tuning
+
+            return training.run("fit", rest, Tuning)
         return training.run(verb, rest)
     from project import usage
 
-    return usage.call(getattr(importlib.import_module(f"project.{verb}"), verb), verb, rest)
+    module = importlib.import_module(f"project.{COMMANDS[verb][0]}")
+    return usage.call(getattr(module, verb), verb, rest)
 
 
 def _help() -> str:

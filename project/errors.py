@@ -11,6 +11,10 @@ class UserError(Exception):
     """
 
 
+class FailedRun(Exception):
+    """Why a run cannot go on, in one sentence; the command line prints it without a traceback and exits with 1."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A question that starts with a space where a known word is near, else nothing."""
     near = difflib.get_close_matches(word, list(known), 1)

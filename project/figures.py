@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,4 +24,29 @@ def image_grid(images: npt.NDArray[np.uint8], titles: Sequence[str], columns: in
         if place < len(images):
             axes.imshow(images[place])
             axes.set_title(titles[place][:12], fontsize=11, parse_math=False)
+    return figure
+
+
+def rate_finder(
+    rates: npt.NDArray[np.floating[Any]], losses: npt.NDArray[np.floating[Any]], chosen: float | None
+) -> Figure:
+    """Loss over the learning rate, and the one that was chosen.
+
+    Args:
+        rates: (N,)
+        losses: (N,)
+        chosen: None where none could be.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(rates, losses)
+    axes.set_xscale("log")
+    finite = losses[np.isfinite(losses)]
+    if len(finite):
+        axes.set_ylim(0, 2 * finite[0])
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("training loss, smoothed")
+    if chosen is not None:
+        axes.axvline(chosen, color="tab:red", label=f"suggested: {chosen:.2g}")
+        axes.legend()
     return figure

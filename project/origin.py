@@ -32,23 +32,38 @@ class Origin:
         self.content = checkpoint.read(path)
         self.metadata = self.content[checkpoint.METADATA]
 
-    def settings(self, with_split: bool) -> dict[str, Any]:
-        """The run's configuration, as far as it holds on another machine.
+    def settings(self, with_split: bool, verb: str) -> dict[str, Any]:
+        """The run's configuration, as far as it holds on another machine; the weights are the checkpoint's own.
 
         Args:
             with_split: Its split.csv, where there is one, instead of the options that it came from.
+            verb: The one that takes them.
         """
         config: dict[str, dict[str, Any]] = self.metadata["config"]
-        settings = {section: {k: v for k, v in config[section].items() if _plain(v)} for section in ("data", "model")}
+        settings: dict[str, Any] = {
+            section: {k: v for k, v in config[section].items() if _plain(v)} for section in ("data", "model")
+        }
         for option in ("workers", "cache"):
             settings["data"].pop(option, None)
+        settings["model"]["weights"] = str(self.path)
         settings["trainer"] = {k: v for k, v in config["trainer"].items() if k in TRAINER_SETTINGS and _plain(v)}
         split = self.run / "split.csv"
         if with_split and runs.is_inside(self.path) and split.is_file():
             settings["data"]["split"] = str(split)
             for option in ("folds", "fold", "group", "exclude"):  # the split is their outcome
                 settings["data"].pop(option, None)
+        if verb == "fit":
+            settings |= {option: config.get(option) for option in ("average", "patience")}
         return settings | {"seed_everything": config.get("seed_everything", 0)}
+
+    def require_own_weights(self, weights: str) -> None:
+        """Checks that no other weights are asked for.
+
+        Raises:
+            UserError: They are.
+        """
+        if weights != str(self.path):
+            raise UserError(f"--model.weights {weights} and {self.path} are two sources of weights; leave one out.")
 
     def require_more_to_do(self, epochs: int | None) -> None:
         """Checks that a fit of so many epochs can go on from here.

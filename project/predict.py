@@ -13,7 +13,12 @@ from project.errors import UserError
 
 
 def predict(
-    checkpoint: str, pictures: list[str], out: str = "predictions.csv", batch_size: int = 64, workers: int | None = None
+    checkpoint: str,
+    pictures: list[str],
+    /,
+    out: str = "predictions.csv",
+    batch_size: int = 64,
+    workers: int | None = None,
 ) -> int:
     """Labels pictures and writes one row for each, in the order given.
 

@@ -3,7 +3,9 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -11,17 +13,63 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 
 from project import files
+from project.errors import FailedRun
+
+
+class Average(WeightAveraging):
+    """Exponential moving average of the weights, validated and saved in their place; the fit ends with it.
+
+    Early on it forgets faster (as TensorFlow's ExponentialMovingAverage does with num_updates), so that a short fit
+    does not end near its first weights.
+
+    Args:
+        decay: Share of the average that a step keeps.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(multi_avg_fn=self._blend)
+        self.decay = decay
+
+    def _blend(self, average: Any, current: Any, _: Any) -> None:
+        step = self._latest_update_step
+        kept = min(self.decay, (1 + step) / (10 + step))
+        if average[0].is_floating_point():
+            torch._foreach_lerp_(average, current, 1 - kept)
+        else:  # counters of batch norm
+            for mine, other in zip(average, current, strict=True):
+                mine.copy_(other)
+
+    @contextmanager
+    def in_place(self, pl_module: LightningModule) -> Iterator[None]:
+        """The averaged weights are the module's while the block runs."""
+        self._swap_models(pl_module)
+        try:
+            yield
+        finally:
+            self._swap_models(pl_module)
 
 
 class Best(ModelCheckpoint):
     """A name of its own, so that its state is not taken for that of a user's ModelCheckpoint."""
 
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Saves the weights that were validated: with an average these, which Lightning has put back by now."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        average = next((callback for callback in callbacks if isinstance(callback, Average)), None)
+        with average.in_place(trainer.lightning_module) if average else nullcontext():
+            super()._save_checkpoint(trainer, filepath)
+
 
 class Last(ModelCheckpoint):
-    """Likewise."""
+    """Likewise; a fit that has failed leaves the checkpoint from before."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Saves, unless the weights may be spoilt."""
+        if not isinstance(exception, FailedRun):
+            super().on_exception(trainer, pl_module, exception)
 
 
 def checkpoints() -> list[Callback]:

@@ -12,21 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse.typing import NonNegativeInt
+from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from project import callbacks, checkpoint, files, runs, saving, usage
+from project import board, callbacks, checkpoint, files, runs, saving, usage
 from project.classifier import Classifier
 from project.data.datamodule import ImageData
 from project.errors import UserError
+from project.features import FrozenFeatures
 from project.metrics import positive_index
 from project.origin import Origin
+from project.watcher import Watcher
 
 CHECKPOINT_VARIABLE = "PROJECT_CHECKPOINT"  # tells the other ranks which one was found
 TRAINER_DEFAULTS = {
@@ -41,6 +43,7 @@ HARMLESS = (
     ".*exists and is not empty. Previous log files.*",  # the run's folder is new; config.yaml is all that is in it
     ".*dirpath has changed.*",  # a continued fit has a folder of its own, and its own best
     ".*smaller than the logging interval.*",  # a small folder; every epoch is logged all the same
+    ".*module.s. in eval mode at the start of training.*",  # frozen layers
     ".*isinstance.treespec, LeafSpec.*",  # Lightning's own use of torch
 )
 
@@ -85,6 +88,10 @@ class Cli(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "fit":
             parser.add_argument("--name", type=str | None, help="Folder in runs/; by default the data folder's name.")
+            average = "Validate and save a moving average of the weights that keeps this share at each step, e.g. 0.99."
+            parser.add_argument("--average", type=OpenUnitInterval | None, help=average)
+            patience = "Stop after so many validations without a lower val/loss."
+            parser.add_argument("--patience", type=PositiveInt | None, help=patience)
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -106,7 +113,7 @@ class Cli(LightningCLI):
         self.origin = Origin(path)
         run_root = self.origin.metadata["config"]["data"].get("root", "")
         for with_split in (True, False):
-            settings = self.origin.settings(with_split)
+            settings = self.origin.settings(with_split, self.verb)
             self.config = parser.parse_args([self.verb, f"--config={json.dumps(settings)}", *self.argv])
             root = self.config[self.verb].data.root
             if chosen_split is not None or Path(root).resolve() == Path(run_root).resolve():
@@ -114,6 +121,7 @@ class Cli(LightningCLI):
         else:
             if self.config[self.verb].data.split is None:
                 print(f"{root} is not the run's {run_root}: its split.csv is not used (--data.split would)")
+        self.origin.require_own_weights(self.config[self.verb].model.weights)
         self.config[self.verb].ckpt_path = str(path)
         if self.verb == "fit":
             self.origin.require_more_to_do(self.config.fit.trainer.max_epochs)
@@ -142,8 +150,12 @@ class Cli(LightningCLI):
         if self.verb == "fit":
             if 0 in (trainer["max_epochs"], trainer["max_steps"]):
                 raise UserError("There is nothing to train: --trainer.max_epochs or --trainer.max_steps is 0.")
-            self.figures = callbacks.Figures(self._flat_settings())
-            always += [saving.Interruption(), callbacks.Narrator(), callbacks.FirstBatch(), self.figures]
+            self.figures = board.Figures(self._flat_settings())
+            always += [saving.Interruption(), callbacks.Narrator(), FrozenFeatures(), Watcher()]
+            always += [board.FirstBatch(), self.figures]
+            config = self.config_init["fit"]
+            always += [saving.Average(config["average"])] if config["average"] else []
+            always += [EarlyStopping("val/loss", patience=config["patience"])] if config["patience"] else []
         if trainer["enable_progress_bar"] is None:
             kwargs["enable_progress_bar"] = sys.stderr.isatty()
         if kwargs.get("enable_progress_bar", trainer["enable_progress_bar"]):
@@ -201,6 +213,9 @@ class Cli(LightningCLI):
         """Says what came out, where it lies and what to do next."""
         if self.trainer.fast_dev_run or not self.trainer.is_global_zero:
             return
+        early = [callback for callback in self.trainer.callbacks if isinstance(callback, EarlyStopping)]
+        if early and early[0].stopped_epoch:
+            print(f"stopped after epoch {early[0].stopped_epoch + 1}: no lower val/loss in {early[0].patience} epochs")
         if best := self.figures.best:
             values = "  ".join(f"{key} {value:.4f}" for key, value in best.items() if key != "epoch")
             print(f"best: epoch {best['epoch']}  {values}")
@@ -232,6 +247,10 @@ class Cli(LightningCLI):
             print(f"positive class: {data.class_names[positive]} (--model.positive chooses the other)")
         millions = sum(p.numel() for p in self.model.network.parameters()) / 1e6
         device = self.trainer.strategy.root_device.type
+        if self.model.weights_note and self.origin is None:
+            print(self.model.weights_note)
+        if self.model.transfer != "none" and not self.model.weights_note:
+            print(f"--model.freeze {self.model.transfer} without --model.weights: the frozen layers know nothing yet")
         print(
             f"{self.model.name}, {millions:.1f} M parameters, {data.image_size} px, batches of {data.batch_size}, "
             f"on {self.trainer.world_size} x {device}: {self.run}",
@@ -239,7 +258,7 @@ class Cli(LightningCLI):
         )
 
 
-def run(verb: str, argv: list[str]) -> int:
+def run(verb: str, argv: list[str], cli: type[Cli] = Cli) -> int:
     """Runs one of the Trainer's verbs.
 
     Returns:
@@ -255,7 +274,7 @@ def run(verb: str, argv: list[str]) -> int:
     if _rank() == 0:
         os.environ.pop(CHECKPOINT_VARIABLE, None)
     try:
-        Cli(verb, argv)
+        cli(verb, argv)
     except MisconfigurationException as error:
         text = " ".join(str(error).split())
         if "backend found" in text:  # Lightning names neither the option nor the way out

@@ -23,20 +23,21 @@ class Parser(jsonargparse.ArgumentParser):
 def call(function: Callable[..., int], verb: str, argv: list[str]) -> int:
     """Runs a verb: the signature is its options, the docstring its help.
 
-    A parameter `list[str]` without a default takes all the words, the other ones without a default one word each.
+    A positional-only parameter is a word of the command line, `list[str]` one or more of them; all others are options.
     """
     document = docstring_parser.parse(function.__doc__ or "")
     parser = Parser(prog=f"python -m project.cli {verb}", description=document.description, allow_abbrev=False)
-    lists = {
-        name
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.annotation == list[str] and parameter.default is parameter.empty
-    }
-    parser.add_function_arguments(function, skip=set(lists), as_positional=True)
-    for parameter in document.params:
-        if parameter.arg_name in lists:
-            parser.add_argument(parameter.arg_name, nargs="+", type=str, help=parameter.description)
-    return function(**parser.instantiate_classes(parser.parse_args(argv)).as_dict())
+    explained = {parameter.arg_name: parameter.description for parameter in document.params}
+    signature = inspect.signature(function, eval_str=True).parameters.values()
+    words = [parameter for parameter in signature if parameter.kind is parameter.POSITIONAL_ONLY]
+    for word in words:
+        many = word.annotation == list[str]
+        optional = {} if word.default is word.empty else {"nargs": "?", "default": word.default}
+        given: dict[str, Any] = {"type": str, "nargs": "+"} if many else {"type": word.annotation, **optional}
+        parser.add_argument(word.name, help=explained[word.name], **given)
+    parser.add_function_arguments(function, skip={word.name for word in words})
+    values = parser.instantiate_classes(parser.parse_args(argv)).as_dict()
+    return function(*[values.pop(word.name) for word in words], **values)
 
 
 def explain(message: str, parser: argparse.ArgumentParser) -> UserError:

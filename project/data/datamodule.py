@@ -7,12 +7,13 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from project.data import digits, manifest
 from project.data import workers as processes
 from project.data.cache import Cache, Choice, choose
-from project.data.dataset import Batch, ImageDataset, loader, read_size
+from project.data.dataset import Batch, Features, ImageDataset, loader, read_size
 from project.data.images import ImageError, Resize
 from project.data.sampler import BatchSampler
 from project.data.table import Manifest
@@ -79,6 +80,7 @@ class ImageData(LightningDataModule):
         self.workers = workers if workers is not None else 0 if bundled else min(processes.usable_cores(), 8)
         self._batch_size = batch_size
         self._datasets: dict[str, ImageDataset] = {}
+        self._features: dict[str, Features] = {}
         for name, value, least in (
             ("image_size", self.image_size, 1),
             ("batch_size", batch_size, 1),
@@ -190,7 +192,7 @@ class ImageData(LightningDataModule):
         dataset = self.dataset(split)
         trainer = self.trainer
         return loader(
-            dataset,
+            self._features.get(split, dataset),
             BatchSampler(
                 len(dataset),
                 self.batch_size,
@@ -200,6 +202,15 @@ class ImageData(LightningDataModule):
                 world_size=trainer.world_size if trainer else 1,
                 weights=self._weights()[dataset.labels] if split == "train" and self.balance == "sample" else None,
             ),
-            self.workers,
+            0 if split in self._features else self.workers,
             pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
         )
+
+    def in_order(self, split: str) -> DataLoader[Batch]:
+        """Every picture of a split once, in order of its rows, on each rank alike."""
+        dataset = self.dataset(split)
+        return loader(dataset, BatchSampler(len(dataset), self.batch_size, shuffle=False), self.workers)
+
+    def use_features(self, split: str, values: Tensor, failed: dict[int, str]) -> None:
+        """From now on a split's batches hold these (N, F) instead of its pictures; see `Features`."""
+        self._features[split] = Features(self.dataset(split), values, failed)

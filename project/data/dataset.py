@@ -122,13 +122,35 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return image
 
 
+class Features(Dataset[tuple[Tensor, int]]):
+    """Rows of an `ImageDataset` with what frozen layers make of their pictures, instead of these.
+
+    Args:
+        dataset: Without augmentation.
+        values: (N, F) float, in the order of its rows.
+        failed: Reason by row, where the picture could not be read.
+    """
+
+    def __init__(self, dataset: ImageDataset, values: Tensor, failed: dict[int, str]) -> None:
+        self.labels, self.values, self.failed = torch.from_numpy(dataset.labels), values, failed
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitems__(self, keys: list[Key]) -> Batch:
+        """A batch whose `image` is (B, F) float."""
+        failed = [(row, self.failed[row]) for _, row in keys if row in self.failed]
+        rows = torch.tensor([row for _, row in keys if row not in self.failed], dtype=torch.int64)
+        return Batch(self.values[rows], self.labels[rows], rows, failed)
+
+
 def read_size(image_size: int, augment: transforms.Augment) -> int:
     """Side of the square that an augmentation starts from, in pixels."""
     return round(image_size * transforms.AUGMENTATIONS[augment].margin)
 
 
 def loader(
-    dataset: ImageDataset, sampler: BatchSampler, num_workers: int, pin_memory: bool = False
+    dataset: ImageDataset | Features, sampler: BatchSampler, num_workers: int, pin_memory: bool = False
 ) -> DataLoader[Batch]:
     """A DataLoader whose workers live as long as it does and leave Ctrl-C to the main process.
 

@@ -1,23 +1,23 @@
-"""Names become networks."""
+"""Names become networks: Normalize ► network, (B, 3, H, W) uint8 in, logits (B, K) float out."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from project.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
 
+TIMM = "timm/"  # before the names of that library's networks
+
 
 def build(
     name: str, num_classes: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> "nn.Sequential":
-    """Makes a plain nn.Module, Normalize ► network: (B, 3, H, W) uint8 in, logits (B, K) float out.
-
-    An own network is one file in this folder and one line here.
+    """Makes a network with random weights. An own network is one file in this folder and one line here.
 
     Args:
-        name: `alexnet`, or any of torchvision's classification networks.
+        name: `alexnet`, any of torchvision's classification networks, or `timm/` and one of timm's.
         num_classes: K.
         mean: Of the pixels the network was made for, a channel each, on the scale of 0 to 1; by default 0.5.
         std: Likewise, their standard deviation.
@@ -33,20 +33,66 @@ def build(
     normalize = Normalize(mean or SCRATCH, std or SCRATCH)
     if name == "alexnet":
         return nn.Sequential(normalize, AlexNet(num_classes))
+    if name.startswith(TIMM):
+        return nn.Sequential(normalize, timm_network(name, num_classes=num_classes))
 
     import torchvision
 
-    names = torchvision.models.list_models(module=torchvision.models)
-    if name not in names:
+    if name not in (names := torchvision_names()):
         raise UserError(
             f"There is no network {name}.{did_you_mean(name, names)} --model.name takes alexnet, resnet18 or another "
-            "of torchvision's classification networks."
+            "of those that python -m project.cli models lists."
         )
-    # these two would answer with a tuple of logits while they train
-    options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    options = {}
+    if name in ("googlenet", "inception_v3"):
+        # they would answer with a tuple of logits while they train, and rescale the pixels once more
+        options = {"aux_logits": False, "init_weights": True, "transform_input": False}
     return nn.Sequential(
         normalize, torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
     )
+
+
+def torchvision_names() -> list[str]:
+    """All of torchvision's classification networks."""
+    import torchvision
+
+    return list(torchvision.models.list_models(module=torchvision.models))
+
+
+def timm_network(name: str, **options: Any) -> "nn.Module":
+    """A network of timm's.
+
+    Raises:
+        UserError: timm is not installed, or has none of that name.
+    """
+    timm = import_timm()
+    own = name.removeprefix(TIMM)
+    if not timm.is_model(own):
+        near = did_you_mean(own, timm.list_models())
+        raise UserError(f"timm has no network {own}.{near} python -m project.cli models 'timm/*' lists them.")
+    network: nn.Module = timm.create_model(own, **options)
+    return network
+
+
+def import_timm() -> Any:
+    """The library, an extra of this project.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError("Networks called timm/... need the library timm; install it: pip install -e .[timm]") from error
+    return timm
+
+
+def head(network: "nn.Module") -> tuple[str, "nn.Module"]:
+    """The layer that makes the logits, by its name in the network: the last linear or convolutional one."""
+    from torch import nn
+
+    layers = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    return layers[-1]
 
 
 def require_size(network: "nn.Module", name: str, image_size: int) -> None:

@@ -1,22 +1,17 @@
-"""Measures, side by side in one run: python -m project.cli bench data --data.root photos."""
+"""How fast pictures become batches, beside the usual ways: python -m project.cli bench data."""
 
 import functools
 import itertools
-import json as json_format
 import multiprocessing
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from project import files
 from project.data import images, manifest
 from project.data.check import examine_all
 from project.data.table import Manifest
@@ -26,69 +21,12 @@ from project.errors import UserError
 BATCH, SIZE = 64, 224
 
 
-@dataclass
-class Pictures:
-    """What is read.
-
-    Args:
-        root: The pictures, as fit takes them; by default made ones of 475 x 404 pixels.
-        count: How many of them.
-    """
-
-    root: str | None = None
-    count: int = 256
-
-
-def bench(what: Literal["data"], data: Pictures | None = None, rounds: int = 5, json: str | None = None) -> int:
-    """Measures how fast pictures become batches, beside the usual ways, in one run.
-
-    All are run in turn, `rounds` times; the medians count. Exits with 0.
-
-    Args:
-        what: `data`: reading on one core, with workers, and from the cache.
-        data: What is read.
-        rounds: How often each is run.
-        json: Write the figures into this file too; must not exist.
-    """
-    if json is not None:
-        files.require_new(Path(json), "json")
-    data = data or Pictures()
-    for option, value in (("data.count", data.count), ("rounds", rounds)):
-        if value < 1:
-            raise UserError(f"--{option} is {value}; it must be at least 1.")
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(data.root) if data.root else make_photographs(Path(folder) / "photos", data.count)
-        result = measure_data(root, data.count, rounds, Path(folder))
-    if json is not None:
-        with files.replacing(Path(json)) as stream:
-            json_format.dump(result, stream, indent=2)
-    return 0
-
-
-def make_photographs(root: Path, count: int) -> Path:
-    """Writes JPEGs with the detail of photographs: random shapes of all sizes and some noise, about 70 kB each."""
-    random = np.random.default_rng(0)
-    for number in range(count):
-        pixels = np.zeros((404, 475, 3))
-        for octave in range(1, 7):
-            coarse = random.normal(0, 1, (2**octave, 2**octave, 3))
-            scaled = [
-                Image.fromarray(c.astype(np.float32)).resize((475, 404), Image.Resampling.BICUBIC) for c in coarse.T
-            ]
-            pixels += np.dstack([np.asarray(channel) for channel in scaled]) * 60 / octave
-        pixels = np.clip(pixels + 128 + random.normal(0, 8, pixels.shape), 0, 255)
-        folder = root / "ab"[number % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:04d}.jpg", quality=90)
-    return root
-
-
-def measure_data(root: Path, count: int, rounds: int, scratch: Path) -> dict[str, Any]:
+def measure(root: Path, count: int, rounds: int, scratch: Path) -> dict[str, Any]:
     """Runs all readers in turn, prints the table and returns it: pictures a second by reader."""
     import torch
 
     rows = manifest.load(root)
-    base, paths = rows.root, list(itertools.islice(_readable(rows), count))
+    base, paths = rows.root, list(itertools.islice(readable(rows), count))
     if not paths:
         raise UserError(f"None of the pictures in {root} can be read; python -m project.cli check {root} says why.")
     cores = usable_cores()
@@ -167,7 +105,7 @@ def _gap(loader: Any) -> float:
     return statistics.median(gaps[1:])
 
 
-def _readable(rows: Manifest) -> Iterator[str]:
+def readable(rows: Manifest) -> Iterator[str]:
     for path in rows.paths:
         try:
             images.read(rows.root / path, SIZE)

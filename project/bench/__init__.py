@@ -1,0 +1,89 @@
+"""Measures, side by side in one run: python -m project.cli bench [training|data|accuracy]."""
+
+import json as json_format
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from project import files
+from project.errors import UserError
+
+
+def bench(
+    what: Literal["training", "data", "accuracy"] = "training",
+    /,
+    root: str | None = None,
+    count: int | None = None,
+    rounds: int | None = None,
+    full: bool = False,
+    target: float | None = None,
+    epochs: int = 12,
+    image_size: int | None = None,
+    json: str | None = None,
+) -> int:
+    """Measures this machine, this project and the usual ways beside each other, in one run.
+
+    Each is run in turn, round after round, and the medians count. Exits with 0.
+
+    Args:
+        what: `training`: AlexNet's training steps beside the article's loop, a usual Lightning loop and tuned plain
+            PyTorch, then what a step of ours consists of. `data`: reading, on one core, with workers and from the cache.
+            `accuracy`: seconds to a validation accuracy, beside a usual Lightning loop with its default recipe.
+        root: The pictures, as fit takes them; by default made ones of 475 x 404 pixels, for accuracy the digits.
+        count: How many of them; by default 128 for training, 256 for data. (Accuracy takes all.)
+        rounds: How often each is run; by default 3 for training, 5 for data.
+        full: Training: what a step costs at other batch and picture sizes, too.
+        target: Accuracy: the validation accuracy to reach, 0 to 1.
+        epochs: Accuracy: how many each may take.
+        image_size: Accuracy: side of the pictures, in pixels; by default as in fit.
+        json: Write the figures into this file too; must not exist.
+    """
+    if json is not None:
+        files.require_new(Path(json), "json")
+    for option, value in (("count", count), ("rounds", rounds), ("epochs", epochs)):
+        if value is not None and value < 1:
+            raise UserError(f"--{option} is {value}; it must be at least 1.")
+    if what == "accuracy" and (target is None or not 0 < target <= 1):
+        raise UserError(f"bench accuracy needs a --target above 0 and at most 1, not {target}; for example 0.95.")
+    with tempfile.TemporaryDirectory() as folder:
+        if what == "accuracy":
+            from project.bench import accuracy
+
+            assert target is not None
+            result = accuracy.measure(root, target, epochs, image_size, Path(folder))
+        else:
+            many = count or (128 if what == "training" else 256)
+            place = Path(root) if root else make_photographs(Path(folder) / "photos", many)
+            if what == "data":
+                from project.bench import reading
+
+                result = reading.measure(place, many, rounds or 5, Path(folder))
+            else:
+                from project.bench import training
+
+                result = training.measure(place, many, rounds or 3, full, Path(folder))
+    if json is not None:
+        with files.replacing(Path(json)) as stream:
+            json_format.dump(result, stream, indent=2)
+    return 0
+
+
+def make_photographs(root: Path, count: int) -> Path:
+    """Writes JPEGs with the detail of photographs: random shapes of all sizes and some noise, about 70 kB each."""
+    random = np.random.default_rng(0)
+    for number in range(count):
+        pixels = np.zeros((404, 475, 3))
+        for octave in range(1, 7):
+            coarse = random.normal(0, 1, (2**octave, 2**octave, 3))
+            scaled = [
+                Image.fromarray(c.astype(np.float32)).resize((475, 404), Image.Resampling.BICUBIC) for c in coarse.T
+            ]
+            pixels += np.dstack([np.asarray(channel) for channel in scaled]) * 60 / octave
+        pixels = np.clip(pixels + 128 + random.normal(0, 8, pixels.shape), 0, 255)
+        folder = root / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:04d}.jpg", quality=90)
+    return root

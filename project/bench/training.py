@@ -1,0 +1,229 @@
+"""How fast AlexNet trains, beside the usual ways: python -m project.cli bench."""
+
+import contextlib
+import csv
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.profilers import SimpleProfiler
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from project import models
+from project.bench import rivals
+from project.bench.reading import readable
+from project.bench.turns import TakesTurns, Turn
+from project.data import manifest
+from project.errors import UserError
+from project.training import Cli
+
+BATCH, SIZE = 64, 224
+OURS = "ours: fit, with its cache"
+
+
+def measure(root: Path, count: int, rounds: int, full: bool, scratch: Path) -> dict[str, Any]:
+    """Prints who trains how fast, what a step of ours consists of and what would help; returns the figures."""
+    table = manifest.load(root)
+    paths = list(itertools.islice(readable(table), count))
+    names = table.class_names
+    labels = dict(zip(table.paths, table.labels.tolist(), strict=True))
+    rows = [(str((table.root / path).absolute()), labels[path]) for path in paths]
+    batch = min(BATCH, len(rows) // 2)
+    if batch < 2:
+        raise UserError(f"{root} has {len(rows)} readable pictures; bench needs at least 4.")
+    print(f"{root}: {len(rows):,} pictures, AlexNet, {SIZE} px, batches of {batch}, medians of {rounds} epochs\n")
+    profiler = SimpleProfiler()
+    with inside(scratch):
+        runs: dict[str, Callable[[Turn], None]] = {
+            "the article's loop": partial(rivals.article, rows, len(names), SIZE, batch),
+            "a usual Lightning loop": partial(_usual, rows, len(names), batch),
+            "tuned plain PyTorch": partial(rivals.tuned, rows, len(names), SIZE, batch),
+            OURS: partial(_ours, rows, names, batch, profiler),
+        }
+        speed = _compare(runs, len(rows) // batch * batch, len(rows), rounds)
+    split = _split(profiler, rounds)
+    _show("a step of ours", {name: seconds * 1000 for name, seconds in split.items()}, "ms")
+    ceiling = _ceiling(len(names), SIZE)
+    share = speed[OURS] / ceiling["pictures_per_second"]
+    print(
+        f"A matrix product reaches {ceiling['gflops']:.0f} GFLOP/s here: {ceiling['pictures_per_second']:.1f} pictures/s "
+        f"at {ceiling['gflop_per_picture']:.2f} GFLOP each; ours is at {share:.0%} of that."
+    )
+    print(_advice(split))
+    result = {"speed": speed, "step_seconds": split, "ceiling": ceiling}
+    if full:
+        result["sizes"] = _sizes(len(names))
+    return result
+
+
+def _compare(runs: dict[str, Callable[[Turn], None]], whole: int, rows: int, rounds: int) -> dict[str, float]:
+    """Pictures a second of each: the median over the rounds, after one epoch each that warms up."""
+    turns = {name: Turn(run) for name, run in runs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    for number, (name, turn) in itertools.product(range(rounds + 1), turns.items()):
+        took = turn.epoch()
+        if number:
+            seconds[name].append(took)
+    for turn in turns.values():
+        turn.close()
+    # fit leaves an incomplete last batch out, the others take it
+    speed = {n: (whole if n == OURS else rows) / statistics.median(times) for n, times in seconds.items()}
+    print(f"{'':30}  pictures/s   ours is")
+    for name, value in speed.items():
+        print(f"  {name:28}  {value:10.1f}   {speed[OURS] / value:6.2f} x")
+    print()
+    return speed
+
+
+def _usual(rows: rivals.Rows, classes: int, batch: int, turn: Turn) -> None:
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=[TakesTurns(turn)],
+    )
+    trainer.fit(rivals.UsualModule(classes), rivals.usual_loader(rows, SIZE, batch, train=True, flip=True))
+
+
+def _ours(rows: rivals.Rows, names: list[str], batch: int, profiler: SimpleProfiler, turn: Turn) -> None:
+    """`fit` itself, on a table of these pictures; its validation, which the others lack, is left out."""
+    with Path("table.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(("path", "label", "split"))
+        held_out = [next(row for row in rows if row[1] == label) for label in range(len(names))]
+        writer.writerows((path, names[label], "train") for path, label in rows)
+        for number, (path, label) in enumerate(held_out):  # fit wants some to validate on, though it does not here
+            link = Path(f"val-{number}{Path(path).suffix}")
+            link.symlink_to(path)
+            writer.writerow((link, names[label], "val"))
+
+    class Contestant(Cli):
+        """fit that takes turns."""
+
+        def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+            trainer = super().instantiate_trainer(**kwargs)
+            trainer.callbacks.insert(0, TakesTurns(turn))  # type: ignore[attr-defined]
+            trainer.profiler = profiler
+            return trainer
+
+    options = {"data.root": "table.csv", "data.image_size": SIZE, "data.batch_size": batch}
+    trainer = {"max_epochs": 1000, "limit_val_batches": 0, "enable_checkpointing": "false", "accelerator": "cpu"}
+    options |= {f"trainer.{key}": value for key, value in trainer.items()}
+    Contestant("fit", [f"--{key}={value}" for key, value in options.items()])
+
+
+def _split(profiler: SimpleProfiler, rounds: int) -> dict[str, float]:
+    """Seconds of a step's parts, means over the measured epochs' steps."""
+
+    def total(ending: str) -> float:
+        measured = [times for name, times in profiler.recorded_durations.items() if name.endswith(ending)]
+        times = [value for values in measured for value in values]
+        return sum(times[-steps:])
+
+    epochs = profiler.recorded_durations["run_training_epoch"]
+    steps = len(profiler.recorded_durations["run_training_batch"]) * rounds // max(1, len(epochs))
+    waiting = total("train_dataloader_next")
+    forward, backward = total(".training_step"), total(".backward")
+    optimiser = total("optimizer_step") - forward - backward
+    parts = {
+        "waiting for data": waiting,
+        "transfer": total("batch_to_device"),
+        "forward and loss": forward,
+        "backward": backward,
+        "optimiser": optimiser,
+    }
+    parts["logging and the rest"] = sum(epochs[-rounds:]) - sum(parts.values())
+    return {name: seconds / max(1, steps) for name, seconds in parts.items()}
+
+
+def _show(title: str, figures: dict[str, float], unit: str) -> None:
+    print(f"{title:30}  {unit:>10}    share")
+    for name, value in figures.items():
+        print(f"  {name:28}  {value:10.1f}   {value / sum(figures.values()):6.1%}")
+    print()
+
+
+def _ceiling(classes: int, size: int) -> dict[str, float]:
+    """What this machine could do if a step were one matrix product."""
+    a, b = torch.randn(2, 2048, 2048)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    flops = 2 * 2048**3 / statistics.median(times[1:])
+    network = models.build("alexnet", classes)
+    with FlopCounterMode(display=False) as counter:
+        network(torch.zeros(2, 3, size, size, dtype=torch.uint8)).sum().backward()
+    each = counter.get_total_flops() / 2
+    return {"gflops": flops / 1e9, "gflop_per_picture": each / 1e9, "pictures_per_second": flops / each}
+
+
+def _advice(split: dict[str, float]) -> str:
+    total = sum(split.values())
+    if split["waiting for data"] > 0.1 * total:
+        return "Advice: the step waits for pictures; leave --data.cache on and give --data.workers more."
+    if split["optimiser"] > 0.2 * total:
+        return "Advice: the optimiser takes long; larger batches or a smaller network need fewer of its steps."
+    if split["logging and the rest"] > 0.1 * total:
+        return "Advice: a tenth of the time goes into logging and callbacks; raise --trainer.log_every_n_steps."
+    return (
+        "Advice: nearly all of a step is the network's own arithmetic; a smaller --data.image_size, a smaller network "
+        "or a GPU is what would help."
+    )
+
+
+def _sizes(classes: int) -> dict[str, float]:
+    """Prints and returns pictures a second of a training step, by batch size and picture size."""
+    batches, sides = (16, 32, 64, 128), (96, 128, 160, 224)
+    print(f"{'pictures/s, batch of':>22}" + "".join(f"{batch:>9}" for batch in batches))
+    speed = {}
+    for side in sides:
+        line = []
+        for batch in batches:
+            network = models.build("alexnet", classes).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            optimizer = torch.optim.Adam(network.parameters(), 1e-4, fused=True)
+            line.append(batch / seconds_per_step(network, optimizer, batch, side, torch.device("cpu"), steps=2))
+            speed[f"{side} px, {batch}"] = line[-1]
+        print(f"{side:>19} px" + "".join(f"{value:9.1f}" for value in line))
+    print()
+    return speed
+
+
+def seconds_per_step(
+    network: nn.Module, optimizer: torch.optim.Optimizer, batch: int, side: int, device: torch.device, steps: int = 3
+) -> float:
+    """Median time of a training step on made pictures, reading left out, after one step that warms up."""
+    image = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, device=device)
+    image = image.to(memory_format=torch.channels_last)
+    times = []
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        network(image).float().logsumexp(1).mean().backward()
+        optimizer.step()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+@contextlib.contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """The current folder is another while the block runs: runs and caches go there."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)

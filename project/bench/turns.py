@@ -1,0 +1,82 @@
+"""Contestants that take turns: each a thread that trains one epoch when it is called, and waits."""
+
+import contextlib
+import io
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Callback
+
+
+class Turn:
+    """One contestant.
+
+    Args:
+        run: Trains epoch after epoch; calls `begin` before each and `end` after it, until `begin` raises.
+    """
+
+    def __init__(self, run: Callable[["Turn"], None]) -> None:
+        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._over = False
+        self._failed: BaseException | None = None
+        self._seconds = 0.0
+        self._thread = threading.Thread(target=self._run, args=(run,), daemon=True)
+
+    def _run(self, run: Callable[["Turn"], None]) -> None:
+        try:
+            run(self)
+        except Over:
+            pass
+        except BaseException as error:
+            self._failed = error
+        self._done.release()
+
+    def epoch(self) -> float:
+        """Lets it train one epoch; returns the seconds that this took."""
+        if not self._thread.is_alive():
+            self._thread.start()
+        self._go.release()
+        with contextlib.redirect_stdout(io.StringIO()):  # what it prints is not part of the comparison's table
+            self._done.acquire()
+        if self._failed is not None:
+            raise self._failed
+        return self._seconds
+
+    def close(self) -> None:
+        """Ends it."""
+        self._over = True
+        self._go.release()
+        self._thread.join()
+
+    def begin(self) -> None:
+        """Waits until it is this one's turn."""
+        self._go.acquire()
+        if self._over:
+            raise Over
+        self._start = time.perf_counter()
+
+    def end(self) -> None:
+        """Hands over."""
+        self._seconds = time.perf_counter() - self._start
+        self._done.release()
+
+
+class Over(Exception):
+    """No more turns."""
+
+
+class TakesTurns(Callback):
+    """Makes a Lightning Trainer a contestant."""
+
+    def __init__(self, turn: Turn) -> None:
+        self.turn = turn
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Waits."""
+        self.turn.begin()
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Hands over."""
+        self.turn.end()
