@@ -103,14 +103,16 @@ class Classifier(LightningModule):
         self.head_name, head = models.head(self.network)
         self.transfer, self.compiled = freeze, compile
         if freeze == "backbone":
-            self.network.requires_grad_(False)
+            self.network.requires_grad_(False).eval()
             head.requires_grad_(True)
         self.batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.network.modules())
         self.mix = MIXERS[mix](len(class_names))
         weighed = torch.tensor(class_weights) if class_weights else None
         self.register_buffer("class_weights", weighed, persistent=False)
-        self.train_loss, self.val_loss, self.test_loss = MeanMetric(), MeanMetric(), MeanMetric()
-        self.train_accuracy = MeanMetric()
+        # by default a mean leaves out what is not a number, and looks for it at every step, which waits for the device
+        self.train_loss, self.val_loss, self.test_loss, self.train_accuracy = (
+            MeanMetric(nan_strategy="disable") for _ in range(4)
+        )
         self.val_metrics, self.test_metrics = measured.clone("val/"), measured.clone("test/")
         self.class_weights: Tensor | None
         self.metadata: dict[str, Any] = {}  # what else a checkpoint should say; the command line fills it
@@ -207,18 +209,23 @@ class Classifier(LightningModule):
         for stage, parameters in self._stages():
             rate = self.lr * (self.backbone_lr if stage else 1)
             joins = stage / STAGES / 2 if self.transfer == "gradual" else 0.0
-            for decay, members in (
-                (self.weight_decay, [p for p in parameters if p.ndim > 1]),
-                (0.0, [p for p in parameters if p.ndim <= 1]),  # biases and norms
-            ):
+            without = [p for p in parameters if p.ndim <= 1] if self.weight_decay else []  # biases and norms
+            decayed = [p for p in parameters if p.ndim > 1] if self.weight_decay else parameters
+            for name, decay, members in (("", self.weight_decay, decayed), (", no decay", 0.0, without)):
                 if members:
-                    groups.append({"params": members, "lr": rate, "weight_decay": decay})
+                    place = f"below {stage}" if stage else "head"
+                    groups.append({"params": members, "lr": rate, "weight_decay": decay, "name": f"{place}{name}"})
                     factors.append(partial(lr_factor, total=total, warmup=self.warmup, joins=joins))
+        if len(groups) == 1:
+            del groups[0]["name"]
         optimizer = make_optimizer(self.rule, groups, fused)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "step"}}
 
     def _stages(self) -> Iterator[tuple[int, list[nn.Parameter]]]:
         """The trained parameters, the head's as stage 0, then those below it; 1 is the uppermost of `STAGES`."""
+        if self.transfer == "none" and self.backbone_lr == 1:
+            yield 0, list(self.network.parameters())
+            return
         of_head = list(self.head.parameters())
         below = [p for p in self.network.parameters() if p.requires_grad and not any(p is other for other in of_head)]
         yield 0, of_head

@@ -267,10 +267,7 @@ def run(verb: str, argv: list[str], cli: type[Cli] = Cli) -> int:
     Raises:
         UserError: What the user gave cannot be used.
     """
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for harmless in HARMLESS:
-        warnings.filterwarnings("ignore", harmless)
+    quieten()
     if _rank() == 0:
         os.environ.pop(CHECKPOINT_VARIABLE, None)
     try:
@@ -289,6 +286,14 @@ def run(verb: str, argv: list[str], cli: type[Cli] = Cli) -> int:
             return 130
         raise
     return 0
+
+
+def quieten() -> None:
+    """Leaves out what Lightning says that is no help here."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for harmless in HARMLESS:
+        warnings.filterwarnings("ignore", harmless)
 
 
 def _say_where_it_stopped(verb: str) -> None:

@@ -22,6 +22,7 @@ from project.errors import UserError
 LOWEST, HIGHEST = 1e-7, 1.0  # learning rates
 ENOUGH = 30  # finite losses without which nothing can be told
 BATCHES = (16, 32, 64, 128, 256)
+STEPS = 16  # an epoch should have, whatever the speed: few large steps learn less
 
 
 class Tuning(training.Cli):
@@ -81,8 +82,8 @@ class Tuning(training.Cli):
         print(f"learning rate: {reason}; {options.plot} shows it")
         batch = self._batch_size()
         command = ["python", "-m", "project.cli", "fit", *(word for word in self._own_words())]
-        command += ["--model.lr", f"{rate:.2g}"] * (rate is not None)
-        command += ["--data.batch_size", str(batch)] * (batch is not None)
+        command += [] if rate is None else ["--model.lr", f"{rate:.2g}"]
+        command += [] if batch is None else ["--data.batch_size", str(batch)]
         print(f"next: {shlex.join(command)}")
 
     def _own_words(self) -> list[str]:
@@ -98,10 +99,10 @@ class Tuning(training.Cli):
         return words
 
     def _batch_size(self) -> int | None:
-        """The smallest batch within 5 % of the best speed; on an accelerator up to what fits into its memory."""
+        """The smallest batch within 5 % of the best speed, of those that fit into memory and leave an epoch its steps."""
         data = self.datamodule
         rows = len(data.dataset("train"))
-        sizes = [size for size in BATCHES if size <= rows // 2]
+        sizes = [size for size in BATCHES if size * STEPS <= rows]
         if not sizes:
             print(f"batch size: {rows} training pictures are too few to compare any; {data.batch_size} is used")
             return None
@@ -143,18 +144,19 @@ def suggest(rates: np.ndarray[Any, Any], losses: np.ndarray[Any, Any]) -> tuple[
     rates, losses = rates[finite], losses[finite]
     if len(losses) < ENOUGH:
         return None, f"cannot tell: {len(losses)} losses are too few; give more --steps"
-    lowest = int(losses.argmin())
-    start = float(np.median(losses[: len(losses) // 5]))
-    noise = float(np.abs(np.diff(losses[: len(losses) // 2])).mean())
+    third = len(losses) // 3  # at these rates nothing is learned yet
+    early = losses[third // 3 : third]  # the first few are not smoothed yet
+    lowest = third + int(losses[third:].argmin())
+    start, noise = float(np.median(early)), float(early.std())
     fall = start - float(losses[lowest])
     if fall < max(4 * noise, 0.03 * abs(start)):
         return None, (
             f"cannot tell: the loss went from {start:.3f} to {losses[lowest]:.3f} at best, which may be noise "
-            f"(its steps are {noise:.3f}); keep the default, or give more --steps"
+            f"(its deviation is {noise:.3f} where nothing is learned yet); keep the default, or give more --steps"
         )
     rate = float(rates[lowest]) / 10
     digits = 10 ** math.floor(math.log10(rate))
     return round(rate / digits) * digits, (
-        f"the loss falls from {start:.3f} to {losses[lowest]:.3f} at {rates[lowest]:.1e}, beyond which it rises; a tenth "
-        "of that is taken"
+        f"the loss falls from {start:.3f} to {losses[lowest]:.3f} at {rates[lowest]:.1e}, beyond which it rises; a "
+        "tenth of that is taken"
     )

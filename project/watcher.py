@@ -41,14 +41,13 @@ class Watcher(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clocks."""
-        self._ended: float | None = None
+        self._ended = time.monotonic()
         self._waited = self._worked = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Stops the waiting clock."""
         self._batch, self._started = batch, time.monotonic()
-        if self._ended is not None:
-            self._waited += self._started - self._ended
+        self._waited += self._started - self._ended
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

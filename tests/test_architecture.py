@@ -64,6 +64,7 @@ def test_every_module_has_its_test_file():
     covered_by = {
         "classifier": "training",
         "callbacks": "training",
+        "board": "training",
         "runs": "training",
         "origin": "training",
         "saving": "training",

@@ -414,7 +414,7 @@ def test_checkpoint_cannot_choose_what_code_runs(at_trained, tmp_path, monkeypat
 def test_nan_loss_is_never_best():
     from types import SimpleNamespace
 
-    from project.callbacks import Figures
+    from project.board import Figures
 
     figures = Figures({})
     for epoch, loss in enumerate((float("nan"), 0.5, float("nan"), 0.7)):

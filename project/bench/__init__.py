@@ -30,7 +30,7 @@ def bench(
 
     Args:
         what: `training`: AlexNet's training steps beside the article's loop, a usual Lightning loop and tuned plain
-            PyTorch, then what a step of ours consists of. `data`: reading, on one core, with workers and from the cache.
+            PyTorch, then what a step of ours consists of. `data`: reading, on one core, with workers, from the cache.
             `accuracy`: seconds to a validation accuracy, beside a usual Lightning loop with its default recipe.
         root: The pictures, as fit takes them; by default made ones of 475 x 404 pixels, for accuracy the digits.
         count: How many of them; by default 128 for training, 256 for data. (Accuracy takes all.)

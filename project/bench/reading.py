@@ -106,6 +106,7 @@ def _gap(loader: Any) -> float:
 
 
 def readable(rows: Manifest) -> Iterator[str]:
+    """The paths of those pictures that can be read, in order."""
     for path in rows.paths:
         try:
             images.read(rows.root / path, SIZE)

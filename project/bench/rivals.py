@@ -74,14 +74,15 @@ def tuned(rows: Rows, classes: int, size: int, batch_size: int, turn: Turn) -> N
     loader: Any = DataLoader(
         Pictures(rows, size, True, []), batch_size, shuffle=True, num_workers=usable_cores(), persistent_workers=True
     )
-    network = torchvision.models.AlexNet(classes).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = torchvision.models.AlexNet(classes).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), 1e-4, fused=True)
     while True:
         turn.begin()
         for image, label in loader:
             pixels = image.to(memory_format=torch.channels_last).float().sub_(127.5).div_(127.5)
             optimizer.zero_grad()
-            nn.functional.cross_entropy(network(pixels), label).backward()
+            loss: Tensor = nn.functional.cross_entropy(network(pixels), label)
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         turn.end()
 

@@ -2,10 +2,12 @@
 
 import contextlib
 import csv
+import io
 import itertools
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from project import models
 from project.bench import rivals
 from project.bench.reading import readable
-from project.bench.turns import TakesTurns, Turn
+from project.bench.turns import Begins, Ends, Turn
 from project.data import manifest
 from project.errors import UserError
-from project.training import Cli
+from project.training import Cli, quieten
 
 BATCH, SIZE = 64, 224
 OURS = "ours: fit, with its cache"
@@ -54,8 +56,8 @@ def measure(root: Path, count: int, rounds: int, full: bool, scratch: Path) -> d
     ceiling = _ceiling(len(names), SIZE)
     share = speed[OURS] / ceiling["pictures_per_second"]
     print(
-        f"A matrix product reaches {ceiling['gflops']:.0f} GFLOP/s here: {ceiling['pictures_per_second']:.1f} pictures/s "
-        f"at {ceiling['gflop_per_picture']:.2f} GFLOP each; ours is at {share:.0%} of that."
+        f"A matrix product reaches {ceiling['gflops']:.0f} GFLOP/s here, which at {ceiling['gflop_per_picture']:.2f} "
+        f"GFLOP a picture would be {ceiling['pictures_per_second']:.1f} pictures/s; ours is at {share:.0%} of that."
     )
     print(_advice(split))
     result = {"speed": speed, "step_seconds": split, "ceiling": ceiling}
@@ -68,12 +70,13 @@ def _compare(runs: dict[str, Callable[[Turn], None]], whole: int, rows: int, rou
     """Pictures a second of each: the median over the rounds, after one epoch each that warms up."""
     turns = {name: Turn(run) for name, run in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in turns}
-    for number, (name, turn) in itertools.product(range(rounds + 1), turns.items()):
-        took = turn.epoch()
-        if number:
-            seconds[name].append(took)
-    for turn in turns.values():
-        turn.close()
+    with contextlib.redirect_stdout(io.StringIO()):  # what they print of themselves
+        for number, (name, turn) in itertools.product(range(rounds + 1), turns.items()):
+            took = turn.epoch()
+            if number:
+                seconds[name].append(took)
+        for turn in turns.values():
+            turn.close()
     # fit leaves an incomplete last batch out, the others take it
     speed = {n: (whole if n == OURS else rows) / statistics.median(times) for n, times in seconds.items()}
     print(f"{'':30}  pictures/s   ours is")
@@ -90,7 +93,7 @@ def _usual(rows: rivals.Rows, classes: int, batch: int, turn: Turn) -> None:
         enable_model_summary=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
-        callbacks=[TakesTurns(turn)],
+        callbacks=[Begins(turn), Ends(turn)],
     )
     trainer.fit(rivals.UsualModule(classes), rivals.usual_loader(rows, SIZE, batch, train=True, flip=True))
 
@@ -112,8 +115,8 @@ def _ours(rows: rivals.Rows, names: list[str], batch: int, profiler: SimpleProfi
 
         def instantiate_trainer(self, **kwargs: Any) -> Trainer:
             trainer = super().instantiate_trainer(**kwargs)
-            trainer.callbacks.insert(0, TakesTurns(turn))  # type: ignore[attr-defined]
-            trainer.profiler = profiler
+            trainer.callbacks = [Begins(turn), *trainer.callbacks, Ends(turn)]  # type: ignore[attr-defined]
+            trainer.profiler = profiler  # type: ignore[attr-defined]
             return trainer
 
     options = {"data.root": "table.csv", "data.image_size": SIZE, "data.batch_size": batch}
@@ -128,7 +131,7 @@ def _split(profiler: SimpleProfiler, rounds: int) -> dict[str, float]:
     def total(ending: str) -> float:
         measured = [times for name, times in profiler.recorded_durations.items() if name.endswith(ending)]
         times = [value for values in measured for value in values]
-        return sum(times[-steps:])
+        return float(sum(times[-steps:]))
 
     epochs = profiler.recorded_durations["run_training_epoch"]
     steps = len(profiler.recorded_durations["run_training_batch"]) * rounds // max(1, len(epochs))
@@ -191,7 +194,7 @@ def _sizes(classes: int) -> dict[str, float]:
     for side in sides:
         line = []
         for batch in batches:
-            network = models.build("alexnet", classes).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network = models.build("alexnet", classes).to(memory_format=torch.channels_last)
             optimizer = torch.optim.Adam(network.parameters(), 1e-4, fused=True)
             line.append(batch / seconds_per_step(network, optimizer, batch, side, torch.device("cpu"), steps=2))
             speed[f"{side} px, {batch}"] = line[-1]
@@ -220,10 +223,13 @@ def seconds_per_step(
 
 @contextlib.contextmanager
 def inside(folder: Path) -> Iterator[None]:
-    """The current folder is another while the block runs: runs and caches go there."""
+    """The current folder is another while the block runs, for runs and caches; Lightning's advice is not shown."""
     before = Path.cwd()
     os.chdir(folder)
     try:
-        yield
+        with warnings.catch_warnings():
+            quieten()
+            warnings.simplefilter("ignore")
+            yield
     finally:
         os.chdir(before)

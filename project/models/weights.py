@@ -123,7 +123,7 @@ def published(name: str, choice: str) -> Weights:
             f"Cannot download the weights {entry.name} of {name} ({getattr(error, 'reason', error)}); "
             f"without a connection, put {place.name} into {place.parent}."
         ) from error
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+    except Exception as error:  # bytes from anywhere make the unpickler raise anything
         raise UserError(f"{place} is damaged; remove it, and it is downloaded again.") from error
     source = f"{name} {entry.name}"
     if name in ("googlenet", "inception_v3"):  # trained on pixels from -1 to 1, as networks from scratch are here

@@ -1,0 +1,210 @@
+"""Where a network's weights come from: published files, checkpoints, state dicts; and what is refused."""
+
+import pickle
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from project import cli, models
+from project.errors import UserError
+from project.models import weights
+from tests.conftest import SMALL
+
+FIT = ["fit", "--data.root", "photos"]
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty cache of downloaded weights, and no connection."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+
+    def refuse(*_, **__):
+        raise urllib.request.URLError("no connection")
+
+    monkeypatch.setattr(torch.hub, "urlopen", refuse)
+    place = tmp_path / "hub" / "checkpoints"
+    place.mkdir(parents=True)
+    return place
+
+
+def put_in_cache(hub, name):
+    """Random weights under the name of the published ones."""
+    torch.manual_seed(3)
+    network = torchvision.models.get_model(name)
+    entry = torchvision.models.get_model_weights(name).DEFAULT
+    torch.save(network.state_dict(), hub / entry.url.split("/")[-1])
+    return network
+
+
+def normalised(image):
+    return torchvision.transforms.functional.normalize(image / 255, *IMAGENET)
+
+
+def test_published_weights_give_what_torchvision_gives_up_to_the_new_head(hub):
+    theirs = put_in_cache(hub, "alexnet").eval()
+    ours, note = weights.start("alexnet", ["cat", "dog", "owl"], "DEFAULT")
+    image = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    with torch.inference_mode():
+        ours.eval()[1].classifier[6] = nn.Identity()
+        theirs.classifier[6] = nn.Identity()
+        assert torch.allclose(ours(image), theirs(normalised(image)), atol=1e-5)
+    assert "alexnet IMAGENET1K_V1" in note
+    assert "1000 classes, the data cat, dog, owl" in note
+
+
+def test_a_thousand_classes_keep_the_published_head(hub):
+    theirs = put_in_cache(hub, "alexnet").eval()
+    ours, note = weights.start("alexnet", [str(n) for n in range(1000)], "IMAGENET1K_V1")
+    image = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    with torch.inference_mode():
+        assert torch.allclose(ours.eval()(image), theirs(normalised(image)), atol=1e-5)
+    assert "head included" in note
+
+
+@pytest.mark.parametrize("name", ["densenet121", "googlenet", "squeezenet1_1", "mobilenet_v3_small", "vit_b_32"])
+@pytest.mark.filterwarnings("ignore:.*initialization of.*:FutureWarning")
+def test_one_general_function_swaps_the_head_of_every_family(hub, name):
+    """Weights under the old names of DenseNet, with GoogLeNet's side outputs, with a convolution as head."""
+    network = torchvision.models.get_model(name)
+    state = network.state_dict()
+    if name == "densenet121":
+        for part in ("norm", "conv"):
+            for number in "12":
+                state = {k.replace(f".{part}{number}.", f".{part}.{number}."): t for k, t in state.items()}
+        state = {k if "denselayer" in k else k.replace("norm.1", "norm1"): t for k, t in state.items()}
+    entry = torchvision.models.get_model_weights(name).DEFAULT
+    torch.save(state, hub / entry.url.split("/")[-1])
+    ours, note = weights.start(name, ["a", "b"], "DEFAULT")
+    head = models.head(ours)[0]
+    mine = {k.removeprefix("1."): t for k, t in ours.state_dict().items() if not k.startswith(head)}
+    theirs = network.state_dict()
+    assert mine
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in mine.items())
+    assert "the head is new" in note
+
+
+def test_head_of_every_torchvision_network_is_its_last_layer():
+    for name in models.torchvision_names():
+        if "regnet" in name:  # cannot be made without memory, and has the same `fc` as ResNets
+            continue
+        options = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        with torch.device("meta"):
+            network = torchvision.models.get_model(name, num_classes=7, **options)
+        head = models.head(network)[1]
+        assert 7 in (getattr(head, "out_features", 0), getattr(head, "out_channels", 0)), name
+
+
+def test_own_checkpoint_gives_everything_but_a_head_of_other_classes(at_trained):
+    same, note = weights.start("squeezenet1_1", ["blue", "green", "red"], str(at_trained))
+    content = torch.load(at_trained / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(t, content[f"network.{k}"]) for k, t in same.state_dict().items())
+    assert "head included" in note
+    _, note = weights.start("squeezenet1_1", ["one", "two", "three"], str(at_trained))
+    assert "the weights have blue, green, red, the data one, two, three" in note
+
+
+@pytest.mark.parametrize("wrapper", [lambda s: s, lambda s: {"state_dict": s}, lambda s: {"model": s}])
+@pytest.mark.parametrize("prefix", ["", "module.", "model.backbone."])
+def test_state_dicts_of_others_are_unwrapped(tmp_path, wrapper, prefix):
+    network = torchvision.models.get_model("squeezenet1_1", num_classes=2)
+    torch.save(wrapper({prefix + k: t for k, t in network.state_dict().items()}), tmp_path / "it.pth")
+    ours, note = weights.start("squeezenet1_1", ["a", "b"], str(tmp_path / "it.pth"))
+    assert all(torch.equal(t, network.state_dict()[k.removeprefix("1.")]) for k, t in ours.state_dict().items())
+    assert "head included" in note
+
+
+def test_safetensors_are_read(tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    network = torchvision.models.get_model("squeezenet1_1", num_classes=2)
+    save_file(network.state_dict(), tmp_path / "it.safetensors")
+    ours, _ = weights.start("squeezenet1_1", ["a", "b"], str(tmp_path / "it.safetensors"))
+    assert torch.equal(ours[1].features[0].weight, network.features[0].weight)
+    (tmp_path / "it.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(UserError, match="damaged"):
+        weights.start("squeezenet1_1", ["a", "b"], str(tmp_path / "it.safetensors"))
+
+
+def test_without_a_connection_the_file_and_its_folder_are_named(hub, photos, refused):
+    error = refused(*FIT, "--model.weights", "DEFAULT")
+    assert "put alexnet-owt-7be5be79.pth into" in error
+    assert str(hub) in error
+    assert "no connection" in error
+
+
+def test_damaged_download_is_named(hub, photos, refused):
+    (hub / "alexnet-owt-7be5be79.pth").write_bytes(b"half of it")
+    assert "7be5be79.pth is damaged; remove it" in refused(*FIT, "--model.weights", "DEFAULT")
+
+
+class Trap:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+def test_weights_that_hold_code_are_refused_and_not_run(photos, refused):
+    Path("evil.pth").write_bytes(pickle.dumps(Trap()))
+    torch.save({"state_dict": Trap()}, "evil.pt")
+    assert "evil.pth is damaged or no checkpoint" in refused(*FIT, "--model.weights", "evil.pth")
+    assert "evil.pt is no checkpoint, or holds code" in refused(*FIT, "--model.weights", "evil.pt")
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model.weights", "IMAGENET"], "of alexnet; --model.weights takes none, DEFAULT, IMAGENET1K_V1 or"),
+        (["--model.weights", "none.pth"], "There are no weights none.pth"),
+        (["--model.weights", "text.pth"], "text.pth"),
+        (["--model.weights", "list.pth"], "holds no weights by name"),
+        (["--model.weights", "other.pth"], "does not fit alexnet: it lacks"),
+        (["--model.weights", "shape.pth"], "features.0.weight (64, 3, 7, 7) for (64, 3, 11, 11)"),
+        (["--model.optimizer", "lamb"], "--model.optimizer is lamb; it takes adam or adamw or sgd"),
+        (["--model.freeze", "all"], "it takes none or backbone or gradual"),
+        (["--model.name", "timm/resnet81"], "timm"),
+        (["--model.weight_decay", "-1"], "--model.weight_decay is -1.0; it must be at least 0"),
+        (["--model.label_smoothing", "1"], "from 0 to below 1"),
+        (["--average", "1"], "--average is 1"),
+        (["--patience", "0"], "--patience is 0"),
+    ],
+)
+def test_what_cannot_be_used_gets_one_sentence(photos, refused, options, said):
+    Path("text.pth").write_text("no weights")
+    torch.save([1, 2], "list.pth")
+    torch.save(torchvision.models.get_model("squeezenet1_1").state_dict(), "other.pth")
+    state = models.build("alexnet", 3)[1].state_dict()
+    torch.save(state | {"features.0.weight": torch.zeros(64, 3, 7, 7)}, "shape.pth")
+    assert said in refused("fit", "--data.root", "photos", *options)
+
+
+def test_weights_of_another_network_name_both(at_trained, refused):
+    error = refused(*FIT, "--model.name", "resnet18", "--model.weights", str(at_trained))
+    assert "holds the weights of squeezenet1_1, not of resnet18; give --model.name squeezenet1_1" in error
+
+
+def test_fit_from_weights_says_so_and_is_better_than_from_none(at_trained, capsys):
+    fit = ["fit", "--data.root", "photos", *SMALL, "--trainer.max_epochs", "1", "--name"]
+    loss = {}
+    for name, options in (("scratch", []), ("transfer", ["--model.weights", "runs/photos/version_0"])):
+        assert cli.main([*fit, name, *options]) == 0
+        out = capsys.readouterr().out
+        best = torch.load(f"runs/{name}/version_0/checkpoints/best.ckpt", weights_only=True)
+        loss[name] = best["metadata"]["metrics"]
+    assert "weights: runs/photos/version_0/checkpoints/best.ckpt, head included" in out
+    assert loss["transfer"]["val/loss"] < loss["scratch"]["val/loss"]
+
+
+def test_timm_networks_are_built_and_without_a_connection_the_way_out_is_named(monkeypatch):
+    pytest.importorskip("timm")
+    network = models.build("timm/resnet10t", 3).eval()
+    with torch.inference_mode():
+        assert network(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 3)
+    with pytest.raises(UserError, match="timm has no network resnet10x"):
+        models.build("timm/resnet10x", 3)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"Cannot get the weights of resnet10t.*model.safetensors"):
+        weights.start("timm/resnet10t", ["a", "b"], "DEFAULT")
