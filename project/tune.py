@@ -99,7 +99,7 @@ class Tuning(training.Cli):
         return words
 
     def _batch_size(self) -> int | None:
-        """The smallest batch within 5 % of the best speed, of those that fit into memory and leave an epoch its steps."""
+        """The smallest batch within 5 % of the best speed, of those that fit and leave an epoch its steps."""
         data = self.datamodule
         rows = len(data.dataset("train"))
         sizes = [size for size in BATCHES if size * STEPS <= rows]

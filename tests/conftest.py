@@ -2,15 +2,21 @@
 
 import os
 import sys
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torchvision
 from PIL import Image
 
 from project import cli
 
 SMALL = ["--model.name", "squeezenet1_1", "--data.image_size", "32", "--data.workers", "0", "--data.batch_size", "8"]
+torch.set_num_threads(
+    1
+)  # the networks of the tests are so small that threads wait for each other longer than they work
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}
 
 
@@ -66,6 +72,29 @@ def at_trained(trained, monkeypatch):
 
 
 @pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty cache of downloaded weights, and no connection."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+
+    def refuse(*_, **__):
+        raise urllib.request.URLError("no connection")
+
+    monkeypatch.setattr(torch.hub, "urlopen", refuse)
+    place = tmp_path / "hub" / "checkpoints"
+    place.mkdir(parents=True)
+    return place
+
+
+def put_in_cache(hub, name):
+    """Random weights under the name of the published ones."""
+    torch.manual_seed(3)
+    network = torchvision.models.get_model(name)
+    entry = torchvision.models.get_model_weights(name).DEFAULT
+    torch.save(network.state_dict(), hub / entry.url.split("/")[-1])
+    return network
+
+
+@pytest.fixture
 def refused(capsys):
     """Runs a command that must end with exit code 2 and one sentence, which is returned."""
 
@@ -80,6 +109,15 @@ def refused(capsys):
         return lines[0].removeprefix("error: ")
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(request):
+    """These networks are so small that threads wait for each other longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if request.node.get_closest_marker("slow") else 1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

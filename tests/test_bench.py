@@ -5,13 +5,17 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 
-from project import bench, cli
+from project import cli
+from project.bench import pictures, rivals, training
+from project.bench.turns import Turn
 from project.data import images
 
 
-def test_table_has_every_reader_and_its_ratio(photos, capsys):
-    small = ["--data.root", str(photos), "--data.count", "24", "--rounds", "1"]
+def test_table_of_readers_has_every_reader_and_its_ratio(photos, capsys):
+    small = ["--root", str(photos), "--count", "24", "--rounds", "1"]
     (photos / "red" / "000.png").write_bytes(b"no picture")
     assert cli.main(["bench", "data", *small, "--json", "bench.json"]) == 0
     out = capsys.readouterr().out
@@ -34,8 +38,83 @@ def test_table_has_every_reader_and_its_ratio(photos, capsys):
     assert not Path("data").exists()
 
 
+def test_table_of_training_has_every_rival_and_the_parts_of_a_step(photos, capsys, monkeypatch):
+    monkeypatch.setattr(training, "SIZE", 64)
+    assert cli.main(["bench", "--root", "photos", "--count", "8", "--rounds", "1", "--json", "bench.json"]) == 0
+    out = capsys.readouterr().out
+    result = json.loads(Path("bench.json").read_text())
+    assert list(result["speed"]) == [
+        "the article's loop",
+        "a usual Lightning loop",
+        "tuned plain PyTorch",
+        "ours: fit, with its cache",
+    ]
+    for name, speed in result["speed"].items():
+        line = next(line for line in out.splitlines() if line.strip().startswith(f"{name}  "))
+        assert re.search(rf" {speed:,.1f} +{result['speed']['ours: fit, with its cache'] / speed:.2f} x$", line)
+    parts = ["waiting for data", "transfer", "forward and loss", "backward", "optimiser", "logging and the rest"]
+    assert list(result["step_seconds"]) == parts
+    assert all(seconds >= 0 for seconds in result["step_seconds"].values())
+    whole = 4 / result["speed"]["ours: fit, with its cache"]  # batches of four, and one measured epoch
+    assert sum(result["step_seconds"].values()) == pytest.approx(whole, rel=0.3)
+    assert "Advice:" in out
+    assert "epoch 1" not in out  # what the contestants say of themselves is not shown
+    assert {path.name for path in Path().iterdir()} == {"photos", "bench.json"}
+
+
+def test_flops_of_a_picture_are_those_of_the_network(workplace):
+    """torchvision counts 0.714 G multiply-adds forward; a step is three times that, but for the first layer's input."""
+    assert 2 * 0.71 * 2.7 < training._ceiling(1000, 224)["gflop_per_picture"] < 2 * 0.72 * 3
+
+
+def test_every_rival_trains(workplace):
+    """A rival that does not learn would be fast for nothing."""
+    root = pictures.make_photographs(Path("made"), 8)
+    rows = [(str(path), number % 2) for number, path in enumerate(sorted(root.rglob("*.jpg")))]
+    for run in (rivals.article, rivals.tuned):
+        made = []
+        original = torch.optim.Adam.step
+
+        def step(self, *args, original=original, made=made, **kwargs):
+            before = self.param_groups[0]["params"][0].clone()
+            original(self, *args, **kwargs)
+            made.append(not torch.equal(before, self.param_groups[0]["params"][0]))
+
+        torch.optim.Adam.step = step
+        try:
+            turn = Turn(lambda turn, run=run: run(rows, 2, 64, 4, turn))
+            assert turn.epoch() > 0
+            assert turn.epoch() > 0
+            turn.close()
+        finally:
+            torch.optim.Adam.step = original
+        assert made == [True] * 4
+
+
+def test_a_contestant_that_fails_is_not_silent():
+    def run(turn):
+        turn.begin()
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Turn(run).epoch()
+
+
+def test_time_to_accuracy_names_both_and_their_ratio(photos, capsys):
+    small = ["--root", "photos", "--image_size", "64", "--epochs", "3", "--target", "0.6", "--json", "bench.json"]
+    assert cli.main(["bench", "accuracy", *small]) == 0
+    out = capsys.readouterr().out
+    result = json.loads(Path("bench.json").read_text())
+    assert result["target"] == 0.6
+    for name in ("ours", "usual"):
+        assert 0 <= result[name]["best"] <= 1
+        assert (result[name]["seconds"] is None) == (result[name]["best"] < 0.6)
+        assert re.search(rf"^{name} +validation accuracy 0.600: ", out, re.MULTILINE)
+    assert not Path("runs").exists()
+
+
 def test_made_photographs_are_of_the_stated_size_and_differ(workplace):
-    root = bench.make_photographs(Path("made"), 4)
+    root = pictures.make_photographs(Path("made"), 4)
     made = [images.read(file, 224) for file in sorted(root.rglob("*.jpg"))]
     assert len(made) == 4
     assert len({image.tobytes() for image in made}) == 4
@@ -43,19 +122,21 @@ def test_made_photographs_are_of_the_stated_size_and_differ(workplace):
 
 
 def test_usual_readers_give_what_torchvision_gives(workplace):
-    root = bench.make_photographs(Path("made"), 2)
-    paths = [str(path) for path in sorted(root.rglob("*.jpg"))]
-    for kind in ("article", "reference"):
-        tensor, _ = bench.Usual(paths, kind)[0]
-        assert tuple(tensor.shape) == (3, 224, 224)
-        assert tensor.is_floating_point()
-    assert bench.Usual(paths, "article")[0][0].min() >= 0
-    assert bench.Usual(paths, "reference")[0][0].min() < 0  # normalised
+    root = pictures.make_photographs(Path("made"), 2)
+    rows = [(str(path), 1) for path in sorted(root.rglob("*.jpg"))]
+    plain, _ = pictures.Pictures(rows, pictures.resized(224, *pictures.floats(False)))[0]
+    normalised, label = pictures.Pictures(rows, pictures.resized(224, *pictures.floats(True)))[0]
+    assert tuple(plain.shape) == tuple(normalised.shape) == (3, 224, 224)
+    assert plain.is_floating_point()
+    assert 0 <= plain.min() < plain.max() <= 1
+    assert normalised.min() < 0
+    assert label == 1
 
 
 def test_unknown_subject_and_existing_output_are_refused(workplace, refused):
-    assert "it takes data" in refused("bench", "dat")
+    assert "it takes training or data or accuracy" in refused("bench", "dat")
     assert "--rounds is 0" in refused("bench", "data", "--rounds", "0")
-    assert "--data.count is 0" in refused("bench", "data", "--data.count", "0")
+    assert "--count is 0" in refused("bench", "data", "--count", "0")
+    assert "--target above 0" in refused("bench", "accuracy")
     Path("mine").write_text("x")
     assert "mine exists" in refused("bench", "data", "--json", "mine")

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from project import cli
-from tests.conftest import SMALL
+from tests.conftest import SMALL, put_in_cache
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -63,7 +63,8 @@ def test_the_result_in_the_header_is_what_comes_out(name, workplace, capsys):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.stem)
-def test_fit_test_and_predict_with_every_config(config, photos):
+def test_fit_test_and_predict_with_every_config(config, photos, hub):
+    put_in_cache(hub, "squeezenet1_1")
     small = ["--config", str(config), "--data.root", "photos", *SMALL, "--trainer.max_epochs", "1"]
     assert cli.main(["fit", *small, "--name", "it"]) == 0
     assert cli.main(["test", "--ckpt_path", "runs/it/version_0"]) == 0

@@ -85,8 +85,9 @@ def classifier(**options):
 def rates(model, step):
     """Learning rate of each group of parameters after so many steps."""
     made = model.configure_optimizers()
-    scheduler = made["lr_scheduler"]["scheduler"]
-    return [group["initial_lr"] * f(step) for group, f in zip(made["optimizer"].param_groups, scheduler.lr_lambdas)]
+    factors = made["lr_scheduler"]["scheduler"].lr_lambdas
+    groups = made["optimizer"].param_groups
+    return [group["initial_lr"] * factor(step) for group, factor in zip(groups, factors, strict=True)]
 
 
 def test_gradual_lets_layers_join_from_the_top_downwards():

@@ -21,7 +21,7 @@ def test_suggested_command_runs_and_nothing_else_is_left(photos, capsys):
     assert {path.name for path in Path().iterdir()} == {"photos", "data", "finder.png"}
     assert Path("finder.png").read_bytes().startswith(b"\x89PNG")
     command = shlex.split(re.search(r"next: python -m project\.cli (.*)", out)[1])
-    options = dict(zip(command[1::2], command[2::2]))
+    options = dict(zip(command[1::2], command[2::2], strict=True))
     assert options["--data.root"] == "photos"
     assert "--steps" not in options
     assert "--plot" not in options

@@ -1,7 +1,6 @@
 """Where a network's weights come from: published files, checkpoints, state dicts; and what is refused."""
 
 import pickle
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -12,33 +11,10 @@ from torch import nn
 from project import cli, models
 from project.errors import UserError
 from project.models import weights
-from tests.conftest import SMALL
+from tests.conftest import SMALL, put_in_cache
 
 FIT = ["fit", "--data.root", "photos"]
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """An empty cache of downloaded weights, and no connection."""
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
-
-    def refuse(*_, **__):
-        raise urllib.request.URLError("no connection")
-
-    monkeypatch.setattr(torch.hub, "urlopen", refuse)
-    place = tmp_path / "hub" / "checkpoints"
-    place.mkdir(parents=True)
-    return place
-
-
-def put_in_cache(hub, name):
-    """Random weights under the name of the published ones."""
-    torch.manual_seed(3)
-    network = torchvision.models.get_model(name)
-    entry = torchvision.models.get_model_weights(name).DEFAULT
-    torch.save(network.state_dict(), hub / entry.url.split("/")[-1])
-    return network
 
 
 def normalised(image):

@@ -5,10 +5,8 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from PIL import Image
-
 from project import files
+from project.bench.pictures import make_photographs
 from project.errors import UserError
 
 
@@ -69,21 +67,3 @@ def bench(
         with files.replacing(Path(json)) as stream:
             json_format.dump(result, stream, indent=2)
     return 0
-
-
-def make_photographs(root: Path, count: int) -> Path:
-    """Writes JPEGs with the detail of photographs: random shapes of all sizes and some noise, about 70 kB each."""
-    random = np.random.default_rng(0)
-    for number in range(count):
-        pixels = np.zeros((404, 475, 3))
-        for octave in range(1, 7):
-            coarse = random.normal(0, 1, (2**octave, 2**octave, 3))
-            scaled = [
-                Image.fromarray(c.astype(np.float32)).resize((475, 404), Image.Resampling.BICUBIC) for c in coarse.T
-            ]
-            pixels += np.dstack([np.asarray(channel) for channel in scaled]) * 60 / octave
-        pixels = np.clip(pixels + 128 + random.normal(0, 8, pixels.shape), 0, 255)
-        folder = root / "ab"[number % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:04d}.jpg", quality=90)
-    return root

@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from project.bench import rivals
+from project.bench.pictures import Rows
 from project.bench.training import inside
 from project.data import digits
 from project.data.datamodule import ImageData
@@ -84,6 +85,6 @@ def measure(root: str | None, target: float, epochs: int, image_size: int | None
     return result
 
 
-def _rows(data: ImageData, split: str) -> rivals.Rows:
+def _rows(data: ImageData, split: str) -> Rows:
     dataset = data.dataset(split)
     return [(str(Path(dataset.path(row)).absolute()), int(dataset.labels[row])) for row in range(len(dataset))]

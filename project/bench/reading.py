@@ -10,8 +10,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import numpy as np
 
+from project.bench.pictures import Pictures, floats, resized
 from project.data import images, manifest
 from project.data.check import examine_all
 from project.data.table import Manifest
@@ -105,9 +106,11 @@ def _gap(loader: Any) -> float:
     return statistics.median(gaps[1:])
 
 
-def readable(rows: Manifest) -> Iterator[str]:
-    """The paths of those pictures that can be read, in order."""
-    for path in rows.paths:
+def readable(rows: Manifest, mixed: bool = False) -> Iterator[str]:
+    """The paths of those pictures that can be read, in order or in a fixed mixed one."""
+    count = len(rows.paths)
+    for row in np.random.default_rng(0).permutation(count).tolist() if mixed else range(count):
+        path = rows.paths[row]
         try:
             images.read(rows.root / path, SIZE)
         except images.ImageError:
@@ -138,36 +141,16 @@ def _ours(root: Path, paths: Sequence[str], augment: Any, workers: int, cache: P
 
 
 def _usual(root: Path, paths: Sequence[str], kind: str, workers: int) -> Any:
+    """`article`: Resize, flip, tensor. `reference`: what torchvision's training script does."""
     from torch.utils.data import DataLoader
+    from torchvision.transforms import v2
 
+    reference = v2.Compose([v2.RandomResizedCrop(SIZE), v2.RandomHorizontalFlip(), v2.PILToTensor(), *floats(True)])
+    transform = resized(SIZE, *floats(False)) if kind == "article" else reference
+    rows = [(str(root / path), 0) for path in paths]
     return DataLoader(
-        Usual([str(root / path) for path in paths], kind),  # type: ignore[arg-type]
+        Pictures(rows, transform),  # type: ignore[arg-type]
         BATCH,
         num_workers=workers,
         persistent_workers=workers > 0,
     )
-
-
-class Usual:
-    """What others do: a map-style data set of float tensors (3, 224, 224).
-
-    Args:
-        paths: The pictures.
-        kind: `article`: Resize, flip, tensor. `reference`: what torchvision's training script does (RandomResizedCrop,
-            flip, tensor, Normalize).
-    """
-
-    def __init__(self, paths: list[str], kind: str) -> None:
-        from torchvision import transforms
-
-        first = transforms.Resize((SIZE, SIZE)) if kind == "article" else transforms.RandomResizedCrop(SIZE)
-        last = [] if kind == "article" else [transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
-        steps = [first, transforms.RandomHorizontalFlip(), transforms.ToTensor(), *last]
-        self.paths, self.transform = paths, transforms.Compose(steps)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, row: int) -> tuple[Any, int]:
-        with open(self.paths[row], "rb") as stream:  # noqa: PTH123 (as torchvision's own loader does)
-            return self.transform(Image.open(stream).convert("RGB")), 0

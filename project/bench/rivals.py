@@ -1,57 +1,23 @@
 """What this project is measured against: AlexNet trained as articles, templates and careful scripts do it."""
 
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torchvision
 from lightning.pytorch import LightningModule
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Accuracy
-from torchvision.transforms import v2
 
+from project.bench.pictures import Pictures, Rows, floats, resized
 from project.bench.turns import Turn
 from project.data.workers import usable_cores
-
-Rows = list[tuple[str, int]]  # path and label
-
-
-class Pictures(Dataset[tuple[Tensor, int]]):
-    """Pillow, Resize, flip, and what a way of working adds.
-
-    Args:
-        rows: Paths and labels.
-        size: Side, in pixels.
-        flip: Whether a picture may be mirrored.
-        last: The last transforms.
-    """
-
-    def __init__(self, rows: Rows, size: int, flip: bool, last: list[nn.Module]) -> None:
-        self.rows = rows
-        mirror = [v2.RandomHorizontalFlip()] if flip else []
-        self.transform = v2.Compose([v2.Resize((size, size)), *mirror, v2.PILToTensor(), *last])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, row: int) -> tuple[Tensor, int]:
-        path, label = self.rows[row]
-        with Path(path).open("rb") as stream:
-            return self.transform(Image.open(stream).convert("RGB")), label
-
-
-def floats(normalised: bool) -> list[nn.Module]:
-    """To 0-1, and by ImageNet's mean and deviation, in the loader."""
-    ends = [v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))] if normalised else []
-    return [v2.ToDtype(torch.float32, scale=True), *ends]
 
 
 def article(rows: Rows, classes: int, size: int, batch_size: int, turn: Turn) -> None:
     """The article's loop: all pictures read into memory first, plain Adam, loss and accuracy read at every step."""
-    pictures = list(Pictures(rows, size, True, floats(False)))  # type: ignore[call-overload]
-    loader: Any = DataLoader(pictures, batch_size, shuffle=True)
+    held = Pictures(rows, resized(size, *floats(False)))
+    loader: Any = DataLoader(_typed([held[row] for row in range(len(held))]), batch_size, shuffle=True)
     network = torchvision.models.AlexNet(classes)
     optimizer = torch.optim.Adam(network.parameters(), 1e-4)
     loss_of = nn.CrossEntropyLoss()
@@ -72,7 +38,11 @@ def article(rows: Rows, classes: int, size: int, batch_size: int, turn: Turn) ->
 def tuned(rows: Rows, classes: int, size: int, batch_size: int, turn: Turn) -> None:
     """Plain PyTorch with all that is known to help: fused Adam, channels_last, uint8 to the device, workers."""
     loader: Any = DataLoader(
-        Pictures(rows, size, True, []), batch_size, shuffle=True, num_workers=usable_cores(), persistent_workers=True
+        _typed(Pictures(rows, resized(size))),
+        batch_size,
+        shuffle=True,
+        num_workers=usable_cores(),
+        persistent_workers=True,
     )
     network = torchvision.models.AlexNet(classes).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), 1e-4, fused=True)
@@ -124,9 +94,13 @@ class UsualModule(LightningModule):
 def usual_loader(rows: Rows, size: int, batch_size: int, train: bool, flip: bool) -> DataLoader[Any]:
     """Pictures as templates read them: floats, normalised in the workers."""
     return DataLoader(
-        Pictures(rows, size, flip and train, floats(True)),
+        _typed(Pictures(rows, resized(size, *floats(True), flip=flip and train))),
         batch_size,
         shuffle=train,
         num_workers=usable_cores(),
         persistent_workers=True,
     )
+
+
+def _typed(items: Any) -> Dataset[Any]:
+    return cast(Dataset[Any], items)  # DataLoader asks for no more than __len__ and __getitem__

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from project import models
 from project.bench import rivals
+from project.bench.pictures import Rows
 from project.bench.reading import readable
 from project.bench.turns import Begins, Ends, Turn
 from project.data import manifest
@@ -34,13 +35,16 @@ OURS = "ours: fit, with its cache"
 def measure(root: Path, count: int, rounds: int, full: bool, scratch: Path) -> dict[str, Any]:
     """Prints who trains how fast, what a step of ours consists of and what would help; returns the figures."""
     table = manifest.load(root)
-    paths = list(itertools.islice(readable(table), count))
-    names = table.class_names
-    labels = dict(zip(table.paths, table.labels.tolist(), strict=True))
-    rows = [(str((table.root / path).absolute()), labels[path]) for path in paths]
-    batch = min(BATCH, len(rows) // 2)
-    if batch < 2:
-        raise UserError(f"{root} has {len(rows)} readable pictures; bench needs at least 4.")
+    chosen = itertools.islice(readable(table, mixed=True), count)
+    labels = {path: table.class_names[label] for path, label in zip(table.paths, table.labels.tolist(), strict=True)}
+    named = [(str((table.root / path).absolute()), labels[path]) for path in chosen]
+    names = sorted({name for _, name in named})
+    if len(names) < 2:
+        raise UserError(
+            f"The {len(named)} readable pictures taken from {root} are of one class; give a higher --count."
+        )
+    rows = [(path, names.index(name)) for path, name in named]
+    batch = max(1, min(BATCH, len(rows) // 2))
     print(f"{root}: {len(rows):,} pictures, AlexNet, {SIZE} px, batches of {batch}, medians of {rounds} epochs\n")
     profiler = SimpleProfiler()
     with inside(scratch):
@@ -86,7 +90,7 @@ def _compare(runs: dict[str, Callable[[Turn], None]], whole: int, rows: int, rou
     return speed
 
 
-def _usual(rows: rivals.Rows, classes: int, batch: int, turn: Turn) -> None:
+def _usual(rows: Rows, classes: int, batch: int, turn: Turn) -> None:
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=-1,
@@ -98,7 +102,7 @@ def _usual(rows: rivals.Rows, classes: int, batch: int, turn: Turn) -> None:
     trainer.fit(rivals.UsualModule(classes), rivals.usual_loader(rows, SIZE, batch, train=True, flip=True))
 
 
-def _ours(rows: rivals.Rows, names: list[str], batch: int, profiler: SimpleProfiler, turn: Turn) -> None:
+def _ours(rows: Rows, names: list[str], batch: int, profiler: SimpleProfiler, turn: Turn) -> None:
     """`fit` itself, on a table of these pictures; its validation, which the others lack, is left out."""
     with Path("table.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
         writer = csv.writer(stream)
