@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -32,7 +33,6 @@ from project.watcher import Watcher
 
 CHECKPOINT_VARIABLE = "PROJECT_CHECKPOINT"  # tells the other ranks which one was found
 TRAINER_DEFAULTS = {
-    "max_epochs": 6,
     "log_every_n_steps": 10,
     "num_sanity_val_steps": 0,  # ImageData.setup has read a validation picture; starts a second sooner
     "use_distributed_sampler": False,  # BatchSampler shares the rows out, without repeats
@@ -134,6 +134,8 @@ class Cli(LightningCLI):
     def instantiate_classes(self) -> None:
         """Makes data, model and Trainer, and checks all of them before anything is written."""
         super().instantiate_classes()
+        if self.trainer.strategy.root_device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 where there is no --trainer.precision for less
         self.datamodule.setup(self.verb)
         if self.origin is not None:
             self.origin.require_same(self.model.name, self.datamodule.class_names, self.datamodule.root)
@@ -150,12 +152,16 @@ class Cli(LightningCLI):
         if self.verb == "fit":
             if 0 in (trainer["max_epochs"], trainer["max_steps"]):
                 raise UserError("There is nothing to train: --trainer.max_epochs or --trainer.max_steps is 0.")
+            if [trainer[limit] for limit in ("max_epochs", "max_steps", "max_time")] == [None, -1, None]:
+                kwargs["max_epochs"] = self.config.fit.trainer.max_epochs = self.datamodule.epochs
             self.figures = board.Figures(self._flat_settings())
             always += [saving.Interruption(), callbacks.Narrator(), FrozenFeatures(), Watcher()]
             always += [board.FirstBatch(), self.figures]
             config = self.config_init["fit"]
             always += [saving.Average(config["average"])] if config["average"] else []
             always += [EarlyStopping("val/loss", patience=config["patience"])] if config["patience"] else []
+        if trainer["benchmark"] is None and not trainer["deterministic"]:
+            kwargs["benchmark"] = True  # all pictures are of one size: cuDNN's search pays
         if trainer["enable_progress_bar"] is None:
             kwargs["enable_progress_bar"] = sys.stderr.isatty()
         if kwargs.get("enable_progress_bar", trainer["enable_progress_bar"]):
@@ -186,6 +192,7 @@ class Cli(LightningCLI):
             self.trainer.callbacks.append(LearningRateMonitor("step"))
         for saver in self.trainer.checkpoint_callbacks:
             saver.dirpath = saver.dirpath or str(self.run / "checkpoints")
+        self.config.fit.model.backbone_lr = self.model.backbone_lr  # its default depends on where the weights are from
         config = self._parser("fit").dump(self.config.fit, skip_none=False)
         settings = {key: value for key, value in yaml.safe_load(config).items() if key not in ("name", "ckpt_path")}
         self.model.metadata = {"config": settings, "resize": self.datamodule.resize, **checkpoint.provenance()}

@@ -70,7 +70,7 @@ class ImageData(LightningDataModule):
         self.root = Path(root)
         self.split, self.split_seed, self.seed = split, split_seed, seed
         self.group, self.folds, self.fold, self.exclude = group, folds, fold, exclude
-        bundled = self.root.resolve() == digits.ROOT.resolve()
+        self._bundled = bundled = self.root.resolve() == digits.ROOT.resolve()
         if bundled:
             digits.write(self.root)
         self.image_size: int = image_size if image_size is not None else digits.IMAGE_SIZE if bundled else 224
@@ -124,6 +124,14 @@ class ImageData(LightningDataModule):
             return self._batch_size
         rows = len(self.manifest.rows("train"))
         return max(1, min(64, rows, max(8, rows // 8)))
+
+    @property
+    def epochs(self) -> int:
+        """How many a fit takes unless told: about 600 steps, but at least 6 and at most 24; for the digits 8."""
+        if self._bundled:
+            return 8
+        steps = max(1, len(self.manifest.rows("train")) // self.batch_size)
+        return min(24, max(6, round(600 / steps)))
 
     def setup(self, stage: str) -> None:
         """Reads the rows and checks that the stage can run; no picture but the first readable one is decoded.
