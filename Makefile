@@ -3,7 +3,7 @@ PYTHON ?=
 ARGS ?=
 VENV = .venv/bin/python
 
-.PHONY: help install fit test test-slow check board clean clean-cache core dev
+.PHONY: help install fit test test-slow check board bench clean clean-cache core dev
 
 help:  ## these lines
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):[^#]*## /make \1\t/' | expand -t 18
@@ -31,6 +31,9 @@ test-slow: dev  ## the tests with many processes, a browser and notebooks
 
 board: core  ## TensorBoard on runs/; a run of a new name needs a restart
 	@sh scripts/board.sh $(ARGS)
+
+bench: core  ## how fast this machine trains, beside the usual ways
+	$(VENV) -m project.cli bench $(ARGS)
 
 clean-cache:  ## decoded pictures and kept lists of files; they are made again
 	rm -rf data/cache

@@ -1,12 +1,14 @@
 import math
+import sys
 
 import pytest
 import torch
 import torchvision
 
-from project import models
+from project import cli, models
 from project.errors import UserError
 from project.models.alexnet import AlexNet
+from tests.conftest import SMALL
 
 
 def test_alexnet_computes_what_torchvisions_does():
@@ -87,3 +89,45 @@ def test_a_size_that_does_not_work_is_refused_with_the_next_that_does():
     assert network.training
     with pytest.raises(UserError, match=r"62.*takes is 63"):
         models.require_size(network, "alexnet", 62)
+
+
+def test_models_lists_parameters_operations_and_accuracy_as_published(capsys):
+    assert cli.main(["models", "alexnet"]) == 0
+    head, line = capsys.readouterr().out.splitlines()
+    assert head.split() == ["name", "parameters", "GFLOPs", "top-1", "top-5", "--model.weights"]
+    assert line.split() == ["alexnet", "61,100,840", "0.71", "56.52", "79.07", "IMAGENET1K_V1"]
+    assert cli.main(["models", "resnet5?"]) == 0
+    assert capsys.readouterr().out.count("\nresnet50") == 2
+    assert cli.main(["models"]) == 0
+    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]}
+    assert listed == set(models.torchvision_names())
+
+
+def test_models_lists_timms_and_refuses_what_is_nowhere(capsys, refused):
+    pytest.importorskip("timm")
+    assert cli.main(["models", "timm/resnet10*"]) == 0
+    assert "timm/resnet10t  weights: DEFAULT" in capsys.readouterr().out
+    assert "No network is called resnat18. Did you mean resnet18?" in refused("models", "resnat18")
+
+
+def test_timm_is_asked_for_where_it_is_missing(monkeypatch, refused):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert "pip install -e .[timm]" in refused("models", "timm/*")
+
+
+def test_compiled_networks_checkpoint_is_like_any_other(photos):
+    fit = ["fit", "--data.root", "photos", *SMALL, "--trainer.max_epochs", "1", "--model.compile", "true"]
+    assert cli.main(fit) == 0
+    content = torch.load("runs/photos/version_0/checkpoints/best.ckpt", weights_only=True)
+    assert set(content["state_dict"]) == {f"network.{key}" for key in models.build("squeezenet1_1", 3).state_dict()}
+    assert cli.main(["predict", "runs/photos/version_0", "photos/red"]) == 0
+
+
+def test_without_a_compiler_the_fit_goes_on_and_says_so(photos, capsys, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no C++ compiler\nand more lines")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    fit = ["fit", "--data.root", "photos", *SMALL, "--trainer.max_epochs", "1", "--model.compile", "true"]
+    assert cli.main(fit) == 0
+    assert "--model.compile does not work here, going on without: no C++ compiler\n" in capsys.readouterr().out
