@@ -1,5 +1,6 @@
 """What a fit shows in TensorBoard besides its curves."""
 
+import contextlib
 import warnings
 from typing import Any
 
@@ -35,7 +36,8 @@ class FirstBatch(Callback):
             return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the graph is made by torch.jit.trace, which says that it is deprecated
-            writer.add_graph(pl_module.network, pictures[:1])
+            with contextlib.suppress(RuntimeError):  # some networks cannot be traced; the graph is no reason to stop
+                writer.add_graph(pl_module.network, pictures[:1].to(pl_module.device))
 
 
 class Figures(Callback):

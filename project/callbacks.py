@@ -42,8 +42,9 @@ class Narrator(Callback):
     FIRST, LAST = 2, 7  # the first steps are slower, and the first batch is drawn: the estimate is made from the others
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts counting."""
+        """Starts counting; a fit that goes on within an epoch has no start of it."""
         self._steps = 0
+        self._epoch_start = time.monotonic()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the epoch's clock."""

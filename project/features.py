@@ -17,8 +17,8 @@ class FrozenFeatures(Callback):
     It is the same in every epoch if nothing augments the pictures, and it is enough if the head comes last.
     """
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Runs the frozen layers once over the training and the validation pictures."""
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Runs the frozen layers once over the training and the validation pictures, before any loader is made."""
         model: Any = pl_module  # the Classifier
         data = data_of(trainer)
         if model.transfer != "backbone":
@@ -33,7 +33,7 @@ class FrozenFeatures(Callback):
         start = time.monotonic()
         rows = sum(len(data.dataset(split)) for split in ("train", "val"))
         room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4 if hasattr(os, "sysconf") else 4e9
-        model.eval()
+        model.eval().to(trainer.strategy.root_device)
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             picture = torch.zeros(2, 3, data.image_size, data.image_size, dtype=torch.uint8, device=model.device)
             inputs, logits = before(model.network, model.head, picture)
@@ -61,7 +61,7 @@ class FrozenFeatures(Callback):
                 continue
             inputs, _ = before(model.network, model.head, batch.image.to(model.device))
             if values is None:
-                values = torch.zeros(len(data.dataset(split)), inputs.shape[1])
+                values = torch.zeros(len(data.dataset(split)), inputs.shape[1], dtype=torch.float32)
             values[batch.row] = inputs.float().cpu()
         assert values is not None  # ImageData.setup has read a picture of each split
         return values, failed

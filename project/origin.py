@@ -45,6 +45,9 @@ class Origin:
         }
         for option in ("workers", "cache"):
             settings["data"].pop(option, None)
+        if settings["model"].get("backbone_lr") is None:  # its default depends on the weights, which are others now
+            from_scratch = settings["model"].get("weights", "none") == "none"
+            settings["model"]["backbone_lr"] = 1.0 if from_scratch else 0.1
         settings["model"]["weights"] = str(self.path)
         settings["trainer"] = {k: v for k, v in config["trainer"].items() if k in TRAINER_SETTINGS and _plain(v)}
         split = self.run / "split.csv"

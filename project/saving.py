@@ -32,6 +32,22 @@ class Average(WeightAveraging):
     def __init__(self, decay: float) -> None:
         super().__init__(multi_avg_fn=self._blend)
         self.decay = decay
+        self._swapped = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Follows the module to its device and precision; the count of updates stays here, where it is read."""
+        assert self._average_model is not None
+        precision: Any = pl_module.dtype
+        self._average_model.module.to(device=pl_module.device, dtype=precision)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Puts the weights back before a checkpoint is saved, where a validation was interrupted."""
+        if self._swapped:
+            self._swap_models(pl_module)
+
+    def _swap_models(self, pl_module: LightningModule) -> None:
+        super()._swap_models(pl_module)
+        self._swapped = not self._swapped
 
     def _blend(self, average: Any, current: Any, _: Any) -> None:
         step = self._latest_update_step

@@ -158,6 +158,8 @@ class Cli(LightningCLI):
             always += [saving.Interruption(), callbacks.Narrator(), FrozenFeatures(), Watcher()]
             always += [board.FirstBatch(), self.figures]
             config = self.config_init["fit"]
+            if config["patience"] and trainer["limit_val_batches"] == 0:
+                raise UserError("--patience needs validations; --trainer.limit_val_batches is 0.")
             always += [saving.Average(config["average"])] if config["average"] else []
             always += [EarlyStopping("val/loss", patience=config["patience"])] if config["patience"] else []
         if trainer["benchmark"] is None and not trainer["deterministic"]:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.tuner.tuning import Tuner
 
 from project import figures, files, training
 from project.bench.training import seconds_per_step
+from project.classifier import make_optimizer
 from project.errors import UserError
 
 LOWEST, HIGHEST = 1e-7, 1.0  # learning rates
@@ -68,6 +68,9 @@ class Tuning(training.Cli):
         options = self.config.fit
         data, model = self.datamodule, self.model
         print(data.manifest.summary())
+        batch = self._batch_size()
+        if batch is not None:
+            data._batch_size = batch  # the rate is looked for at this size
         quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())  # its progress bar
         with quiet:
             finder = Tuner(self.trainer).lr_find(
@@ -80,7 +83,8 @@ class Tuning(training.Cli):
         with files.replacing_bytes(Path(options.plot)) as stream:
             figures.rate_finder(rates, losses, rate).savefig(stream, dpi=120, format="png")
         print(f"learning rate: {reason}; {options.plot} shows it")
-        batch = self._batch_size()
+        if len(self.trainer.optimizers[0].param_groups) > 1:
+            print("learning rate: the same for all layers here; in a fit those below the head have --model.backbone_lr")
         command = ["python", "-m", "project.cli", "fit", *(word for word in self._own_words())]
         command += [] if rate is None else ["--model.lr", f"{rate:.2g}"]
         command += [] if batch is None else ["--data.batch_size", str(batch)]
@@ -125,9 +129,11 @@ class Tuning(training.Cli):
     def _speed(self, size: int) -> float:
         """Pictures a second in training steps of one batch size, reading left out."""
         device = self.trainer.strategy.root_device
-        network = self.model.to(device).train().network
-        still = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], 0.0)  # no memory of its own
-        return size / seconds_per_step(network, still, size, self.datamodule.image_size, device)
+        model = self.model.to(device).train()
+        trained = [{"params": [p for p in model.network.parameters() if p.requires_grad], "lr": 0.0}]  # they stay
+        optimizer = make_optimizer(model.rule, trained, fused=self.trainer.precision != "16-mixed")
+        with self.trainer.precision_plugin.forward_context():
+            return size / seconds_per_step(model.network, optimizer, size, self.datamodule.image_size, device)
 
 
 def suggest(rates: np.ndarray[Any, Any], losses: np.ndarray[Any, Any]) -> tuple[float | None, str]:
@@ -157,6 +163,6 @@ def suggest(rates: np.ndarray[Any, Any], losses: np.ndarray[Any, Any]) -> tuple[
     rate = float(rates[lowest]) / 10
     digits = 10 ** math.floor(math.log10(rate))
     return round(rate / digits) * digits, (
-        f"the loss falls from {start:.3f} to {losses[lowest]:.3f} at {rates[lowest]:.1e}, beyond which it rises; a "
-        "tenth of that is taken"
+        f"the loss falls from {start:.3f} to {losses[lowest]:.3f}, its lowest, at {rates[lowest]:.1e}; a tenth of that "
+        "is taken"
     )

@@ -24,7 +24,16 @@ class Watcher(Callback):
 
     def __init__(self) -> None:
         self._said: set[str] = set()
-        self._history: list[tuple[float, float]] = []  # training and validation loss by epoch
+        self._history: list[tuple[int, float, float]] = []  # epoch, training and validation loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a fit that goes on has to know."""
+        return {"history": self._history, "said": sorted(self._said)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes it back."""
+        self._history = [(int(epoch), float(train), float(val)) for epoch, train, val in state_dict["history"]]
+        self._said = set(state_dict["said"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks up what guessing would give."""
@@ -35,7 +44,8 @@ class Watcher(Callback):
         self._watched = next(parameter for parameter in pl_module.parameters() if parameter.requires_grad)
         self._bad = torch.zeros((), dtype=torch.bool, device=pl_module.device)
         self._good_until = trainer.global_step
-        self._interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        self._interval: int = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        self.on_train_epoch_start(trainer, pl_module)  # a fit that goes on within an epoch has no start of it
 
     # waiting for data: from a batch's end to the next one's start
 
@@ -95,6 +105,10 @@ class Watcher(Callback):
         """Starts counting answers."""
         self._answers = torch.zeros(len(data_of(trainer).class_names), device=pl_module.device)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A validation within an epoch is no waiting."""
+        self._ended = time.monotonic()
+
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -113,7 +127,11 @@ class Watcher(Callback):
         self._require_finite(trainer, pl_module)
         figures = {key: float(value) for key, value in trainer.callback_metrics.items()}
         losses = figures.get("train/loss", math.nan), figures.get("val/loss", math.nan)
-        self._history.append(losses)
+        if not math.isfinite(losses[0]):  # under 16-mixed, where single gradients may be
+            sentence = f"The training loss of epoch {trainer.current_epoch + 1} is {losses[0]}: lower --model.lr."
+            self._say(trainer, "not finite", sentence, aloud=False)
+            raise FailedRun(sentence)
+        self._history.append((trainer.current_epoch + 1, *losses))
         validated = hasattr(self, "_answers")
         answers = trainer.strategy.reduce(self._answers, reduce_op="sum").tolist() if validated else []
         last = trainer.current_epoch + 1 == trainer.max_epochs
@@ -123,7 +141,7 @@ class Watcher(Callback):
             return
         rate = trainer.optimizers[0].param_groups[0]["initial_lr"]
         found = {"diverging": self._diverging(rate), "stuck": self._stuck(trainer, rate), "gap": self._gap()}
-        if validated:
+        if validated and "val/accuracy" in figures:
             found["baseline"] = below_baseline(trainer, figures["val/accuracy"])
             found["never"] = never_predicted(trainer, answers)
         for rule, sentence in found.items():
@@ -133,6 +151,8 @@ class Watcher(Callback):
     def _waiting(self, trainer: Trainer) -> str:
         share = self._waited / max(self._waited + self._worked, 1e-9)
         if share < 0.3 or self._waited < 1:  # below a second an epoch it is no matter
+            return ""
+        if trainer.strategy.root_device.type != "cpu":  # it works on while this process waits: nothing can be told
             return ""
         from project.data.workers import usable_cores
 
@@ -146,22 +166,23 @@ class Watcher(Callback):
         return f"{share:.0%} of the epoch was spent waiting for pictures ({duration(self._waited)}): {advice}."
 
     def _diverging(self, rate: float) -> str:
-        losses = [train for train, _ in self._history]
+        losses = [train for _, train, _ in self._history]
         now, lowest = losses[-1], min(losses)
         if now < 1.2 * self._chance[0] or now < 1.5 * lowest:
             return ""
-        epoch = losses.index(lowest) + 1
+        epoch = self._history[losses.index(lowest)][0]
         rise = f"the training loss has risen from {lowest:.3g} in epoch {epoch} to {now:.3g}"
         return f"{rise}: try --model.lr {rate / 10:g}."
 
     def _stuck(self, trainer: Trainer, rate: float) -> str:
-        now = self._history[-1][0]
-        if all(abs(now / chance - 1) > 0.03 for chance in self._chance):
+        recent = [train for _, train, _ in self._history[-self.ENOUGH :]]
+        if not any(all(abs(loss / chance - 1) <= 0.03 for loss in recent) for chance in self._chance):
             return ""
+        now = recent[-1]
         classes = len(data_of(trainer).class_names)
         other = rate / 10 if rate >= 1e-4 else rate * 10
         return (
-            f"after {len(self._history)} epochs the training loss is {now:.3f}; guessing gives {self._chance[1]:.3f} "
+            f"after {self._history[-1][0]} epochs the training loss is {now:.3f}; guessing gives {self._chance[1]:.3f} "
             f"(ln {classes} = {self._chance[0]:.3f} where classes are equally frequent): try --model.lr {other:g} or a "
             f"network with batch norm (--model.name resnet18), and python -m project.cli check {data_of(trainer).root}."
         )
@@ -169,11 +190,11 @@ class Watcher(Callback):
     def _gap(self) -> str:
         if len(self._history) <= 3:
             return ""
-        train, val = (list(losses) for losses in zip(*self._history, strict=True))
+        epochs, train, val = (list(column) for column in zip(*self._history, strict=True))
         rising = val[-4] < val[-3] < val[-2] < val[-1] and train[-1] < train[-4]
         if not rising or val[-1] < 1.1 * min(val):
             return ""
-        best = val.index(min(val)) + 1
+        best = epochs[val.index(min(val))]
         return (
             f"since epoch {best} the validation loss has risen from {min(val):.3f} to {val[-1]:.3f} while the training "
             f"loss fell to {train[-1]:.3f}: best.ckpt holds epoch {best}; --data.augment crop may help."

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 
 from project import cli, features
 from project.classifier import STAGES, Classifier, lr_factor
@@ -31,12 +32,21 @@ def test_features_computed_once_give_the_same_fit_as_running_the_frozen_layers_e
     assert "frozen layers: computed once for 96 pictures" in out
     assert "only 1.fc is run" in out
     assert "left out, unreadable: photos/red/000.png" in out
-    monkeypatch.setattr(features.FrozenFeatures, "on_fit_start", lambda *_: None)
+    monkeypatch.setattr(features.FrozenFeatures, "setup", lambda *_, **__: None)
     assert cli.main([*FROZEN, *epochs, "--name", "each"]) == 0
     assert curve("once") == pytest.approx(curve("each"), abs=1e-5)
     assert curve("once")[-1] < curve("once")[0]
     once, each = weights_of("once"), weights_of("each")
     assert all(torch.allclose(tensor, each[key], atol=1e-5) for key, tensor in once.items())
+
+
+def test_frozen_layers_are_not_run_again_once_their_output_is_there(photos, monkeypatch):
+    runs = []
+    forward = torchvision.models.ResNet.forward
+    monkeypatch.setattr(torchvision.models.ResNet, "forward", lambda self, x: runs.append(len(x)) or forward(self, x))
+    assert cli.main([*FROZEN, "--trainer.max_epochs", "3", "--trainer.logger", "false"]) == 0
+    # the sizes are tried by one picture and two, and then each of the 96 is run once
+    assert runs == [1, 2] + [8] * 10 + [4] + [8, 4]
 
 
 def test_frozen_layers_do_not_change_and_the_head_does(photos):

@@ -58,6 +58,29 @@ def test_averaged_fit_goes_on_from_its_last_checkpoint(photos):
     assert "average: 0.9" in Path("runs/photos/version_1/config.yaml").read_text()
 
 
+def test_validation_that_is_cut_short_does_not_mix_up_weights_and_average(photos, monkeypatch):
+    from project.classifier import Classifier
+
+    seen = {}
+    validate = Classifier.validation_step
+
+    def cut_short(self, batch, batch_idx):
+        if self.trainer.current_epoch == 1:
+            raise RuntimeError("a disk fails")
+        return validate(self, batch, batch_idx)
+
+    def note(self, *_):
+        seen["weights"] = {key: tensor.clone() for key, tensor in self.state_dict().items()}
+
+    monkeypatch.setattr(Classifier, "validation_step", cut_short)
+    monkeypatch.setattr(Classifier, "on_train_batch_end", note)
+    with pytest.raises(RuntimeError, match="a disk fails"):
+        cli.main([*FIT, "--trainer.max_epochs", "3", "--average", "0.9"])
+    last = content_of("last")
+    assert last["epoch"] == 1
+    assert all(torch.equal(t, last["current_model_state"][k]) for k, t in seen["weights"].items())
+
+
 def test_fit_stops_when_the_validation_loss_no_longer_falls_and_says_so(photos, capsys):
     options = ["--trainer.max_epochs", "9", "--patience", "2", "--model.lr", "1e-9"]
     assert cli.main([*FIT, *options]) == 0

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -550,6 +551,7 @@ def test_no_test_split(workplace, refused, capsys):
 # stopping
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 def test_ctrl_c_saves_and_says_where(photos, capsys, monkeypatch):
     from project import callbacks
 
@@ -568,4 +570,9 @@ def test_ctrl_c_saves_and_says_where(photos, capsys, monkeypatch):
         signal.signal(signal.SIGINT, handler)
     said = capsys.readouterr()
     assert "runs/photos/version_0/checkpoints/last.ckpt" in said.out + said.err
-    assert checkpoint_of(Path("runs/photos/version_0"), "last")["epoch"] >= 1
+    last = checkpoint_of(Path("runs/photos/version_0"), "last")
+    assert last["epoch"] >= 1
+    # and the command that it prints works, also from within an epoch
+    continued = re.search(r"python -m project\.cli (fit --ckpt_path \S+)", said.out)[1].split()
+    assert cli.main([*continued, "--trainer.max_epochs", str(last["epoch"] + 2)]) == 0
+    assert checkpoint_of(Path("runs/photos/version_1"), "last")["epoch"] == last["epoch"] + 1

@@ -42,7 +42,9 @@ def test_a_thousand_classes_keep_the_published_head(hub):
     assert "head included" in note
 
 
-@pytest.mark.parametrize("name", ["densenet121", "googlenet", "squeezenet1_1", "mobilenet_v3_small", "vit_b_32"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "mnasnet0_5", "densenet121", "googlenet", "squeezenet1_1", "mobilenet_v3_small", "vit_b_32"]
+)
 @pytest.mark.filterwarnings("ignore:.*initialization of.*:FutureWarning")
 def test_one_general_function_swaps_the_head_of_every_family(hub, name):
     """Weights under the old names of DenseNet, with GoogLeNet's side outputs, with a convolution as head."""
@@ -145,6 +147,7 @@ def test_weights_that_hold_code_are_refused_and_not_run(photos, refused):
         (["--model.weight_decay", "-1"], "--model.weight_decay is -1.0; it must be at least 0"),
         (["--model.label_smoothing", "1"], "from 0 to below 1"),
         (["--average", "1"], "--average is 1"),
+        (["--patience", "3", "--trainer.limit_val_batches", "0"], "--patience needs validations"),
         (["--patience", "0"], "--patience is 0"),
     ],
 )
@@ -162,16 +165,33 @@ def test_weights_of_another_network_name_both(at_trained, refused):
     assert "holds the weights of squeezenet1_1, not of resnet18; give --model.name squeezenet1_1" in error
 
 
-def test_fit_from_weights_says_so_and_is_better_than_from_none(at_trained, capsys):
+def test_fit_from_weights_says_so_and_is_better_than_from_none(trained, photos, capsys):
+    run = trained / "runs" / "photos" / "version_0"
     fit = ["fit", "--data.root", "photos", *SMALL, "--trainer.max_epochs", "1", "--name"]
     loss = {}
-    for name, options in (("scratch", []), ("transfer", ["--model.weights", "runs/photos/version_0"])):
+    for name, options in (("scratch", []), ("transfer", ["--model.weights", str(run)])):
         assert cli.main([*fit, name, *options]) == 0
         out = capsys.readouterr().out
         best = torch.load(f"runs/{name}/version_0/checkpoints/best.ckpt", weights_only=True)
         loss[name] = best["metadata"]["metrics"]
-    assert "weights: runs/photos/version_0/checkpoints/best.ckpt, head included" in out
+    assert f"weights: {run}/checkpoints/best.ckpt, head included" in out
     assert loss["transfer"]["val/loss"] < loss["scratch"]["val/loss"]
+
+
+def test_networks_with_two_heads_get_both_new(tmp_path):
+    pytest.importorskip("timm")
+    published = models.build("timm/deit_tiny_distilled_patch16_224", 1000)[1]
+    torch.save(published.state_dict(), tmp_path / "it.pth")
+    ours, note = weights.start("timm/deit_tiny_distilled_patch16_224", ["a", "b"], str(tmp_path / "it.pth"))
+    assert "the head is new" in note
+    assert torch.equal(ours[1].patch_embed.proj.weight, published.patch_embed.proj.weight)
+
+
+def test_files_of_the_old_format_are_read(tmp_path):
+    network = torchvision.models.get_model("squeezenet1_1", num_classes=2)
+    torch.save(network.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    ours, _ = weights.start("squeezenet1_1", ["a", "b"], str(tmp_path / "old.pth"))
+    assert torch.equal(ours[1].features[0].weight, network.features[0].weight)
 
 
 def test_timm_networks_are_built_and_without_a_connection_the_way_out_is_named(monkeypatch):

@@ -24,7 +24,7 @@ def article(rows: Rows, classes: int, size: int, batch_size: int, turn: Turn) ->
     while True:
         turn.begin()
         total, right = 0.0, 0
-        for image, label in loader:
+        for image, label in turn.batches(loader):
             optimizer.zero_grad()
             logits = network(image)
             loss = loss_of(logits, label)
@@ -48,7 +48,7 @@ def tuned(rows: Rows, classes: int, size: int, batch_size: int, turn: Turn) -> N
     optimizer = torch.optim.Adam(network.parameters(), 1e-4, fused=True)
     while True:
         turn.begin()
-        for image, label in loader:
+        for image, label in turn.batches(loader):
             pixels = image.to(memory_format=torch.channels_last).float().sub_(127.5).div_(127.5)
             optimizer.zero_grad()
             loss: Tensor = nn.functional.cross_entropy(network(pixels), label)
@@ -62,10 +62,12 @@ class UsualModule(LightningModule):
 
     Args:
         classes: How many.
+        lr: Adam's learning rate; the default is PyTorch's, which templates leave as it is.
     """
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int, lr: float = 1e-3) -> None:
         super().__init__()
+        self.lr = lr
         self.network = torchvision.models.AlexNet(classes)
         self.train_accuracy = Accuracy("multiclass", num_classes=classes)
         self.val_accuracy = Accuracy("multiclass", num_classes=classes)
@@ -87,8 +89,8 @@ class UsualModule(LightningModule):
         self.log("val/accuracy", self.val_accuracy, prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam with its default learning rate."""
-        return torch.optim.Adam(self.parameters(), lr=1e-3)
+        """Adam."""
+        return torch.optim.Adam(self.parameters(), lr=self.lr)
 
 
 def usual_loader(rows: Rows, size: int, batch_size: int, train: bool, flip: bool) -> DataLoader[Any]:

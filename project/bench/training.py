@@ -30,6 +30,7 @@ from project.training import Cli, quieten
 
 BATCH, SIZE = 64, 224
 OURS = "ours: fit, with its cache"
+UNCACHED = "ours: fit --data.cache off"
 
 
 def measure(root: Path, count: int, rounds: int, full: bool, scratch: Path) -> dict[str, Any]:
@@ -52,7 +53,8 @@ def measure(root: Path, count: int, rounds: int, full: bool, scratch: Path) -> d
             "the article's loop": partial(rivals.article, rows, len(names), SIZE, batch),
             "a usual Lightning loop": partial(_usual, rows, len(names), batch),
             "tuned plain PyTorch": partial(rivals.tuned, rows, len(names), SIZE, batch),
-            OURS: partial(_ours, rows, names, batch, profiler),
+            UNCACHED: partial(_ours, rows, names, batch, "off", SimpleProfiler()),
+            OURS: partial(_ours, rows, names, batch, "on", profiler),
         }
         speed = _compare(runs, len(rows) // batch * batch, len(rows), rounds)
     split = _split(profiler, rounds)
@@ -82,7 +84,7 @@ def _compare(runs: dict[str, Callable[[Turn], None]], whole: int, rows: int, rou
         for turn in turns.values():
             turn.close()
     # fit leaves an incomplete last batch out, the others take it
-    speed = {n: (whole if n == OURS else rows) / statistics.median(times) for n, times in seconds.items()}
+    speed = {n: (whole if n in (OURS, UNCACHED) else rows) / statistics.median(t) for n, t in seconds.items()}
     print(f"{'':30}  pictures/s   ours is")
     for name, value in speed.items():
         print(f"  {name:28}  {value:10.1f}   {speed[OURS] / value:6.2f} x")
@@ -102,15 +104,16 @@ def _usual(rows: Rows, classes: int, batch: int, turn: Turn) -> None:
     trainer.fit(rivals.UsualModule(classes), rivals.usual_loader(rows, SIZE, batch, train=True, flip=True))
 
 
-def _ours(rows: Rows, names: list[str], batch: int, profiler: SimpleProfiler, turn: Turn) -> None:
+def _ours(rows: Rows, names: list[str], batch: int, cache: str, profiler: SimpleProfiler, turn: Turn) -> None:
     """`fit` itself, on a table of these pictures; its validation, which the others lack, is left out."""
-    with Path("table.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+    table = Path(f"cache-{cache}.csv")
+    with table.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
         writer = csv.writer(stream)
         writer.writerow(("path", "label", "split"))
         held_out = [next(row for row in rows if row[1] == label) for label in range(len(names))]
         writer.writerows((path, names[label], "train") for path, label in rows)
         for number, (path, label) in enumerate(held_out):  # fit wants some to validate on, though it does not here
-            link = Path(f"val-{number}{Path(path).suffix}")
+            link = Path(f"val-{cache}-{number}{Path(path).suffix}")
             link.symlink_to(path)
             writer.writerow((link, names[label], "val"))
 
@@ -123,7 +126,7 @@ def _ours(rows: Rows, names: list[str], batch: int, profiler: SimpleProfiler, tu
             trainer.profiler = profiler  # type: ignore[attr-defined]
             return trainer
 
-    options = {"data.root": "table.csv", "data.image_size": SIZE, "data.batch_size": batch}
+    options = {"data.root": table, "data.image_size": SIZE, "data.batch_size": batch, "data.cache": cache}
     trainer = {"max_epochs": 1000, "limit_val_batches": 0, "enable_checkpointing": "false", "accelerator": "cpu"}
     options |= {f"trainer.{key}": value for key, value in trainer.items()}
     Contestant("fit", [f"--{key}={value}" for key, value in options.items()])

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -52,7 +52,17 @@ class Turn:
         self._go.acquire()
         if self._over:
             raise Over
+
+    def start(self) -> None:
+        """Starts the clock: the first batch is there. Long epochs hardly notice that they wait for it."""
         self._start = time.perf_counter()
+
+    def batches(self, loader: Any) -> Iterator[Any]:
+        """The batches of an epoch; the clock starts with the first."""
+        for number, batch in enumerate(loader):
+            if number == 0:
+                self.start()
+            yield batch
 
     def end(self) -> None:
         """Hands over."""
@@ -73,6 +83,11 @@ class Begins(Callback):
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Waits."""
         self.turn.begin()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Starts the clock."""
+        if batch_idx == 0:
+            self.turn.start()
 
 
 class Ends(Callback):

@@ -70,7 +70,10 @@ def timm_network(name: str, **options: Any) -> "nn.Module":
     if not timm.is_model(own):
         near = did_you_mean(own, timm.list_models())
         raise UserError(f"timm has no network {own}.{near} python -m project.cli models 'timm/*' lists them.")
-    network: nn.Module = timm.create_model(own, **options)
+    try:
+        network: nn.Module = timm.create_model(own, **options)
+    except RuntimeError as error:  # an unknown tag after the name's dot
+        raise UserError(f"timm cannot make {own}: {error}") from error
     return network
 
 

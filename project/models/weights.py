@@ -2,6 +2,8 @@
 
 import pickle
 import re
+import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,6 +72,13 @@ def put(network: nn.Module, name: str, given: Weights, class_names: Sequence[str
     own, tensors = network.state_dict(), _renamed(given.tensors, network)
     head = models.head(network)[0]
     of_head = {key for key in own if key.startswith(f"{head}.")}
+    # further heads (side outputs, those of distilled networks): what differs in the number of classes alone
+    of_head |= {
+        key
+        for key, tensor in own.items()
+        if key in tensors and tensor.shape != tensors[key].shape and tensor.shape[1:] == tensors[key].shape[1:]
+        if len(tensor) == len(class_names)
+    }
     other = given.class_names is not None and list(given.class_names) != list(class_names)
     if other or any(key not in tensors or tensors[key].shape != own[key].shape for key in of_head):
         tensors = {key: tensor for key, tensor in tensors.items() if key not in of_head}
@@ -92,7 +101,11 @@ def put(network: nn.Module, name: str, given: Weights, class_names: Sequence[str
             + "; ".join(f"{what} {_some(keys)}" for what, keys in faults if keys)
             + ". Give the network that the weights are of by --model.name."
         )
-    network.load_state_dict({key: tensor for key, tensor in tensors.items() if key in own}, strict=False)
+    state = OrderedDict((key, tensor) for key, tensor in tensors.items() if key in own)
+    # the layers' versions, by which some networks know how to read older weights
+    versions = own if next(iter(own)) not in given.tensors else given.tensors
+    vars(state)["_metadata"] = getattr(versions, "_metadata", vars(own)["_metadata"])
+    network.load_state_dict(state, strict=False)
     return note
 
 
@@ -176,7 +189,7 @@ def read(file: Path) -> Any:
         UserError: It cannot be read, is damaged, or holds code.
     """
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except OSError as error:
         raise UserError(f"Cannot read {file}: {error.strerror or error}.") from error
     except pickle.UnpicklingError as error:
@@ -202,7 +215,8 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
 def _renamed(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
     """Without what wrappers put before the names (module., network.1.), and DenseNet's old names made new."""
     first = next(iter(network.state_dict()))
-    before = next((key[: -len(first)] for key in tensors if key.endswith(f".{first}")), "")
+    wrapped = [key[: -len(first)] for key in tensors if key.endswith(f".{first}")]
+    before = "" if first in tensors else min(wrapped, key=len, default="")
     old = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
     return {old.sub(r"\1", key.removeprefix(before)): tensor for key, tensor in tensors.items()}
 
