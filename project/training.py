@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from project import board, callbacks, checkpoint, files, runs, saving, usage
+from project import allocator, board, callbacks, checkpoint, files, runs, saving, usage
 from project.classifier import Classifier
 from project.data.datamodule import ImageData
 from project.errors import UserError
@@ -206,6 +206,7 @@ class Cli(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         """Trains."""
+        allocator.keep_freed_memory()
         self.trainer.fit(**kwargs, weights_only=True)
 
     def validate(self, **kwargs: Any) -> None:

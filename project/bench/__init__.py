@@ -31,7 +31,7 @@ def bench(
             PyTorch, then what a step of ours consists of. `data`: reading, on one core, with workers, from the cache.
             `accuracy`: seconds to a validation accuracy, beside a usual Lightning loop with its default recipe.
         root: The pictures, as fit takes them; by default made ones of 475 x 404 pixels, for accuracy the digits.
-        count: How many of them; by default 128 for training, 256 for data. (Accuracy takes all.)
+        count: How many of them; by default 192 for training, 256 for data. (Accuracy takes all.)
         rounds: How often each is run; by default 3 for training, 5 for data.
         full: Training: what a step costs at other batch and picture sizes, too.
         target: Accuracy: the validation accuracy to reach, 0 to 1.
@@ -53,7 +53,7 @@ def bench(
             assert target is not None
             result = accuracy.measure(root, target, epochs, image_size, Path(folder))
         else:
-            many = count or (128 if what == "training" else 256)
+            many = count or (192 if what == "training" else 256)
             place = Path(root) if root else make_photographs(Path(folder) / "photos", many)
             if what == "data":
                 from project.bench import reading

@@ -4,17 +4,17 @@ from typing import Any, cast
 
 import torch
 import torchvision
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Accuracy
 
 from project.bench.pictures import Pictures, Rows, floats, resized
-from project.bench.turns import Turn
+from project.bench.turns import Begins, Course, Ends
 from project.data.workers import usable_cores
 
 
-def article(rows: Rows, classes: int, size: int, batch_size: int, turn: Turn) -> None:
+def article(rows: Rows, classes: int, size: int, batch_size: int, course: Course) -> None:
     """The article's loop: all pictures read into memory first, plain Adam, loss and accuracy read at every step."""
     held = Pictures(rows, resized(size, *floats(False)))
     loader: Any = DataLoader(_typed([held[row] for row in range(len(held))]), batch_size, shuffle=True)
@@ -22,9 +22,9 @@ def article(rows: Rows, classes: int, size: int, batch_size: int, turn: Turn) ->
     optimizer = torch.optim.Adam(network.parameters(), 1e-4)
     loss_of = nn.CrossEntropyLoss()
     while True:
-        turn.begin()
+        course.begin()
         total, right = 0.0, 0
-        for image, label in turn.batches(loader):
+        for image, label in course.batches(loader):
             optimizer.zero_grad()
             logits = network(image)
             loss = loss_of(logits, label)
@@ -32,10 +32,10 @@ def article(rows: Rows, classes: int, size: int, batch_size: int, turn: Turn) ->
             optimizer.step()
             total += loss.item()
             right += int((logits.argmax(1) == label).sum().item())
-        turn.end()
+        course.end()
 
 
-def tuned(rows: Rows, classes: int, size: int, batch_size: int, turn: Turn) -> None:
+def tuned(rows: Rows, classes: int, size: int, batch_size: int, course: Course) -> None:
     """Plain PyTorch with all that is known to help: fused Adam, channels_last, uint8 to the device, workers."""
     loader: Any = DataLoader(
         _typed(Pictures(rows, resized(size))),
@@ -47,14 +47,14 @@ def tuned(rows: Rows, classes: int, size: int, batch_size: int, turn: Turn) -> N
     network = torchvision.models.AlexNet(classes).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), 1e-4, fused=True)
     while True:
-        turn.begin()
-        for image, label in turn.batches(loader):
+        course.begin()
+        for image, label in course.batches(loader):
             pixels = image.to(memory_format=torch.channels_last).float().sub_(127.5).div_(127.5)
             optimizer.zero_grad()
             loss: Tensor = nn.functional.cross_entropy(network(pixels), label)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        turn.end()
+        course.end()
 
 
 class UsualModule(LightningModule):
@@ -91,6 +91,19 @@ class UsualModule(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam."""
         return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+
+def usual(rows: Rows, classes: int, size: int, batch_size: int, course: Course) -> None:
+    """A usual Lightning loop."""
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=[Begins(course), Ends(course)],
+    )
+    trainer.fit(UsualModule(classes), usual_loader(rows, size, batch_size, train=True, flip=True))
 
 
 def usual_loader(rows: Rows, size: int, batch_size: int, train: bool, flip: bool) -> DataLoader[Any]:

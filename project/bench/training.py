@@ -2,14 +2,12 @@
 
 import contextlib
 import csv
-import io
 import itertools
 import os
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from project import models
 from project.bench import rivals
 from project.bench.pictures import Rows
 from project.bench.reading import readable
-from project.bench.turns import Begins, Ends, Turn
+from project.bench.turns import Begins, Course, Ends, Turn
 from project.data import manifest
 from project.errors import UserError
 from project.training import Cli, quieten
@@ -47,17 +45,17 @@ def measure(root: Path, count: int, rounds: int, full: bool, scratch: Path) -> d
     rows = [(path, names.index(name)) for path, name in named]
     batch = max(1, min(BATCH, len(rows) // 2))
     print(f"{root}: {len(rows):,} pictures, AlexNet, {SIZE} px, batches of {batch}, medians of {rounds} epochs\n")
-    profiler = SimpleProfiler()
+    common = (rows, len(names), SIZE, batch)
     with inside(scratch):
-        runs: dict[str, Callable[[Turn], None]] = {
-            "the article's loop": partial(rivals.article, rows, len(names), SIZE, batch),
-            "a usual Lightning loop": partial(_usual, rows, len(names), batch),
-            "tuned plain PyTorch": partial(rivals.tuned, rows, len(names), SIZE, batch),
-            UNCACHED: partial(_ours, rows, names, batch, "off", SimpleProfiler()),
-            OURS: partial(_ours, rows, names, batch, "on", profiler),
+        runs: dict[str, tuple[Any, ...]] = {
+            "the article's loop": (rivals.article, *common),
+            "a usual Lightning loop": (rivals.usual, *common),
+            "tuned plain PyTorch": (rivals.tuned, *common),
+            UNCACHED: (_ours, rows, names, SIZE, batch, "off"),
+            OURS: (_ours, rows, names, SIZE, batch, "on"),
         }
-        speed = _compare(runs, len(rows) // batch * batch, len(rows), rounds)
-    split = _split(profiler, rounds)
+        speed, durations = _compare(runs, len(rows) // batch * batch, len(rows), rounds)
+    split = _split(durations, rounds)
     _show("a step of ours", {name: seconds * 1000 for name, seconds in split.items()}, "ms")
     ceiling = _ceiling(len(names), SIZE)
     share = speed[OURS] / ceiling["pictures_per_second"]
@@ -72,39 +70,31 @@ def measure(root: Path, count: int, rounds: int, full: bool, scratch: Path) -> d
     return result
 
 
-def _compare(runs: dict[str, Callable[[Turn], None]], whole: int, rows: int, rounds: int) -> dict[str, float]:
-    """Pictures a second of each: the median over the rounds, after one epoch each that warms up."""
-    turns = {name: Turn(run) for name, run in runs.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in turns}
-    with contextlib.redirect_stdout(io.StringIO()):  # what they print of themselves
+def _compare(
+    runs: dict[str, tuple[Any, ...]], whole: int, rows: int, rounds: int
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Pictures a second of each, the median over the rounds after one epoch that warms up; and our profile."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    turns = {name: Turn(*run) for name, run in runs.items()}
+    try:
         for number, (name, turn) in itertools.product(range(rounds + 1), turns.items()):
             took = turn.epoch()
             if number:
                 seconds[name].append(took)
+        durations = {name: turn.close() for name, turn in turns.items()}[OURS]
+    finally:
         for turn in turns.values():
-            turn.close()
+            turn.kill()
     # fit leaves an incomplete last batch out, the others take it
     speed = {n: (whole if n in (OURS, UNCACHED) else rows) / statistics.median(t) for n, t in seconds.items()}
     print(f"{'':30}  pictures/s   ours is")
     for name, value in speed.items():
         print(f"  {name:28}  {value:10.1f}   {speed[OURS] / value:6.2f} x")
     print()
-    return speed
+    return speed, durations
 
 
-def _usual(rows: Rows, classes: int, batch: int, turn: Turn) -> None:
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=-1,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        callbacks=[Begins(turn), Ends(turn)],
-    )
-    trainer.fit(rivals.UsualModule(classes), rivals.usual_loader(rows, SIZE, batch, train=True, flip=True))
-
-
-def _ours(rows: Rows, names: list[str], batch: int, cache: str, profiler: SimpleProfiler, turn: Turn) -> None:
+def _ours(rows: Rows, names: list[str], size: int, batch: int, cache: str, course: Course) -> None:
     """`fit` itself, on a table of these pictures; its validation, which the others lack, is left out."""
     table = Path(f"cache-{cache}.csv")
     with table.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
@@ -116,35 +106,36 @@ def _ours(rows: Rows, names: list[str], batch: int, cache: str, profiler: Simple
             link = Path(f"val-{cache}-{number}{Path(path).suffix}")
             link.symlink_to(path)
             writer.writerow((link, names[label], "val"))
+    profiler = SimpleProfiler()
+    course.result = profiler.recorded_durations
 
     class Contestant(Cli):
         """fit that takes turns."""
 
         def instantiate_trainer(self, **kwargs: Any) -> Trainer:
             trainer = super().instantiate_trainer(**kwargs)
-            trainer.callbacks = [Begins(turn), *trainer.callbacks, Ends(turn)]  # type: ignore[attr-defined]
+            trainer.callbacks = [Begins(course), *trainer.callbacks, Ends(course)]  # type: ignore[attr-defined]
             trainer.profiler = profiler  # type: ignore[attr-defined]
             return trainer
 
-    options = {"data.root": table, "data.image_size": SIZE, "data.batch_size": batch, "data.cache": cache}
+    options = {"data.root": table, "data.image_size": size, "data.batch_size": batch, "data.cache": cache}
     trainer = {"max_epochs": 1000, "limit_val_batches": 0, "enable_checkpointing": "false", "accelerator": "cpu"}
     options |= {f"trainer.{key}": value for key, value in trainer.items()}
     Contestant("fit", [f"--{key}={value}" for key, value in options.items()])
 
 
-def _split(profiler: SimpleProfiler, rounds: int) -> dict[str, float]:
+def _split(durations: dict[str, list[float]], rounds: int) -> dict[str, float]:
     """Seconds of a step's parts, means over the measured epochs' steps."""
 
     def total(ending: str) -> float:
-        measured = [times for name, times in profiler.recorded_durations.items() if name.endswith(ending)]
-        times = [value for values in measured for value in values]
+        times = [value for name, values in durations.items() if name.endswith(ending) for value in values]
         return float(sum(times[-steps:]))
 
-    epochs = profiler.recorded_durations["run_training_epoch"]
-    steps = len(profiler.recorded_durations["run_training_batch"]) * rounds // max(1, len(epochs))
+    epochs = durations["run_training_epoch"]
+    steps = len(durations["run_training_batch"]) * rounds // max(1, len(epochs))
     waiting = total("train_dataloader_next")
     forward, backward = total(".training_step"), total(".backward")
-    optimiser = total("optimizer_step") - forward - backward
+    optimiser = total(".optimizer_step") - forward - backward
     parts = {
         "waiting for data": waiting,
         "transfer": total("batch_to_device"),
@@ -164,19 +155,25 @@ def _show(title: str, figures: dict[str, float], unit: str) -> None:
 
 
 def _ceiling(classes: int, size: int) -> dict[str, float]:
-    """What this machine could do if a step were one matrix product."""
-    a, b = torch.randn(2, 2048, 2048)
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - start)
-    flops = 2 * 2048**3 / statistics.median(times[1:])
+    """What this machine could do if a step were one matrix product: the better of torch's two, BLAS's and oneDNN's."""
+    side = 2048
+    a, b = torch.randn(2, side, side)
+    image = a.reshape(1, 64, side // 64, side).permute(0, 3, 1, 2)  # a convolution of one pixel is the same product
+    kernel = b.reshape(side, side, 1, 1)
+    products: tuple[Callable[[], torch.Tensor], ...] = (lambda: a @ b, lambda: nn.functional.conv2d(image, kernel))
+    best = 0.0
+    for product in products:
+        times = []
+        for _ in range(8):
+            start = time.perf_counter()
+            product()
+            times.append(time.perf_counter() - start)
+        best = max(best, 2 * side**3 / statistics.median(times[1:]))
     network = models.build("alexnet", classes)
     with FlopCounterMode(display=False) as counter:
         network(torch.zeros(2, 3, size, size, dtype=torch.uint8)).sum().backward()
     each = counter.get_total_flops() / 2
-    return {"gflops": flops / 1e9, "gflop_per_picture": each / 1e9, "pictures_per_second": flops / each}
+    return {"gflops": best / 1e9, "gflop_per_picture": each / 1e9, "pictures_per_second": best / each}
 
 
 def _advice(split: dict[str, float]) -> str:

@@ -28,4 +28,4 @@ class Normalize(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Maps (B, 3, H, W) uint8 to float of the same shape and memory format."""
         assert image.dtype == torch.uint8, f"images are uint8 up to the network, not {image.dtype}"
-        return (image - self.mean) / self.std
+        return (image - self.mean).div_(self.std)  # in place: 38 MB less to write for 64 pictures of 224 px
