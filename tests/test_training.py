@@ -15,6 +15,7 @@ import torch
 import yaml
 from sklearn import metrics as reference
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from project import cli, runs
 from project.classifier import Classifier, lr_factor
@@ -576,3 +577,36 @@ def test_ctrl_c_saves_and_says_where(photos, capsys, monkeypatch):
     continued = re.search(r"python -m project\.cli (fit --ckpt_path \S+)", said.out)[1].split()
     assert cli.main([*continued, "--trainer.max_epochs", str(last["epoch"] + 2)]) == 0
     assert checkpoint_of(Path("runs/photos/version_1"), "last")["epoch"] == last["epoch"] + 1
+
+
+class Waits(TorchDispatchMode):
+    """Notes what would wait for an accelerator: values that Python wants to know, shapes that values decide."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        if name.lstrip("_") in {waiting.lstrip("_") for waiting in self.WAITING}:
+            self.found.append(name)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("options", [[], ["--data.balance", "loss"], ["--model.label_smoothing", "0.1"]])
+def test_no_training_step_waits_for_the_device(photos, monkeypatch, options):
+    waits = Waits()
+    step = Classifier.training_step
+
+    def watched(self, batch, batch_idx):
+        with waits:
+            return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classifier, "training_step", watched)
+    assert cli.main([*FIT, *options]) == 0
+    assert waits.found == []
+    with waits:
+        float(torch.ones(1))
+    assert waits.found == ["_local_scalar_dense"]  # it would have been seen
