@@ -5,6 +5,7 @@ import math
 import shlex
 import sys
 import tempfile
+from collections.abc import Container
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -85,18 +86,18 @@ class Tuning(training.Cli):
         print(f"learning rate: {reason}; {options.plot} shows it")
         if len(self.trainer.optimizers[0].param_groups) > 1:
             print("learning rate: the same for all layers here; in a fit those below the head have --model.backbone_lr")
-        command = ["python", "-m", "project.cli", "fit", *(word for word in self._own_words())]
-        command += [] if rate is None else ["--model.lr", f"{rate:.2g}"]
-        command += [] if batch is None else ["--data.batch_size", str(batch)]
-        print(f"next: {shlex.join(command)}")
+        found = {"--model.lr": rate and f"{rate:.2g}", "--data.batch_size": batch and str(batch)}
+        found = {option: value for option, value in found.items() if value}
+        command = ["python", "-m", "project.cli", "fit", *self._own_words(found)]
+        print(f"next: {shlex.join([*command, *(word for pair in found.items() for word in pair if word)])}")
 
-    def _own_words(self) -> list[str]:
-        """The command line without what belongs to tune, or is about to be replaced."""
+    def _own_words(self, replaced: Container[str]) -> list[str]:
+        """The command line without what belongs to tune, or is replaced."""
         words: list[str] = []
         skip = False
         for word in self.argv:
             name = word.split("=")[0]
-            if skip or name in ("--steps", "--plot", "--model.lr", "--data.batch_size"):
+            if skip or name in ("--steps", "--plot") or name in replaced:
                 skip = not skip and "=" not in word
             else:
                 words.append(word)
