@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MetricCollection
 from torchvision.transforms import v2
 
 from project import models
 from project.errors import UserError
-from project.metrics import metrics
+from project.metrics import Mean, metrics
 from project.models import weights as sources
 from project.models.normalize import Normalize
 
@@ -109,10 +109,7 @@ class Classifier(LightningModule):
         self.mix = MIXERS[mix](len(class_names))
         weighed = torch.tensor(class_weights) if class_weights else None
         self.register_buffer("class_weights", weighed, persistent=False)
-        # by default a mean leaves out what is not a number, and looks for it at every step, which waits for the device
-        self.train_loss, self.val_loss, self.test_loss, self.train_accuracy = (
-            MeanMetric(nan_strategy="disable") for _ in range(4)
-        )
+        self.train_loss, self.val_loss, self.test_loss, self.train_accuracy = (Mean() for _ in range(4))
         self.val_metrics, self.test_metrics = measured.clone("val/"), measured.clone("test/")
         self.class_weights: Tensor | None
         self.metadata: dict[str, Any] = {}  # what else a checkpoint should say; the command line fills it
@@ -185,7 +182,7 @@ class Classifier(LightningModule):
             logits = self.network(batch.image)  # (B, K)
         if too_few:
             self.network.train()
-        mean: MeanMetric = getattr(self, f"{split}_loss")
+        mean: Mean = getattr(self, f"{split}_loss")
         if not len(target):  # none of them could be read; it still takes part, so that no rank waits for another
             loss = logits.sum()
         else:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Accuracy, F1Score, Metric, MetricCollection, Precision, Recall
+from torchmetrics import Accuracy, F1Score, MeanMetric, Metric, MetricCollection, Precision, Recall
 from torchmetrics.classification import BinaryAUROC, MulticlassAUROC
 from torchmetrics.functional.classification import binary_auroc
 from torchmetrics.utilities import dim_zero_cat
@@ -78,6 +78,19 @@ class Probabilities(MetricCollection):
         if self.positive is not None:
             probabilities, label = probabilities[:, self.positive], (label == self.positive).long()
         super().update(probabilities, label)
+
+
+class Mean(MeanMetric):
+    """A weighted mean in which a value that is no number shows.
+
+    torchmetrics' own leaves such values out, and looks for them at every update, which waits for the device; told not
+    to, it forgets the weights (nan_strategy="disable" in 1.9).
+    """
+
+    def update(self, value: Tensor, weight: float = 1.0) -> None:  # type: ignore[override]
+        """Adds values of any shape, each of this weight."""
+        self.mean_value = self.mean_value + value.to(self.mean_value.dtype).sum() * weight
+        self.weight = self.weight + weight * value.numel()
 
 
 class PresentAUROC(MulticlassAUROC):

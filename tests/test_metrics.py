@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 from sklearn import metrics as reference
+from torchmetrics import MeanMetric
 
 from project.errors import UserError
-from project.metrics import metrics
+from project.metrics import Mean, metrics
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -113,3 +114,17 @@ def test_clones_under_another_prefix_measure_the_same():
     collection.update(torch.tensor(probabilities), torch.tensor(label))
     plain = measured(probabilities, label, ["no", "yes"], "no")
     assert {k: float(v) for k, v in collection.compute().items()} == {f"val/{k}": v for k, v in plain.items()}
+
+
+def test_mean_weighs_its_values_and_shows_what_is_no_number():
+    mean, theirs = Mean(), MeanMetric()
+    for value, weight in ((1.0, 64), (3.0, 10)):
+        mean.update(torch.tensor(value), weight=weight)
+        theirs.update(torch.tensor(value), weight=weight)
+    assert mean.compute() == theirs.compute() == pytest.approx((64 + 30) / 74)
+    many = Mean()
+    many.update(torch.tensor([0.0, 1.0, 1.0, 1.0]))
+    many.update(torch.tensor([0.0]))
+    assert many.compute() == pytest.approx(0.6)
+    mean.update(torch.tensor(torch.nan))
+    assert mean.compute().isnan()
