@@ -23,7 +23,8 @@ class Parser(jsonargparse.ArgumentParser):
 def call(function: Callable[..., int], verb: str, argv: list[str]) -> int:
     """Runs a verb: the signature is its options, the docstring its help.
 
-    A positional-only parameter is a word of the command line, `list[str]` one or more of them; all others are options.
+    A positional-only parameter is a word of the command line, `list[str]` one or more of them; all others are options, a
+    bool one that takes no value.
     """
     document = docstring_parser.parse(function.__doc__ or "")
     parser = Parser(prog=f"python -m project.cli {verb}", description=document.description, allow_abbrev=False)
@@ -36,6 +37,8 @@ def call(function: Callable[..., int], verb: str, argv: list[str]) -> int:
         given: dict[str, Any] = {"type": str, "nargs": "+"} if many else {"type": word.annotation, **optional}
         parser.add_argument(word.name, help=explained[word.name], **given)
     parser.add_function_arguments(function, skip={word.name for word in words})
+    flags = {f"--{parameter.name}" for parameter in signature if parameter.annotation is bool}
+    argv = [f"{word}=true" if word in flags else word for word in argv]
     values = parser.instantiate_classes(parser.parse_args(argv)).as_dict()
     return function(*[values.pop(word.name) for word in words], **values)
 

@@ -150,6 +150,7 @@ def test_usual_readers_give_what_torchvision_gives(workplace):
 def test_unknown_subject_and_existing_output_are_refused(workplace, refused):
     assert "it takes training or data or accuracy" in refused("bench", "dat")
     assert "--rounds is 0" in refused("bench", "data", "--rounds", "0")
+    assert "--rounds is 0" in refused("bench", "--full", "--rounds", "0")
     assert "--count is 0" in refused("bench", "data", "--count", "0")
     assert "--target above 0" in refused("bench", "accuracy")
     Path("mine").write_text("x")
