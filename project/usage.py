@@ -23,7 +23,7 @@ class Parser(jsonargparse.ArgumentParser):
 def call(function: Callable[..., int], verb: str, argv: list[str]) -> int:
     """Runs a verb: the signature is its options, the docstring its help.
 
-    A positional-only parameter is a word of the command line, `list[str]` one or more of them; all others are options, a
+    A positional-only parameter is a word of the command line, `list[str]` one or more of them; others are options, a
     bool one that takes no value.
     """
     document = docstring_parser.parse(function.__doc__ or "")
