@@ -136,9 +136,8 @@ class Classifier(LightningModule):
         if not self.compiled:
             return
         try:
-            torch.compile(torch.nn.Softplus())(
-                torch.zeros(2, device=self.device)
-            )  # cheap, and meets a missing compiler
+            # something small first, which meets a missing compiler as well
+            torch.compile(torch.nn.Softplus())(torch.zeros(2, device=self.device))
         except Exception as error:  # compilers and their drivers fail in many ways
             reason = str(error).strip().splitlines()[0]
             self.print(f"--model.compile does not work here, going on without: {reason}")

@@ -69,7 +69,8 @@ def start(name: str, class_names: Sequence[str], weights: str) -> tuple[nn.Seque
 
 def put(network: nn.Module, name: str, given: Weights, class_names: Sequence[str]) -> str:
     """Loads all weights, those of the head only if they are of the same classes, and says which."""
-    own, tensors = network.state_dict(), _renamed(given.tensors, network)
+    own, renamed = network.state_dict(), _renamed(given.tensors, network)
+    tensors = renamed
     head = models.head(network)[0]
     of_head = {key for key in own if key.startswith(f"{head}.")}
     # further heads (side outputs, those of distilled networks): what differs in the number of classes alone
@@ -82,7 +83,7 @@ def put(network: nn.Module, name: str, given: Weights, class_names: Sequence[str
     other = given.class_names is not None and list(given.class_names) != list(class_names)
     if other or any(key not in tensors or tensors[key].shape != own[key].shape for key in of_head):
         tensors = {key: tensor for key, tensor in tensors.items() if key not in of_head}
-        rows = next((len(t) for key, t in _renamed(given.tensors, network).items() if key in of_head), 0)
+        rows = next((len(tensor) for key, tensor in renamed.items() if key in of_head), 0)
         theirs = _some(given.class_names) if given.class_names else f"{rows} classes"
         note = f"weights: {given.source}; the head is new: the weights have {theirs}, the data {_some(class_names)}"
     else:
