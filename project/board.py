@@ -47,6 +47,14 @@ class Figures(Callback):
         self.settings = settings
         self.best: dict[str, float] = {}
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a fit that goes on has to know."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes it back."""
+        self.best = dict(state_dict["best"])
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the figures of the validation with the lowest val/loss."""
         now = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}

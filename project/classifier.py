@@ -1,7 +1,7 @@
 """Classifier: the network with its loss, metrics and optimiser. Change the loss or the optimiser here."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -144,12 +144,35 @@ class Classifier(LightningModule):
         else:
             self.network.compile()
 
+    def on_train_start(self) -> None:
+        """The rate of the next step is that of this schedule, also where a fit goes on that had fewer epochs."""
+        for config in self.trainer.lr_scheduler_configs:
+            schedule: Any = config.scheduler
+            for group, base, factor in zip(
+                schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+            ):
+                group["lr"] = base * factor(schedule.last_epoch)
+
     def training_step(self, batch: "Batch", batch_idx: int) -> Tensor:
         """Loss of a batch."""
         loss, _ = self._step(batch, "train")
-        self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True)
+        self.log_epoch()
         self.log("train/loss_step", loss.detach(), prog_bar=True, batch_size=1)
         return loss
+
+    def log_epoch(self) -> None:
+        """Has the figures of the training epoch logged at its end."""
+        self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
+        self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True)
+
+    def sums(self) -> list[tuple[Tensor, Tensor]]:
+        """What the training epoch's figures have summed so far, on this rank."""
+        return [metric.sums for metric in (self.train_loss, self.train_accuracy)]
+
+    def take_sums(self, sums: Sequence[tuple[float, float]]) -> None:
+        """Goes on from them."""
+        for metric, pair in zip((self.train_loss, self.train_accuracy), sums, strict=True):
+            metric.sums = pair
 
     def validation_step(self, batch: "Batch", batch_idx: int) -> Tensor:
         """Adds a batch to the validation figures and returns its probabilities (B, K)."""
@@ -164,6 +187,7 @@ class Classifier(LightningModule):
         probabilities = logits.float().softmax(dim=1)
         if len(batch.label):
             measured.update(probabilities, batch.label)
+        self.log(f"{split}/loss", getattr(self, f"{split}_loss"))
         self.log_dict(measured)
         return probabilities
 
@@ -191,7 +215,6 @@ class Classifier(LightningModule):
             mean.update(loss.detach(), weight=len(target))
             if split == "train":
                 self.train_accuracy.update(_right(logits.detach(), target))
-        self.log(f"{split}/loss", mean, on_step=False, on_epoch=True)
         return loss, logits
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

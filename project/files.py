@@ -1,7 +1,11 @@
 """Files that appear whole or not at all, whenever the process is killed."""
 
+import contextlib
 import itertools
 import os
+import platform
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +19,38 @@ _serial = itertools.count()
 def beside(file: Path) -> Path:
     """A name for the unfinished `file`, hidden and of its own, in the same folder.
 
-    Beside its target, because a rename is atomic only within one file system.
+    Beside its target, because a rename is atomic only within one file system. It names machine and process, so that
+    `sweep` knows when nobody will finish it.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    return file.with_name(f".{file.name}.{os.getpid()}-{next(_serial)}.tmp")
+    return file.with_name(f".{file.name}.{os.getpid()}@{platform.node()}.{next(_serial)}.tmp")
+
+
+def sweep(folder: Path, mine: bool = False) -> None:
+    """Removes what killed processes have left unfinished in a folder.
+
+    Args:
+        folder: Looked through, not the folders in it.
+        mine: Nobody else may write here now, so that nothing unfinished will be finished; otherwise only what is of
+            processes of this machine that have ended.
+    """
+    for file in folder.glob(".*.tmp"):
+        owner = re.search(r"\.(\d+)@(.+)\.\d+\.tmp$", file.name)
+        if owner and (mine or (owner[2] == platform.node() and not _runs(int(owner[1])))):
+            with contextlib.suppress(OSError):  # another process sweeps too
+                shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
+
+
+def _runs(process: int) -> bool:
+    if os.name != "posix":  # there, signal 0 would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def require_new(file: Path, option: str) -> None:
@@ -52,6 +84,16 @@ def settle(unfinished: Path, file: Path) -> None:
         unfinished.replace(file)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def folder_to_disk(folder: Path) -> None:
+    """Returns when the names in a folder are on the disk; where that cannot be asked for, at once."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager

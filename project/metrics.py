@@ -92,6 +92,16 @@ class Mean(MeanMetric):
         self.mean_value = self.mean_value + value.to(self.mean_value.dtype).sum() * weight
         self.weight = self.weight + weight * value.numel()
 
+    @property
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Sum of weighted values, and of weights; tensors that later updates leave as they are."""
+        return self.mean_value, self.weight
+
+    @sums.setter
+    def sums(self, sums: tuple[float, float]) -> None:
+        self.mean_value, self.weight = (torch.tensor(number, device=self.device) for number in sums)
+        self._update_count = 1
+
 
 class PresentAUROC(MulticlassAUROC):
     """One-against-rest AUROC, averaged over the classes that occur; nan where it is undefined.

@@ -7,6 +7,7 @@ from typing import Any
 
 from project import checkpoint, runs
 from project.errors import UserError
+from project.place import PLACE
 
 # What a checkpoint may set of the Trainer. Not the machine's share (accelerator, devices, workers), and nothing that
 # names a class: whoever writes a checkpoint must not choose what code runs.
@@ -15,6 +16,8 @@ TRAINER_SETTINGS = frozenset(
     | {"gradient_clip_val", "gradient_clip_algorithm"}
     | {"check_val_every_n_epoch", "val_check_interval", "log_every_n_steps"}
 )
+
+SPLIT_OPTIONS = ("folds", "fold", "group", "exclude")  # whose outcome a split.csv is
 
 
 class Origin:
@@ -53,7 +56,7 @@ class Origin:
         split = self.run / "split.csv"
         if with_split and runs.is_inside(self.path) and split.is_file():
             settings["data"]["split"] = str(split)
-            for option in ("folds", "fold", "group", "exclude"):  # the split is their outcome
+            for option in SPLIT_OPTIONS:
                 settings["data"].pop(option, None)
         if verb == "fit":
             settings |= {option: config.get(option) for option in ("average", "patience")}
@@ -76,8 +79,11 @@ class Origin:
         """
         if "optimizer_states" not in self.content:
             raise UserError(f"{self.path} holds weights only; continue from the run's last.ckpt.")
-        batches = self.content["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        done = self.content["epoch"] + bool(batches["is_last_batch"])
+        if (place := self.content.get(PLACE)) is not None:
+            done = place["at"]["epoch"]
+        else:  # a user's own
+            batches = self.content["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+            done = self.content["epoch"] + bool(batches["is_last_batch"])
         if epochs not in (None, -1) and done >= epochs:
             raise UserError(f"{self.path} has done its {done} epochs; give more by --trainer.max_epochs.")
 

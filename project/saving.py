@@ -1,172 +1,217 @@
-"""How a fit saves: best.ckpt and last.ckpt, written beside their place and put there whole; and how Ctrl-C ends it."""
+"""What a fit saves and when: best.ckpt, and last.ckpt, from which it goes on as if it had never stopped."""
 
-import os
-import signal
-import threading
+import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from project import files
+from project import average
+from project.callbacks import data_of, gather
 from project.errors import FailedRun
+from project.logs import MetricsFile
+from project.place import PLACE, Place
+from project.stopping import REQUEUE, Ranks, Signals
+from project.writer import CheckpointWriter
 
-
-class Average(WeightAveraging):
-    """Exponential moving average of the weights, validated and saved in their place; the fit ends with it.
-
-    Early on it forgets faster (as TensorFlow's ExponentialMovingAverage does with num_updates), so that a short fit
-    does not end near its first weights.
-
-    Args:
-        decay: Share of the average that a step keeps.
-    """
-
-    def __init__(self, decay: float) -> None:
-        super().__init__(multi_avg_fn=self._blend)
-        self.decay = decay
-        self._swapped = False
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Follows the module to its device and precision; the count of updates stays here, where it is read."""
-        assert self._average_model is not None
-        precision: Any = pl_module.dtype
-        self._average_model.module.to(device=pl_module.device, dtype=precision)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Puts the weights back before a checkpoint is saved, where a validation was interrupted."""
-        if self._swapped:
-            self._swap_models(pl_module)
-
-    def _swap_models(self, pl_module: LightningModule) -> None:
-        super()._swap_models(pl_module)
-        self._swapped = not self._swapped
-
-    def _blend(self, average: Any, current: Any, _: Any) -> None:
-        step = self._latest_update_step
-        kept = min(self.decay, (1 + step) / (10 + step))
-        if average[0].is_floating_point():
-            torch._foreach_lerp_(average, current, 1 - kept)
-        else:  # counters of batch norm
-            for mine, other in zip(average, current, strict=True):
-                mine.copy_(other)
-
-    @contextmanager
-    def in_place(self, pl_module: LightningModule) -> Iterator[None]:
-        """The averaged weights are the module's while the block runs."""
-        self._swap_models(pl_module)
-        try:
-            yield
-        finally:
-            self._swap_models(pl_module)
+SHARE = 0.1  # of the time that saving may take
 
 
 class Best(ModelCheckpoint):
-    """A name of its own, so that its state is not taken for that of a user's ModelCheckpoint."""
+    """best.ckpt, weights of the lowest val/loss; a class of its own, so that its state is not taken for a user's."""
+
+    def __init__(self) -> None:
+        super().__init__(filename="best", monitor="val/loss", save_weights_only=True, enable_version_counter=False)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Saves the weights that were validated: with an average these, which Lightning has put back by now."""
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        average = next((callback for callback in callbacks if isinstance(callback, Average)), None)
-        with average.in_place(trainer.lightning_module) if average else nullcontext():
+        with average.swapped(trainer, averaged=True):
             super()._save_checkpoint(trainer, filepath)
 
 
-class Last(ModelCheckpoint):
-    """Likewise; a fit that has failed leaves the checkpoint from before."""
+class Last(Callback):
+    """last.ckpt: everything that a fit needs to go on at a step as if it had never stopped; and how a fit stops.
+
+    Saved before each epoch, within one every `minutes`, when a signal or an exception ends the fit, and at its end; put
+    off while that would take more than a tenth of the time. Comes before every other callback.
+
+    Args:
+        minutes: How much time a killed process may lose.
+
+    Attributes:
+        file: Where it lies; None where nothing is to be saved.
+    """
+
+    def __init__(self, writer: CheckpointWriter, minutes: float) -> None:
+        self.file: Path | None = None
+        self._writer, self._minutes = writer, minutes
+        self._signals = Signals()
+        self._place: Place | None = None  # of the weights in hand; None while they are neither the old nor the new
+        self._before = Place()  # the one before the step that is being made
+        self._saved = Place()
+        self._saving: Place | None = None
+        self._resumed: dict[str, Any] = {}
+        self._seconds = 0.0  # of training, in fits before this one
+
+    # going on
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Prepares data and loops to go on at the checkpoint's place; with other data at the start of its epoch."""
+        self._resumed = resumed = checkpoint.get(PLACE, {})
+        if not resumed:
+            return
+        data, place = data_of(trainer), Place(**resumed["at"])
+        if resumed["loader"] != data.layout:
+            place = place._replace(batch=0, validate=False)
+            resumed |= {"at": place._asdict(), "sums": []}
+        place.put_into(checkpoint["loops"]["fit_loop"])
+        data.start_from(place.epoch, place.batch)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes up what the epoch has summed so far, and listens for signals."""
+        module: Any = pl_module
+        self._signals.listen(trainer)
+        self._ranks = Ranks(trainer)
+        self._start = self._saved_at = time.monotonic()
+        self._buffers = [(buffer, buffer.clone()) for buffer in module.network.buffers()]
+        if self.file is not None and trainer.is_global_zero:
+            self._writer.reserve(_size(module))
+        if not self._resumed:
+            return
+        self._saved = place = Place(**self._resumed["at"])
+        self._seconds = self._resumed["seconds"]
+        sums = self._resumed["sums"]
+        if len(sums) == trainer.world_size:
+            module.take_sums(sums[trainer.global_rank])
+        elif sums and trainer.is_global_zero:  # other ranks than then: the first one has it all
+            module.take_sums([tuple(map(sum, zip(*pairs, strict=True))) for pairs in zip(*sums, strict=True)])
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in self._resumed["figures"].items()})
+        if place.validate and place.batch == place.batches:
+            module.log_epoch()  # no step will
+
+    # passing places
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Between two steps: saves where it is time, stops where that is asked for."""
+        if self._resumed:
+            Place(**self._resumed["at"]).take_up(trainer)
+            self._resumed = {}
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._pass(trainer, pl_module)
+            since = time.monotonic() - self._saved_at
+            new = self._before.epoch > self._saved.epoch or since > 60 * self._minutes
+            due = new and not self._writer.busy and since * SHARE >= self._writer.took
+            self._stop_or_save(trainer, due)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """From here to the next place the weights are neither the old nor the new ones."""
+        self._place = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Between a step and a validation."""
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        whole = done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and whole:
+            self._pass(trainer, pl_module, validate=True)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, _: int = 0
+    ) -> None:
+        """Stops where that is asked for; the fit will go on with the whole validation."""
+        if self._place is not None:
+            self._stop_or_save(trainer, False)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Callbacks take the figures in: half done until the next place."""
+        self._place = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the end."""
+        self._pass(trainer, pl_module)
+        self._place = self._before = self._before._replace(batch=0)
+        self._save(trainer, self._before)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves, unless the weights may be spoilt."""
-        if not isinstance(exception, FailedRun):
-            super().on_exception(trainer, pl_module, exception)
-
-
-def checkpoints() -> list[Callback]:
-    """best.ckpt, weights of the lowest val/loss, and last.ckpt, everything that a fit needs to go on.
-
-    Two callbacks, because ModelCheckpoint's own save_last writes only when it has also saved a best one.
-    """
-    best = Best(filename="best", monitor="val/loss", save_weights_only=True, enable_version_counter=False)
-    last = Last(filename="last", save_on_train_epoch_end=True, save_on_exception=True, enable_version_counter=False)
-    return [best, last]
-
-
-class CheckpointWriter(TorchCheckpointIO):
-    """Writes checkpoints beside their target, and waits for the disk in a thread while the fit goes on.
-
-    Lightning's own keeps a second copy in memory and, where the temporary folder is another file system, is not
-    atomic. AlexNet with Adam is 685 MB: 0.6 s to write, 2.5 s more until the disk has it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._settling: list[Future[None]] = []
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Returns when the weights are safe to change; the file is in place some seconds later."""
-        target = Path(path)
-        unfinished = files.beside(target)
-        try:
-            torch.save(checkpoint, unfinished)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
-        self._settling.append(self._thread.submit(files.settle, unfinished, target))
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Waits until every checkpoint is in place: one that is removed must not come back."""
-        self.teardown()
-        super().remove_checkpoint(path)
-
-    def teardown(self) -> None:
-        """Waits until every checkpoint is in place."""
-        while self._settling:
-            self._settling.pop(0).result()
-
-
-class Interruption(Callback):
-    """The first Ctrl-C ends the fit after the batch in progress, the second one at once.
-
-    Raised wherever the program stands, as Python does by default, the exception is now and then lost in a library.
-    """
-
-    def __init__(self) -> None:
-        self._asked = False
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on Ctrl-C waits."""
-        if threading.current_thread() is threading.main_thread():  # no other may set a handler
-            signal.signal(signal.SIGINT, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
-            os._exit(130)
-        self._asked = True
-
-    def end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Lightning saves and cleans up after this exception."""
-        if self._asked:
-            raise KeyboardInterrupt
-
-    on_train_batch_end = on_validation_batch_end = end
+        """Saves the place before the step that failed, unless the weights may be spoilt or a rank is missing."""
+        place = self._before if isinstance(exception, FailedRun) else self._place  # it is raised before the update
+        stopped = isinstance(exception, KeyboardInterrupt | SIGTERMException)  # has saved
+        if place in (None, self._saved) or stopped or self.file is None or trainer.world_size > 1:
+            return
+        with average.swapped(trainer, averaged=False):
+            for buffer, kept in self._buffers:
+                buffer.copy_(kept)
+        if all(parameter.isfinite().all() for parameter in pl_module.parameters()):
+            self._save(trainer, self._before)
+            self._writer.wait()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """As it was, if the fit has come to its end."""
-        if signal.getsignal(signal.SIGINT) == self._note:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        """Signals do as before."""
+        self._signals.restore()
+
+    def _pass(self, trainer: Trainer, pl_module: LightningModule, validate: bool = False) -> None:
+        module: Any = pl_module
+        rows = next((logger.rows for logger in trainer.loggers if isinstance(logger, MetricsFile)), 0)
+        self._place = self._before = Place.of(trainer, validate, rows)
+        self._sums = module.sums()
+        if self._buffers:
+            buffers, kept = zip(*self._buffers, strict=True)
+            torch._foreach_copy_(kept, buffers)
+
+    def _stop_or_save(self, trainer: Trainer, due: bool) -> None:
+        word = self._ranks.highest(2 * self._signals.asked + due)
+        if asked := word // 2:
+            if asked == REQUEUE:
+                with self._of(trainer, self._before):
+                    self._signals.requeue()
+            else:
+                self._save(trainer, self._before)
+            self._writer.wait()
+            trainer.strategy.barrier()
+            self._signals.end(asked)
+        if word:
+            self._save(trainer, self._before)
+
+    # the checkpoint
+
+    def _save(self, trainer: Trainer, place: Place) -> None:
+        if self.file is None or place == self._saved:
+            return
+        for logger in trainer.loggers:
+            logger.save()  # what was logged before the place must not be lost after it
+        with self._of(trainer, place):
+            trainer.save_checkpoint(self.file)
+        self._saved, self._saved_at = place, time.monotonic()
+
+    @contextmanager
+    def _of(self, trainer: Trainer, place: Place) -> Iterator[None]:
+        """A checkpoint that is made meanwhile is of this place."""
+        self._saving = place
+        try:
+            with average.swapped(trainer, averaged=False):
+                yield
+        finally:
+            self._saving = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds what Lightning leaves out."""
+        if self._saving is None:  # a user's own
+            return
+        self._saving.put_into(checkpoint["loops"]["fit_loop"])
+        checkpoint[PLACE] = {
+            "at": self._saving._asdict(),
+            "loader": data_of(trainer).layout,
+            "sums": gather(trainer, [(float(total), float(weight)) for total, weight in self._sums]),
+            "figures": {key: float(value) for key, value in trainer.callback_metrics.items()},
+            "seconds": self._seconds + time.monotonic() - self._start,
+        }
+
+
+def _size(module: Any) -> int:
+    """Bytes of a checkpoint, about: the weights, and two moments of those that are trained."""
+    return sum(p.numel() * p.itemsize * (3 if p.requires_grad else 1) for p in module.parameters())

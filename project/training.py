@@ -3,34 +3,39 @@
 Layers of a setting, the last one wins: the signatures, the run of a checkpoint, --config files, the command line.
 """
 
+import contextlib
+import errno
 import json
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
+from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveFloat, PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from project import allocator, board, callbacks, checkpoint, files, runs, saving, usage
+from project import allocator, average, board, callbacks, checkpoint, files, logs, resuming, runs, saving, usage
 from project.classifier import Classifier
 from project.data.datamodule import ImageData
-from project.errors import UserError
+from project.errors import FailedRun, UserError
 from project.features import FrozenFeatures
 from project.metrics import positive_index
-from project.origin import Origin
+from project.origin import SPLIT_OPTIONS, Origin
 from project.watcher import Watcher
+from project.writer import LAST, CheckpointWriter
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 CHECKPOINT_VARIABLE = "PROJECT_CHECKPOINT"  # tells the other ranks which one was found
 TRAINER_DEFAULTS = {
     "log_every_n_steps": 10,
@@ -40,7 +45,8 @@ TRAINER_DEFAULTS = {
 }
 HARMLESS = (
     ".*does not have many workers.*",  # ImageData has chosen them, from the usable cores
-    ".*exists and is not empty. Previous log files.*",  # the run's folder is new; config.yaml is all that is in it
+    ".*Checkpoint directory .* exists and is not empty.*",  # a run that goes on
+    ".*resuming from a checkpoint that ended before the epoch ended.*",  # the loader goes on at the batch
     ".*dirpath has changed.*",  # a continued fit has a folder of its own, and its own best
     ".*smaller than the logging interval.*",  # a small folder; every epoch is logged all the same
     ".*module.s. in eval mode at the start of training.*",  # frozen layers
@@ -61,6 +67,11 @@ class Cli(LightningCLI):
 
     def __init__(self, verb: str, argv: list[str]) -> None:
         self.verb, self.argv = verb, argv
+        self.origin: Origin | None = None
+        self.resumption: resuming.Resumption | None = None
+        self.run: Path | None = None
+        self.hold: runs.Hold | None = None
+        self.writer = CheckpointWriter()
         super().__init__(
             Classifier,
             ImageData,
@@ -90,6 +101,12 @@ class Cli(LightningCLI):
             parser.add_argument("--name", type=str | None, help="Folder in runs/; by default the data folder's name.")
             average = "Validate and save a moving average of the weights that keeps this share at each step, e.g. 0.99."
             parser.add_argument("--average", type=OpenUnitInterval | None, help=average)
+            resume = (
+                "Go on with an unfinished run: its folder; nothing for the newest; auto starts one if there is none."
+            )
+            parser.add_argument("--resume", type=str | None, nargs="?", const=resuming.NEWEST, help=resume)
+            minutes = "Minutes of training that are lost at most when the process is killed."
+            parser.add_argument("--save_every", type=PositiveFloat, default=5.0, help=minutes)
             patience = "Stop after so many validations without a lower val/loss."
             parser.add_argument("--patience", type=PositiveInt | None, help=patience)
         return parser
@@ -104,10 +121,41 @@ class Cli(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the command line; a second time, above the run's settings, where it starts from a checkpoint."""
         self.config = parser.parse_args([self.verb, *self.argv])
+        if self.verb == "fit" and (choice := self.config.fit.resume or resuming.requeued()):
+            if self.config.fit.ckpt_path is not None:
+                raise UserError("--resume goes on in the run, --ckpt_path in a new one; leave one out.")
+            self.resumption = resuming.find(choice, first_rank=_rank() == 0)
+        if self.resumption is not None:
+            self._take_up(parser, self.resumption)
+        elif self.verb != "fit" or self.config.fit.ckpt_path is not None:
+            self._start_from_checkpoint(parser)
+
+    def _take_up(self, parser: LightningArgumentParser, resumption: resuming.Resumption) -> None:
+        """The run's own options, and its own split."""
+        run, self.hold = resumption.run, resumption.hold
+        base = f"--config={run / 'config.yaml'}"
+        then, self.config = (parser.parse_args([self.verb, base, *words]) for words in ([], self.argv))
+        for line in resumption.differences(self._options(then), self._options(self.config)):
+            print(f"resume: {line}", flush=True)
+        self.recorded = self._options(self.config)
+        options = self.config.fit
+        if (split := run / "split.csv").is_file():
+            options.data.split = str(split)
+            for option in SPLIT_OPTIONS:
+                options.data[option] = None
+        self.origin = resumption.origin or (Origin(Path(options.ckpt_path)) if options.ckpt_path else None)
+        if self.origin is not None:
+            options.ckpt_path = options.model.weights = str(self.origin.path)
+            self.origin.require_more_to_do(options.trainer.max_epochs)
+
+    def _options(self, config: Any) -> dict[str, Any]:
+        """A fit's options as plain types."""
+        options: dict[str, Any] = yaml.safe_load(self._parser("fit").dump(config.fit, skip_none=False))
+        return options
+
+    def _start_from_checkpoint(self, parser: LightningArgumentParser) -> None:
+        """Settings of a checkpoint's run below those of the command line."""
         given, chosen_split = self.config[self.verb].ckpt_path, self.config[self.verb].data.split
-        self.origin: Origin | None = None
-        if self.verb == "fit" and given is None:
-            return
         path = runs.find(given or os.environ.get(CHECKPOINT_VARIABLE))
         os.environ[CHECKPOINT_VARIABLE] = str(path)
         self.origin = Origin(path)
@@ -134,6 +182,7 @@ class Cli(LightningCLI):
     def instantiate_classes(self) -> None:
         """Makes data, model and Trainer, and checks all of them before anything is written."""
         super().instantiate_classes()
+        self.trainer.callbacks.sort(key=lambda callback: not isinstance(callback, saving.Last))  # it comes first
         if self.trainer.strategy.root_device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where there is no --trainer.precision for less
         self.datamodule.setup(self.verb)
@@ -154,14 +203,16 @@ class Cli(LightningCLI):
                 raise UserError("There is nothing to train: --trainer.max_epochs or --trainer.max_steps is 0.")
             if [trainer[limit] for limit in ("max_epochs", "max_steps", "max_time")] == [None, -1, None]:
                 kwargs["max_epochs"] = self.config.fit.trainer.max_epochs = self.datamodule.epochs
-            self.figures = board.Figures(self._flat_settings())
-            always += [saving.Interruption(), callbacks.Narrator(), FrozenFeatures(), Watcher()]
-            always += [board.FirstBatch(), self.figures]
             config = self.config_init["fit"]
+            self.figures = board.Figures(self._flat_settings())
+            self.last = saving.Last(self.writer, float(config["save_every"]))
+            always += [callbacks.StepSeed(), callbacks.Narrator(), FrozenFeatures(), Watcher()]
+            self.first_batch = board.FirstBatch()
+            always += [self.first_batch, self.figures, self.last]
             if config["patience"] and trainer["limit_val_batches"] == 0:
                 raise UserError("--patience needs validations; --trainer.limit_val_batches is 0.")
-            always += [saving.Average(config["average"])] if config["average"] else []
-            always += [EarlyStopping("val/loss", patience=config["patience"])] if config["patience"] else []
+            always += [average.Average(float(config["average"]))] if config["average"] else []
+            always += [EarlyStopping("val/loss", patience=int(config["patience"]))] if config["patience"] else []
         if trainer["benchmark"] is None and not trainer["deterministic"]:
             kwargs["benchmark"] = True  # all pictures are of one size: cuDNN's search pays
         if trainer["enable_progress_bar"] is None:
@@ -169,45 +220,111 @@ class Cli(LightningCLI):
         if kwargs.get("enable_progress_bar", trainer["enable_progress_bar"]):
             always.append(TQDMProgressBar(refresh_rate=5))
         if self.verb == "fit" and trainer["enable_checkpointing"] is not False:
-            always += saving.checkpoints()
+            always.append(saving.Best())
         plugins = trainer["plugins"] or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
-        config = {**trainer, **kwargs, "logger": loggers or False, "plugins": [*plugins, saving.CheckpointWriter()]}
+        config = {**trainer, **kwargs, "logger": loggers or False, "plugins": [*plugins, self.writer]}
         try:
             return self._instantiate_trainer(config, always)
         except (TypeError, ValueError) as error:  # Lightning's way to refuse some of its options
             raise UserError(f"The Trainer refuses its options: {' '.join(str(error).split())}") from error
 
     def before_fit(self) -> None:
-        """Makes the run's folder and points loggers and checkpoints at it."""
+        """Makes the run's folder, or takes up that of the run that goes on, and points everything that writes at it."""
         if self.trainer.fast_dev_run:
             return
+        if self.resumption is None:
+            self.config.fit.model.backbone_lr = (
+                self.model.backbone_lr
+            )  # its default depends on where the weights are from
+            self.recorded = self._options(self.config) | {"resume": None}
+        settings = {key: value for key, value in self.recorded.items() if key not in ("name", "ckpt_path", "resume")}
+        self.model.metadata = {"config": settings, "resize": self.datamodule.resize, **checkpoint.provenance()}
+        self.run = run = self._folder()
+        self._log_into(run)
+        for saver in self.trainer.checkpoint_callbacks:
+            saver.dirpath = saver.dirpath or str(run / "checkpoints")
+        if self.config.fit.trainer.enable_checkpointing is not False:
+            self.last.file = self.writer.last = run / "checkpoints" / LAST
+        if self.trainer.is_global_zero:
+            self._introduce()
+
+    def _folder(self) -> Path:
+        """The run's folder; on ranks other than the first, what they have been told of it, if they have."""
+        if self.resumption is not None:
+            run = self.resumption.run
+            if _rank() == 0:
+                os.environ[runs.VARIABLE] = str(run)
+                for folder in (run, run / "checkpoints"):
+                    files.sweep(folder, mine=folder.name == "checkpoints")
+                self._write_config(run)
+                runs.point_latest(run, runs.ROOT / "latest")
+                runs.note(run, state="running", reason="", job=resuming.job())
+            return run
         root = self.datamodule.root.resolve()
         own = root.stem if root.is_file() else root.name
         name = self.config.fit.name or own.translate({ord(","): "-", ord(":"): "-"})
-        self.run = runs.claim(name, rank_zero=_rank() == 0)
-        if self.log:
-            place: Any = {"save_dir": self.run.parent.parent, "name": name, "version": self.run.name}
-            board = TensorBoardLogger(**place, default_hp_metric=False)
-            board.log_hyperparams(self.figures.settings)
-            self.trainer.loggers = [board, CSVLogger(**place), *self.trainer.loggers]
-            self.trainer.callbacks.append(LearningRateMonitor("step"))
-        for saver in self.trainer.checkpoint_callbacks:
-            saver.dirpath = saver.dirpath or str(self.run / "checkpoints")
-        self.config.fit.model.backbone_lr = self.model.backbone_lr  # its default depends on where the weights are from
-        config = self._parser("fit").dump(self.config.fit, skip_none=False)
-        settings = {key: value for key, value in yaml.safe_load(config).items() if key not in ("name", "ckpt_path")}
-        self.model.metadata = {"config": settings, "resize": self.datamodule.resize, **checkpoint.provenance()}
-        if self.trainer.is_global_zero:
-            with files.replacing(self.run / "config.yaml") as stream:
-                stream.write(f"# python -m project.cli fit --config THIS_FILE\n{config}")
-            self.datamodule.manifest.write_split(self.run / "split.csv")
-            self._introduce()
+        runs.require_name(name)
+        if _rank() != 0:
+            return Path(os.environ.get(runs.VARIABLE, runs.ROOT / name / "version_0"))
+
+        def fill(folder: Path) -> None:
+            self._write_config(folder)
+            self.datamodule.manifest.write_split(folder / "split.csv")
+            runs.note(folder, state="running", reason="", job=resuming.job())
+
+        run, self.hold = runs.claim(name, fill)
+        return run
+
+    def _write_config(self, folder: Path) -> None:
+        with files.replacing(folder / "config.yaml") as stream:
+            stream.write("# python -m project.cli fit --config THIS_FILE\n")
+            yaml.safe_dump(self.recorded, stream, sort_keys=False, allow_unicode=True)
+
+    def _log_into(self, run: Path) -> None:
+        """TensorBoard's files and metrics.csv; those of a run that goes on end where it does."""
+        if not self.log:
+            return
+        again: dict[str, int] = {}
+        if self.resumption is not None:
+            at = self.resumption.place
+            if self.trainer.is_global_zero:
+                logs.rewind(run, at.rows, at.step, at.time)
+            again["purge_step"] = at.step + 1  # a TensorBoard that is open forgets what it has seen
+            self.first_batch.done = at.total > 0
+        place: Any = {"save_dir": run.parent.parent, "name": run.parent.name, "version": run.name, **again}
+        board = TensorBoardLogger(**place, default_hp_metric=False)
+        board.log_hyperparams(self.figures.settings)
+        self.trainer.loggers = [board, logs.MetricsFile(run), *self.trainer.loggers]
+        self.trainer.callbacks.append(LearningRateMonitor("step"))
 
     def fit(self, **kwargs: Any) -> None:
         """Trains."""
         allocator.keep_freed_memory()
-        self.trainer.fit(**kwargs, weights_only=True)
+        with self._accounted():
+            self.trainer.fit(**kwargs, weights_only=True)
+            self.writer.require_written()
+
+    @contextlib.contextmanager
+    def _accounted(self) -> Iterator[None]:
+        """Notes in the run how its fit has ended, and lets go of it."""
+        state, reason = "failed", ""
+        try:
+            yield
+            state = "finished"
+        except (KeyboardInterrupt, SystemExit, SIGTERMException):
+            state = "stopped"
+            raise
+        except BaseException as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise
+        finally:
+            told = os.environ.get(runs.VARIABLE)
+            if self.run is not None and (_rank() == 0 or (state == "failed" and told == str(self.run))):
+                with contextlib.suppress(OSError):  # a full disk
+                    runs.note(self.run, state=state, reason=reason, step=self.trainer.global_step)
+            if self.hold is not None:
+                self.hold.release()
 
     def validate(self, **kwargs: Any) -> None:
         """Measures on the validation pictures."""
@@ -221,7 +338,7 @@ class Cli(LightningCLI):
 
     def after_fit(self) -> None:
         """Says what came out, where it lies and what to do next."""
-        if self.trainer.fast_dev_run or not self.trainer.is_global_zero:
+        if self.run is None or not self.trainer.is_global_zero:
             return
         early = [callback for callback in self.trainer.callbacks if isinstance(callback, EarlyStopping)]
         if early and early[0].stopped_epoch:
@@ -237,6 +354,7 @@ class Cli(LightningCLI):
 
     def _flat_settings(self) -> dict[str, Any]:
         data = self.datamodule
+        model = self.recorded["model"] if self.resumption else self.config.fit.model.as_dict()
         return {
             "seed_everything": self.config.fit.seed_everything,
             "max_epochs": self.config.fit.trainer.max_epochs,
@@ -244,7 +362,7 @@ class Cli(LightningCLI):
             "image_size": data.image_size,
             "resize": data.resize,
             "augment": data.augment,
-            **{f"model/{key}": value for key, value in self.config.fit.model.as_dict().items() if value is not None},
+            **{f"model/{key}": value for key, value in model.items() if value is not None},
         }
 
     def _introduce(self) -> None:
@@ -279,7 +397,8 @@ def run(verb: str, argv: list[str], cli: type[Cli] = Cli) -> int:
     """
     quieten()
     if _rank() == 0:
-        os.environ.pop(CHECKPOINT_VARIABLE, None)
+        for variable in (CHECKPOINT_VARIABLE, runs.VARIABLE):
+            os.environ.pop(variable, None)
     try:
         cli(verb, argv)
     except MisconfigurationException as error:
@@ -288,13 +407,15 @@ def run(verb: str, argv: list[str], cli: type[Cli] = Cli) -> int:
             text = f"{text} Leave --trainer.accelerator out to use what this machine has, or give cpu."
         raise UserError(text) from error
     except SIGTERMException:
-        _say_where_it_stopped(verb)
-        return 143
+        return _stopped(verb, 143)
     except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning has saved and cleaned up
-            _say_where_it_stopped(verb)
-            return 130
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning has cleaned up
+            return _stopped(verb, 130)
         raise
+    except OSError as error:
+        if verb != "fit" or error.errno not in DISK_ERRORS:
+            raise
+        raise FailedRun(f"{error.strerror or error}: {error.filename or 'a log of the run'}. {_way_on()}") from error
     return 0
 
 
@@ -306,10 +427,17 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", harmless)
 
 
-def _say_where_it_stopped(verb: str) -> None:
-    last = Path(os.environ.get(runs.VARIABLE, "")) / "checkpoints" / "last.ckpt"
-    saved = verb == "fit" and last.exists()
-    print(f"\nstopped; continue with: python -m project.cli fit --ckpt_path {last}" if saved else "\nstopped")
+def _stopped(verb: str, code: int) -> int:
+    if _rank() != 0:
+        return 0  # Lightning ends the first rank at once, whatever it does, when another one fails
+    print(f"\nstopped. {_way_on()}" if verb == "fit" and _way_on() else "\nstopped")
+    return code
+
+
+def _way_on() -> str:
+    run = Path(os.environ.get(runs.VARIABLE, ""))
+    there = (run / "checkpoints" / LAST).exists()
+    return f"Go on with: python -m project.cli fit --resume {run}" if there else ""
 
 
 def _rank() -> int:

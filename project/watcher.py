@@ -2,7 +2,6 @@
 
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -87,14 +86,10 @@ class Watcher(Callback):
         if not self._bad:
             return
         steps = f"at step {last}" if pl_module.device.type == "cpu" else f"between steps {first} and {last}"
-        savers: list[Any] = list(trainer.checkpoint_callbacks)
-        kept = [Path(saver.dirpath or "") / "last.ckpt" for saver in savers]
-        found = next((str(file) for file in kept if file.exists()), None)
-        way_on = f"{found} is from before" if found else "no checkpoint had been written yet"
         rate = trainer.optimizers[0].param_groups[0]["initial_lr"]
         sentence = (
             f"The loss or a gradient is not finite {steps}, epoch {trainer.current_epoch + 1}: "
-            f"{first_bad_layer(pl_module, self._batch)}; {way_on}. Try --model.lr {rate / 10:g}."
+            f"{first_bad_layer(pl_module, self._batch)}. Try a new run with --model.lr {rate / 10:g}."
         )
         self._say(trainer, "not finite", sentence, aloud=False)
         raise FailedRun(sentence)

@@ -81,6 +81,7 @@ class ImageData(LightningDataModule):
         self._batch_size = batch_size
         self._datasets: dict[str, ImageDataset] = {}
         self._features: dict[str, Features] = {}
+        self._start = (0, 0)
         for name, value, least in (
             ("image_size", self.image_size, 1),
             ("batch_size", batch_size, 1),
@@ -124,6 +125,15 @@ class ImageData(LightningDataModule):
             return self._batch_size
         rows = len(self.manifest.rows("train"))
         return max(1, min(64, rows, max(8, rows // 8)))
+
+    @property
+    def layout(self) -> list[int]:
+        """Batch size and training rows: where these are the same, so are the batches of an epoch."""
+        return [self.batch_size, len(self.manifest.rows("train"))]
+
+    def start_from(self, epoch: int, batch: int) -> None:
+        """Makes training go on at a batch of an epoch."""
+        self._start = (epoch, batch)
 
     @property
     def epochs(self) -> int:
@@ -199,17 +209,20 @@ class ImageData(LightningDataModule):
     def _loader(self, split: str) -> DataLoader[Batch]:
         dataset = self.dataset(split)
         trainer = self.trainer
+        sampler = BatchSampler(
+            len(dataset),
+            self.batch_size,
+            shuffle=split == "train",
+            seed=self.seed,
+            rank=trainer.global_rank if trainer else 0,
+            world_size=trainer.world_size if trainer else 1,
+            weights=self._weights()[dataset.labels] if split == "train" and self.balance == "sample" else None,
+        )
+        if split == "train":
+            sampler.start_from(*self._start)
         return loader(
             self._features.get(split, dataset),
-            BatchSampler(
-                len(dataset),
-                self.batch_size,
-                shuffle=split == "train",
-                seed=self.seed,
-                rank=trainer.global_rank if trainer else 0,
-                world_size=trainer.world_size if trainer else 1,
-                weights=self._weights()[dataset.labels] if split == "train" and self.balance == "sample" else None,
-            ),
+            sampler,
             0 if split in self._features else self.workers,
             pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
         )

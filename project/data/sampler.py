@@ -40,15 +40,16 @@ class BatchSampler(Sampler[list[Key]]):
         self.rank, self.world_size = rank, world_size
         self.weights = weights
         self.epoch = 0
-        self._first = 0
+        self._start = (0, 0)
 
     def __len__(self) -> int:
         """Batches an epoch: when shuffling, the rows left over after the last full batch wait for another epoch."""
         return self.rows // self.batch_size if self.shuffle else -(-self.rows // self.batch_size)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order, first, self._first = self._order(), self._first, 0
-        for batch in range(first, len(self)):
+        (epoch, first), self._start = self._start, (0, 0)
+        order = self._order()
+        for batch in range(first if epoch == self.epoch else 0, len(self)):
             places = np.arange(batch * self.batch_size, min((batch + 1) * self.batch_size, self.rows))
             places = places[self.rank :: self.world_size]
             yield [(self.epoch, int(row)) for row in (order[places] if order is not None else places)]
@@ -66,8 +67,11 @@ class BatchSampler(Sampler[list[Key]]):
         self.epoch = epoch
 
     def start_from(self, epoch: int, batch: int) -> None:
-        """Makes the next iteration, once, go on at a batch of an epoch: the two numbers are the place in the order."""
-        self.epoch, self._first = epoch, batch
+        """Makes the next iteration go on at a batch of an epoch: the two numbers are the place in the order.
+
+        Workers draw batches before Lightning has set the epoch; an iteration of another epoch starts as always.
+        """
+        self.epoch, self._start = epoch, (epoch, batch)
 
     @property
     def sampler(self) -> "BatchSampler":
