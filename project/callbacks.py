@@ -52,6 +52,42 @@ class Unreadable(Callback):
     on_train_batch_start = on_validation_batch_start = on_test_batch_start = name
 
 
+class EveryRow(Callback):
+    """Makes sure that a validation or a test has seen every picture once, on however many ranks."""
+
+    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts counting."""
+        self._seen = 0
+
+    def count(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Counts a batch, the unreadable ones too."""
+        self._seen += len(batch.row) + len(batch.failed)
+
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compares with the data set, unless only a part of it was asked for."""
+        split: Any = trainer.state.stage and trainer.state.stage.dataloader_prefix
+        batches, loaders = (
+            (trainer.num_val_batches, trainer.val_dataloaders)
+            if split == "val"
+            else (trainer.num_test_batches, trainer.test_dataloaders)
+        )
+        seen, expected = sum(gather(trainer, self._seen)), len(data_of(trainer).dataset(split))
+        whole = not trainer.sanity_checking and sum(batches) == len(loaders)  # type: ignore[arg-type]
+        assert seen == expected or not whole, f"{seen} of {expected} {split} pictures were measured"
+
+    on_validation_epoch_start = on_test_epoch_start = start
+    on_validation_batch_end = on_test_batch_end = count
+    on_validation_epoch_end = on_test_epoch_end = check
+
+
 class Narrator(Callback):
     """Says how long the fit will take, then one line an epoch."""
 

@@ -82,7 +82,7 @@ class Classifier(LightningModule):
         class_weights: list[float] | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False)
+        self.save_hyperparameters(logger=False, ignore="weights")  # in a fit that goes on they are a checkpoint's
         for option, value, right, range_ in (
             ("lr", lr, lr is None or lr > 0, "above 0"),
             ("backbone_lr", backbone_lr, backbone_lr is None or backbone_lr > 0, "above 0"),
@@ -96,6 +96,7 @@ class Classifier(LightningModule):
         self.name, self.class_names, self.image_size = name, class_names, image_size
         self.rule, self.lr, self.warmup = optimizer, lr if lr is not None else RATES[optimizer], warmup
         self.backbone_lr = backbone_lr if backbone_lr is not None else 1.0 if weights == "none" else 0.1
+        self.hparams["backbone_lr"] = self.backbone_lr
         self.weight_decay, self.label_smoothing = weight_decay, label_smoothing
         network, self.weights_note = sources.start(name, class_names, weights)
         self.network = network.to(memory_format=torch.channels_last)
@@ -146,18 +147,21 @@ class Classifier(LightningModule):
 
     def on_train_start(self) -> None:
         """The rate of the next step is that of this schedule, also where a fit goes on that had fewer epochs."""
-        for config in self.trainer.lr_scheduler_configs:
-            schedule: Any = config.scheduler
-            for group, base, factor in zip(
-                schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
-            ):
-                group["lr"] = base * factor(schedule.last_epoch)
+        for schedule in (config.scheduler for config in self.trainer.lr_scheduler_configs):
+            if isinstance(schedule, LambdaLR):  # not that of tune
+                groups = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+                for group, base, factor in groups:
+                    group["lr"] = base * factor(schedule.last_epoch)
 
     def training_step(self, batch: "Batch", batch_idx: int) -> Tensor:
         """Loss of a batch."""
         loss, _ = self._step(batch, "train")
         self.log_epoch()
-        self.log("train/loss_step", loss.detach(), prog_bar=True, batch_size=1)
+        trainer: Any = self.trainer
+        if trainer.world_size > 1:  # DDP takes the mean of the ranks, whose shares of the batch may differ
+            share = (len(batch.row) + len(batch.failed)) / trainer.datamodule.batch_size
+            loss = loss * (share * trainer.world_size)
+        self.log("train/loss_step", loss.detach(), prog_bar=True, batch_size=1, sync_dist=True)
         return loss
 
     def log_epoch(self) -> None:

@@ -21,7 +21,6 @@ FREE = frozenset(
     | {f"trainer.{logs}" for logs in ("logger", "log_every_n_steps", "profiler", "enable_progress_bar")}
     | {"trainer.enable_model_summary", "trainer.default_root_dir", "data.workers", "data.cache", "save_every"}
 )
-OF_A_FIT = ("resume", "ckpt_path")  # not of the run
 
 
 class Resumption:
@@ -76,7 +75,7 @@ class Resumption:
             UserError: One of them changes the result.
         """
         old, new = _flat(then), _flat(now)
-        changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key not in OF_A_FIT]
+        changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key != "ckpt_path"]
         lines = {key: f"--{key} {_said(old.get(key))} -> {_said(new.get(key))}" for key in changed}
         if refused := [lines[key] for key in changed if key not in FREE]:
             source = self.origin.path if self.origin else f"{self.run}/checkpoints/best.ckpt"

@@ -149,6 +149,7 @@ class Last(Callback):
         if all(parameter.isfinite().all() for parameter in pl_module.parameters()):
             self._save(trainer, self._before)
             self._writer.wait()
+            print(f"saved: {self.file}, {self._before.step} steps", flush=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Signals do as before."""
@@ -203,6 +204,7 @@ class Last(Callback):
         if self._saving is None:  # a user's own
             return
         self._saving.put_into(checkpoint["loops"]["fit_loop"])
+        checkpoint["epoch"] = self._saving.epoch - (self._saving.batch == 0)  # of the last step, as Lightning counts
         checkpoint[PLACE] = {
             "at": self._saving._asdict(),
             "loader": data_of(trainer).layout,

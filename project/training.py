@@ -149,9 +149,9 @@ class Cli(LightningCLI):
             self.origin.require_more_to_do(options.trainer.max_epochs)
 
     def _options(self, config: Any) -> dict[str, Any]:
-        """A fit's options as plain types."""
+        """A fit's options as plain types, as a run records them."""
         options: dict[str, Any] = yaml.safe_load(self._parser("fit").dump(config.fit, skip_none=False))
-        return options
+        return options | {"resume": None}
 
     def _start_from_checkpoint(self, parser: LightningArgumentParser) -> None:
         """Settings of a checkpoint's run below those of the command line."""
@@ -186,6 +186,7 @@ class Cli(LightningCLI):
         if self.trainer.strategy.root_device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where there is no --trainer.precision for less
         self.datamodule.setup(self.verb)
+        self.datamodule.require_enough_for(self.trainer.world_size, self.verb)
         if self.origin is not None:
             self.origin.require_same(self.model.name, self.datamodule.class_names, self.datamodule.root)
             if self.verb == "test":
@@ -197,7 +198,7 @@ class Cli(LightningCLI):
         given = trainer["logger"]
         self.log = given is not False and self.verb == "fit"
         loggers = given if isinstance(given, list) else [given] if given not in (None, True, False) else []
-        always: list[Callback] = [callbacks.Unreadable()]
+        always: list[Callback] = [callbacks.Unreadable(), callbacks.EveryRow()]
         if self.verb == "fit":
             if 0 in (trainer["max_epochs"], trainer["max_steps"]):
                 raise UserError("There is nothing to train: --trainer.max_epochs or --trainer.max_steps is 0.")
@@ -237,7 +238,7 @@ class Cli(LightningCLI):
             self.config.fit.model.backbone_lr = (
                 self.model.backbone_lr
             )  # its default depends on where the weights are from
-            self.recorded = self._options(self.config) | {"resume": None}
+            self.recorded = self._options(self.config)
         settings = {key: value for key, value in self.recorded.items() if key not in ("name", "ckpt_path", "resume")}
         self.model.metadata = {"config": settings, "resize": self.datamodule.resize, **checkpoint.provenance()}
         self.run = run = self._folder()

@@ -30,7 +30,7 @@ def test_best_holds_the_averaged_weights_that_were_validated(photos, capsys):
 
 
 def test_average_is_that_of_the_weights_after_each_step(photos, monkeypatch):
-    from project.saving import Average
+    from project.average import Average
 
     seen = []
     end = Average.on_train_batch_end

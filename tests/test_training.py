@@ -3,10 +3,7 @@
 import csv
 import json
 import os
-import re
 import shutil
-import signal
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +38,9 @@ def checkpoint_of(run, name="best"):
 def test_a_run_leaves_what_the_readme_names(at_trained):
     names = {p.name for p in at_trained.iterdir()} - {"predictions.csv", "test_metrics.json"}
     events = {n for n in names if n.startswith("events.out.tfevents")}
-    assert names - events == {"checkpoints", "config.yaml", "hparams.yaml", "metrics.csv", "split.csv"}
+    assert names - events == {"checkpoints", "config.yaml", "hparams.yaml", "metrics.csv", "split.csv", "status.json"}
     assert len(events) == 1
-    assert {p.name for p in (at_trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {p.name for p in (at_trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
     assert (at_trained.parent.parent / "latest").resolve() == at_trained.resolve()
 
 
@@ -549,34 +546,7 @@ def test_no_test_split(workplace, refused, capsys):
     assert "no test pictures" in refused("test")
 
 
-# stopping
-
-
-@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-def test_ctrl_c_saves_and_says_where(photos, capsys, monkeypatch):
-    from project import callbacks
-
-    ended = callbacks.Narrator.on_train_epoch_end
-
-    def interrupt(self, trainer, pl_module):
-        ended(self, trainer, pl_module)
-        if trainer.current_epoch == 1:
-            threading.Timer(0, signal.raise_signal, [signal.SIGINT]).start()
-
-    monkeypatch.setattr(callbacks.Narrator, "on_train_epoch_end", interrupt)
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        assert cli.main([*FIT, "--trainer.max_epochs", "50"]) == 130
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    said = capsys.readouterr()
-    assert "runs/photos/version_0/checkpoints/last.ckpt" in said.out + said.err
-    last = checkpoint_of(Path("runs/photos/version_0"), "last")
-    assert last["epoch"] >= 1
-    # and the command that it prints works, also from within an epoch
-    continued = re.search(r"python -m project\.cli (fit --ckpt_path \S+)", said.out)[1].split()
-    assert cli.main([*continued, "--trainer.max_epochs", str(last["epoch"] + 2)]) == 0
-    assert checkpoint_of(Path("runs/photos/version_1"), "last")["epoch"] == last["epoch"] + 1
+# speed
 
 
 class Waits(TorchDispatchMode):

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import PIL
 
+from project import files
 from project.data.images import Pixels, Resize
 from project.data.rows import Texts
 
@@ -124,6 +125,7 @@ def choose(
     if choice == "auto" and cache.bytes > free / 2:
         need = f"{cache.bytes / 1e9:,.1f} GB, more than half of the {free / 1e9:,.1f} GB free"
         return None, f"cache: none, it would take {need} (--data.cache on would)"
+    files.sweep(folder)
     with contextlib.suppress(OSError):  # a place that cannot be written is said when a row is
         file.with_suffix(".full").unlink()
     return cache, f"cache: {file}, {cache.bytes / 1e6:,.0f} MB when it is full"

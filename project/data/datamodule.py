@@ -160,6 +160,21 @@ class ImageData(LightningDataModule):
                 f"{len(self.dataset('train'))} pictures; give a smaller one."
             )
 
+    def require_enough_for(self, ranks: int, stage: str) -> None:
+        """Checks that each of so many processes has something to do.
+
+        Raises:
+            UserError: It has not.
+        """
+        least = {f"{split} pictures": len(self.dataset(split)) for split in STAGE_SPLITS[stage]}
+        if stage == "fit":
+            least["pictures in a batch"] = self.batch_size
+        for what, count in least.items():
+            if count < ranks:
+                raise UserError(
+                    f"{ranks} processes are too many for {count} {what} of {self.root}; give --trainer.devices {count}."
+                )
+
     def _require_readable(self, dataset: ImageDataset, split: str) -> None:
         errors = []
         for row in range(len(dataset)):

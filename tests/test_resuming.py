@@ -1,0 +1,312 @@
+"""fit --resume: the same run goes on, at the step where it was stopped, to the same bits."""
+
+import csv
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
+
+from project import callbacks, cli, runs
+from project.callbacks import StepSeed, Unreadable
+from project.classifier import Classifier
+from tests.conftest import COLOURS, SMALL, make_pictures
+
+FIT = ["fit", "--data.root", "photos", *SMALL, "--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "2"]
+RUN = Path("runs/photos/version_0")
+STEPS = 10  # an epoch has: 84 training pictures in batches of 8
+
+
+@pytest.fixture(autouse=True)
+def _names_of_event_files_sort():
+    """Those of one second and one process sort by a number, which must have as many digits in each."""
+    while event_file_writer._global_uid.get() < 1000:
+        pass
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Presses Ctrl-C in these steps (counted from 0), and in these batches of validations (epoch, batch), once each."""
+    steps, validations = set(), set()
+    train, validate = StepSeed.on_train_batch_start, Unreadable.on_validation_batch_start
+
+    def in_step(self, trainer, pl_module, batch, batch_idx):
+        if (step := trainer.fit_loop.total_batch_idx) in steps:
+            steps.remove(step)
+            signal.raise_signal(signal.SIGINT)
+        train(self, trainer, pl_module, batch, batch_idx)
+
+    def in_validation(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if (place := (trainer.current_epoch, batch_idx)) in validations:
+            validations.remove(place)
+            signal.raise_signal(signal.SIGINT)
+        validate(self, trainer, pl_module, batch, batch_idx)
+
+    monkeypatch.setattr(StepSeed, "on_train_batch_start", in_step)
+    monkeypatch.setattr(Unreadable, "on_validation_batch_start", in_validation)
+
+    def at(*places):
+        for place in places:
+            (validations if isinstance(place, tuple) else steps).add(place)
+
+    return at
+
+
+def checkpoint(run, name="last"):
+    return torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+def logged(run):
+    """Rows of metrics.csv, and every scalar in TensorBoard's files."""
+    with (run / "metrics.csv").open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    curves = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return rows, curves, [e.step for e in events.Images("train/first_batch")]
+
+
+def differences(one, two, path=""):
+    """Where two checkpoints differ, bit for bit; clocks and what is called after the run's folder left out."""
+    if path.endswith(("/seconds", "/time", "path", "dirpath", "best_k_models", "current_score", "/said")):
+        return []
+    if isinstance(one, torch.Tensor):
+        return [] if isinstance(two, torch.Tensor) and torch.equal(one, two) else [path]
+    if isinstance(one, dict):
+        places = [f"{path}: {one.keys() ^ two.keys()}"] if one.keys() != two.keys() else []
+        return places + [d for key in one.keys() & two.keys() for d in differences(one[key], two[key], f"{path}/{key}")]
+    if isinstance(one, list | tuple):
+        same = len(one) == len(two)
+        return [d for n, pair in enumerate(zip(one, two, strict=same)) for d in differences(*pair, f"{path}/{n}")]
+    return [] if one == two or one != one else [f"{path}: {one} {two}"]
+
+
+def fit_in_parts(options, interrupt, *places):
+    """A fit that is stopped at places and goes on each time; its run."""
+    interrupt(*places)
+    assert cli.main([*FIT, *options]) == 130
+    for _ in places[1:]:
+        assert cli.main(["fit", "--resume"]) == 130
+    assert cli.main(["fit", "--resume"]) == 0
+    return max(Path("runs/photos").iterdir())
+
+
+def assert_the_same(run, other):
+    assert not differences(checkpoint(run), checkpoint(other))
+    for part in ("state_dict", "metadata", "epoch", "global_step"):  # Lightning adds counters that nothing reads
+        assert not differences(checkpoint(run, "best")[part], checkpoint(other, "best")[part])
+    assert logged(run) == logged(other)
+    assert (run / "split.csv").read_bytes() == (other / "split.csv").read_bytes()
+    assert (run / "config.yaml").read_bytes() == (other / "config.yaml").read_bytes()
+    assert runs.status(run)["state"] == "finished"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--model.mix", "mixup", "--data.balance", "sample"],
+        ["--model.name", "resnet18", "--average", "0.9"],
+        ["--trainer.val_check_interval", "5"],
+        ["--trainer.accumulate_grad_batches", "3"],
+        ["--trainer.max_steps", "25"],
+        ["--trainer.check_val_every_n_epoch", "2", "--patience", "3"],
+        ["--model.freeze", "backbone", "--data.augment", "none"],
+        ["--trainer.limit_train_batches", "7", "--model.optimizer", "sgd", "--model.weight_decay", "0.1"],
+    ],
+    ids=lambda options: " ".join(options) or "defaults",
+)
+def test_stopped_fit_goes_on_to_the_same_bits(photos, interrupt, options):
+    """In an epoch, at its first and last step, in validations, and several times."""
+    assert cli.main([*FIT, *options]) == 0
+    for places in ([4], [STEPS], [2 * STEPS - 1, 2 * STEPS + 1], [(1, 1), 2 * STEPS + 2, (1, 0)]):
+        if "2" in options:
+            places = [place for place in places if place != (1, 0)]
+        if "7" in options:  # an epoch has seven steps
+            places = [place if isinstance(place, tuple) else place * 7 // STEPS for place in places]
+        run = fit_in_parts(options, interrupt, *places)
+        assert_the_same(RUN, run)
+        shutil.rmtree(run)
+
+
+@pytest.mark.slow
+def test_stopped_fit_with_workers_goes_on_to_the_same_bits(photos, interrupt):
+    options = ["--data.workers", "2", "--data.augment", "trivial"]
+    assert cli.main([*FIT, *options]) == 0
+    assert_the_same(RUN, fit_in_parts(options, interrupt, 4, STEPS, (1, 1)))
+    assert cli.main([*FIT, "--data.augment", "trivial"]) == 0  # and without workers the batches are the same
+    assert not differences(checkpoint(RUN)["state_dict"], checkpoint(Path("runs/photos/version_2"))["state_dict"])
+
+
+def test_same_seed_gives_the_same_bits_and_steps_draw_anew(photos, monkeypatch):
+    drawn = []
+    step = Classifier.training_step
+
+    def draw(self, batch, batch_idx):
+        drawn.append(torch.rand(3).tolist())
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classifier, "training_step", draw)
+    assert cli.main(FIT) == cli.main(FIT) == cli.main([*FIT, "--seed_everything", "1"]) == 0
+    first, second, other = (drawn[part * 3 * STEPS : (part + 1) * 3 * STEPS] for part in range(3))
+    assert first == second != other
+    assert len({tuple(numbers) for numbers in first}) == 3 * STEPS
+    assert not differences(checkpoint(RUN), checkpoint(Path("runs/photos/version_1")))
+
+
+def test_more_epochs_after_the_end_go_on_with_the_schedule_of_so_many(photos, capsys):
+    assert cli.main(FIT) == 0
+    assert cli.main(["fit", "--resume", str(RUN), "--trainer.max_epochs", "5"]) == 0
+    assert "resume: --trainer.max_epochs 3 -> 5" in capsys.readouterr().out
+    rates = [float(row["lr-Adam"]) for row in logged(RUN)[0] if row["lr-Adam"]]
+    assert rates[-1] < rates[len(rates) * 3 // 5]  # it was at its lowest after three
+    assert len(rates) == 5 * STEPS // 2
+    assert yaml.safe_load((RUN / "config.yaml").read_text())["trainer"]["max_epochs"] == 5
+    assert len(logged(RUN)[1]["val/loss"]) == 5
+
+
+def test_how_it_reads_and_logs_may_change_and_is_said(photos, interrupt, capsys):
+    interrupt(4)
+    assert cli.main(FIT) == 130
+    options = ["--data.cache", "off", "--trainer.log_every_n_steps", "5", "--save_every", "1"]
+    assert cli.main(["fit", "--resume", *options]) == 0
+    said = capsys.readouterr().out
+    assert "resume: --data.cache auto -> off" in said
+    assert "resume: --trainer.log_every_n_steps 2 -> 5" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model.lr", "0.1"], "--model.lr null -> 0.1"),
+        (
+            ["--data.batch_size", "4", "--model.name", "resnet18"],
+            "--data.batch_size 8 -> 4, --model.name squeezenet1_1",
+        ),
+        (["--data.root", "other"], "--data.root photos -> other"),
+        (["--seed_everything", "3"], "--seed_everything 0 -> 3"),
+        (["--name", "other"], "--name null -> other"),
+        (["--trainer.precision", "bf16-mixed"], "--trainer.precision"),
+    ],
+)
+def test_what_changes_the_result_is_refused(photos, interrupt, refused, options, said):
+    interrupt(4)
+    assert cli.main(FIT) == 130
+    before = {file: file.read_bytes() for file in RUN.rglob("*") if file.is_file()}
+    sentence = refused("fit", "--resume", *options)
+    assert said in sentence
+    assert f"--model.weights {RUN}/checkpoints/last.ckpt" in sentence
+    assert before == {file: file.read_bytes() for file in RUN.rglob("*") if file.is_file()}
+
+
+def test_pictures_that_came_later_are_left_out(photos, interrupt):
+    assert cli.main(FIT) == 0
+    interrupt(14)
+    assert cli.main(FIT) == 130
+    make_pictures(photos, dict.fromkeys(COLOURS, 45))
+    for number in range(40, 45):
+        assert (photos / "red" / f"{number:03d}.png").exists()
+    shutil.rmtree(photos)
+    make_pictures(photos, dict.fromkeys(COLOURS, 40))
+    (photos / "red" / "late.png").write_bytes((photos / "red" / "000.png").read_bytes())
+    assert cli.main(["fit", "--resume"]) == 0
+    assert_the_same(RUN, Path("runs/photos/version_1"))
+
+
+def test_fit_that_failed_before_its_first_checkpoint_starts_again_in_its_folder(photos, monkeypatch):
+    assert cli.main(FIT) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(callbacks.Narrator, "on_train_start", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cli.main(FIT)
+    run = Path("runs/photos/version_1")
+    assert not list(run.rglob("*.ckpt"))
+    assert runs.status(run) | {"step": 0} == runs.status(run)
+    assert runs.status(run)["reason"] == "ZeroDivisionError: division by zero"
+    assert cli.main(["fit", "--resume"]) == 0
+    assert_the_same(RUN, run)
+
+
+def test_newest_unfinished_run_is_meant(photos, interrupt, capsys):
+    interrupt(4)
+    assert cli.main([*FIT, "--name", "one"]) == 130
+    assert cli.main([*FIT, "--name", "two"]) == 0
+    assert cli.main(["fit", "--resume"]) == 0
+    assert "runs/one/version_0" in capsys.readouterr().out
+    assert Path("runs/latest").resolve() == Path("runs/one/version_0").resolve()
+
+
+def test_nothing_to_resume_is_said_and_auto_starts_a_run(photos, refused):
+    assert "No run in runs/ waits to go on" in refused("fit", "--resume")
+    assert "There is no run nowhere" in refused("fit", "--resume", "nowhere")
+    assert cli.main([*FIT, "--resume", "auto"]) == 0
+    assert "has done its 3 epochs" in refused("fit", "--resume", str(RUN))
+    assert "leave one out" in refused("fit", "--resume", "--ckpt_path", str(RUN / "checkpoints" / "last.ckpt"))
+    assert cli.main([*FIT, "--resume", "auto"]) == 0
+    assert len(list(Path("runs/photos").iterdir())) == 2
+
+
+def test_run_that_another_process_trains_is_left_alone(photos, interrupt, refused):
+    interrupt(4)
+    assert cli.main(FIT) == 130
+    hold = runs.Hold(RUN)
+    assert f"{RUN} is being trained by another process" in refused("fit", "--resume")
+    assert f"{RUN} is being trained by another process" in refused("fit", "--resume", str(RUN))
+    hold.release()
+    assert cli.main(["fit", "--resume"]) == 0
+
+
+def spoil(file, place):
+    content = bytearray(file.read_bytes())
+    content[int(len(content) * place)] ^= 1
+    file.write_bytes(content)
+
+
+def test_damaged_last_checkpoint_is_named_and_the_one_before_used(photos, capsys):
+    assert cli.main([*FIT, "--trainer.max_epochs", "2"]) == 0
+    spoil(RUN / "checkpoints" / "last.ckpt", 0.5)
+    assert cli.main(["fit", "--resume", str(RUN), "--trainer.max_epochs", "3"]) == 0
+    assert f"resume: {RUN}/checkpoints/last.ckpt is damaged" in capsys.readouterr().out
+    assert cli.main(FIT) == 0
+    assert len(logged(RUN)[1]["val/loss"]) == 3
+
+
+def test_two_damaged_checkpoints_are_told_of_and_nothing_is_lost(photos, refused):
+    assert cli.main([*FIT, "--trainer.max_epochs", "2"]) == 0
+    files = [RUN / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt")]
+    for file in files:
+        spoil(file, 0.5)
+    before = [file.read_bytes() for file in files]
+    sentence = refused("fit", "--resume", str(RUN), "--trainer.max_epochs", "3")
+    assert "last.ckpt" in sentence
+    assert "previous.ckpt" in sentence
+    assert f"--model.weights {RUN}/checkpoints/best.ckpt" in sentence
+    assert before == [file.read_bytes() for file in files]
+
+
+def test_picture_replaced_by_garbage_in_mid_run_is_left_out_and_the_fit_goes_on(photos, interrupt, capsys):
+    interrupt(4)
+    assert cli.main([*FIT, "--data.cache", "off"]) == 130
+    with (RUN / "split.csv").open() as stream:
+        train = [row["path"] for row in csv.DictReader(stream) if row["split"] == "train"]
+    (photos / train[0]).write_bytes(b"garbage")
+    (photos / train[1]).unlink()
+    assert cli.main(["fit", "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert f"left out, unreadable: photos/{train[0]}" in said
+    assert "1 pictures of" in said or f"left out, unreadable: photos/{train[1]}" in said
+
+
+def test_last_checkpoint_goes_on_in_a_new_run_too(photos, interrupt):
+    interrupt(14)
+    assert cli.main(FIT) == 130
+    last = str(RUN / "checkpoints" / "last.ckpt")
+    assert cli.main(["fit", "--ckpt_path", last, "--data.batch_size", "6"]) == 0  # other batches: its epoch starts anew
+    new = checkpoint(Path("runs/photos/version_1"))
+    assert new["epoch"] == 2
+    assert new["global_step"] == 15 + 2 * (84 // 6)
+    assert os.path.lexists("runs/latest")
