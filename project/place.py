@@ -64,6 +64,8 @@ class Place(NamedTuple):
             # a validation that was started and not ended is run again, from its start
             validation = dict.fromkeys(COUNTERS[:2], int(self.validate)) | dict.fromkeys(COUNTERS[2:], 0)
             loops["epoch_loop.val_loop.batch_progress"][scope] |= validation
+            for part in loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"].values():
+                part[scope] |= dict.fromkeys(part[scope], part[scope]["completed"])  # a step that failed was begun
         loops["epoch_loop.batch_progress"]["is_last_batch"] = self.validate and self.batch == self.batches
         loops["epoch_loop.val_loop.batch_progress"]["is_last_batch"] = False
         loops["epoch_loop.state_dict"]["_batches_that_stepped"] = self.step

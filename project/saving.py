@@ -106,7 +106,12 @@ class Last(Callback):
             self._pass(trainer, pl_module)
             since = time.monotonic() - self._saved_at
             new = self._before.epoch > self._saved.epoch or since > 60 * self._minutes
-            due = new and not self._writer.busy and since * SHARE >= self._writer.took
+            due = (
+                new
+                and self.file is not None
+                and not self._writer.busy(self.file)
+                and since * SHARE >= self._writer.took
+            )
             self._stop_or_save(trainer, due)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:

@@ -32,7 +32,7 @@ class CheckpointWriter(TorchCheckpointIO):
     Attributes:
         last: Where the run's last.ckpt lies.
         longest: The longest time that a save has held the fit up, in seconds.
-        took: The time that the last one took in the background, in seconds.
+        took: The time that the newest last.ckpt took in the background, in seconds.
     """
 
     def __init__(self) -> None:
@@ -42,14 +42,13 @@ class CheckpointWriter(TorchCheckpointIO):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._lock = threading.Lock()
         self._contents: dict[Path, dict[str, Any]] = {}  # to be written
-        self._tasks: list[Future[None]] = []
+        self._tasks: dict[Path, Future[None]] = {}  # the newest for each file
         self._failed: dict[Path, str] = {}
         self._room = Room()
 
-    @property
-    def busy(self) -> bool:
-        """Whether something is still being written."""
-        return any(not task.done() for task in self._tasks)
+    def busy(self, target: Path) -> bool:
+        """Whether a file is still being written."""
+        return target in self._tasks and not self._tasks[target].done()
 
     def reserve(self, size: int) -> None:
         """Gets ready for checkpoints of so many bytes, in the background."""
@@ -67,7 +66,7 @@ class CheckpointWriter(TorchCheckpointIO):
             waits = target in self._contents
             self._contents[target] = content  # one that is still waiting is out of date
         if not waits:
-            self._tasks.append(self._thread.submit(self._write, target))
+            self._tasks[target] = self._thread.submit(self._write, target)
         if requeued:  # the job is put back into the queue next, and this process killed
             self.wait()
         self.longest = max(self.longest, time.monotonic() - start)
@@ -92,8 +91,9 @@ class CheckpointWriter(TorchCheckpointIO):
             self._fail(target, error)
         finally:
             self._room.release(content)
-            self.took = time.monotonic() - start
             unfinished.unlink(missing_ok=True)
+            if target == self.last:
+                self.took = time.monotonic() - start
 
     def _fail(self, target: Path, error: Exception) -> None:
         while not isinstance(error, OSError) and isinstance(error.__context__, Exception):
@@ -112,7 +112,7 @@ class CheckpointWriter(TorchCheckpointIO):
     def wait(self) -> None:
         """Waits until every checkpoint is in place, or has failed."""
         while self._tasks:
-            self._tasks.pop(0).result()
+            self._tasks.pop(next(iter(self._tasks))).result()
 
     teardown = wait
 

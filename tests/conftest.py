@@ -1,5 +1,6 @@
 """What the tests share: a small made folder of pictures, and runs of a small network on it."""
 
+import errno
 import os
 import sys
 import urllib.request
@@ -10,9 +11,11 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from tensorboard.summary.writer import event_file_writer
 
 from project import cli
 
+pytest.register_assert_rewrite("tests.same_run")
 SMALL = ["--model.name", "squeezenet1_1", "--data.image_size", "32", "--data.workers", "0", "--data.batch_size", "8"]
 torch.set_num_threads(
     1
@@ -94,6 +97,19 @@ def put_in_cache(hub, name):
     return network
 
 
+def full_disk(monkeypatch, times=10**9):
+    """The first writes that must reach the disk fail as on a full one, at the system call."""
+    left, fsync = [times], os.fsync
+
+    def fail(descriptor):
+        if left[0] > 0:
+            left[0] -= 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+
+
 @pytest.fixture
 def refused(capsys):
     """Runs a command that must end with exit code 2 and one sentence, which is returned."""
@@ -118,6 +134,13 @@ def _one_thread(request):
     torch.set_num_threads(before if request.node.get_closest_marker("slow") else 1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _names_of_event_files_sort():
+    """Those of one second and one process sort by a number, which must have as many digits in each."""
+    while event_file_writer._global_uid.get() < 1000:
+        pass
 
 
 @pytest.fixture(autouse=True)

@@ -9,103 +9,55 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer import event_file_writer
 
 from project import callbacks, cli, runs
 from project.callbacks import StepSeed, Unreadable
 from project.classifier import Classifier
 from tests.conftest import COLOURS, SMALL, make_pictures
+from tests.same_run import assert_the_same, checkpoint, differences, logged
 
 FIT = ["fit", "--data.root", "photos", *SMALL, "--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "2"]
 RUN = Path("runs/photos/version_0")
 STEPS = 10  # an epoch has: 84 training pictures in batches of 8
 
 
-@pytest.fixture(autouse=True)
-def _names_of_event_files_sort():
-    """Those of one second and one process sort by a number, which must have as many digits in each."""
-    while event_file_writer._global_uid.get() < 1000:
-        pass
-
-
 @pytest.fixture
 def interrupt(monkeypatch):
-    """Presses Ctrl-C in these steps (counted from 0), and in these batches of validations (epoch, batch), once each."""
-    steps, validations = set(), set()
+    """Presses Ctrl-C at these places, once each and once a fit: a step, from 0, or epoch and batch of a validation."""
+    waiting, pressed = set(), []
     train, validate = StepSeed.on_train_batch_start, Unreadable.on_validation_batch_start
 
-    def in_step(self, trainer, pl_module, batch, batch_idx):
-        if (step := trainer.fit_loop.total_batch_idx) in steps:
-            steps.remove(step)
+    def press(place, trainer):
+        if place in waiting and trainer not in pressed:  # a second time would end the process at once
+            waiting.remove(place)
+            pressed.append(trainer)
             signal.raise_signal(signal.SIGINT)
+
+    def in_step(self, trainer, pl_module, batch, batch_idx):
+        press(trainer.fit_loop.total_batch_idx, trainer)
         train(self, trainer, pl_module, batch, batch_idx)
 
     def in_validation(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
-        if (place := (trainer.current_epoch, batch_idx)) in validations:
-            validations.remove(place)
-            signal.raise_signal(signal.SIGINT)
+        press((trainer.current_epoch, batch_idx), trainer)
         validate(self, trainer, pl_module, batch, batch_idx)
 
     monkeypatch.setattr(StepSeed, "on_train_batch_start", in_step)
     monkeypatch.setattr(Unreadable, "on_validation_batch_start", in_validation)
 
-    def at(*places):
-        for place in places:
-            (validations if isinstance(place, tuple) else steps).add(place)
-
-    return at
-
-
-def checkpoint(run, name="last"):
-    return torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
-
-
-def logged(run):
-    """Rows of metrics.csv, and every scalar in TensorBoard's files."""
-    with (run / "metrics.csv").open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    curves = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    return rows, curves, [e.step for e in events.Images("train/first_batch")]
-
-
-def differences(one, two, path=""):
-    """Where two checkpoints differ, bit for bit; clocks and what is called after the run's folder left out."""
-    if path.endswith(("/seconds", "/time", "path", "dirpath", "best_k_models", "current_score", "/said")):
-        return []
-    if isinstance(one, torch.Tensor):
-        return [] if isinstance(two, torch.Tensor) and torch.equal(one, two) else [path]
-    if isinstance(one, dict):
-        places = [f"{path}: {one.keys() ^ two.keys()}"] if one.keys() != two.keys() else []
-        return places + [d for key in one.keys() & two.keys() for d in differences(one[key], two[key], f"{path}/{key}")]
-    if isinstance(one, list | tuple):
-        same = len(one) == len(two)
-        return [d for n, pair in enumerate(zip(one, two, strict=same)) for d in differences(*pair, f"{path}/{n}")]
-    return [] if one == two or one != one else [f"{path}: {one} {two}"]
+    return lambda *places: waiting.update(places)
 
 
 def fit_in_parts(options, interrupt, *places):
     """A fit that is stopped at places and goes on each time; its run."""
     interrupt(*places)
     assert cli.main([*FIT, *options]) == 130
-    for _ in places[1:]:
-        assert cli.main(["fit", "--resume"]) == 130
-    assert cli.main(["fit", "--resume"]) == 0
+    while (code := cli.main(["fit", "--resume"])) == 130:
+        pass
+    assert code == 0
     return max(Path("runs/photos").iterdir())
 
 
-def assert_the_same(run, other):
-    assert not differences(checkpoint(run), checkpoint(other))
-    for part in ("state_dict", "metadata", "epoch", "global_step"):  # Lightning adds counters that nothing reads
-        assert not differences(checkpoint(run, "best")[part], checkpoint(other, "best")[part])
-    assert logged(run) == logged(other)
-    assert (run / "split.csv").read_bytes() == (other / "split.csv").read_bytes()
-    assert (run / "config.yaml").read_bytes() == (other / "config.yaml").read_bytes()
-    assert runs.status(run)["state"] == "finished"
-
-
-@pytest.mark.parametrize(
+EVERY_KIND = pytest.mark.parametrize(
     "options",
     [
         [],
@@ -120,14 +72,23 @@ def assert_the_same(run, other):
     ],
     ids=lambda options: " ".join(options) or "defaults",
 )
-def test_stopped_fit_goes_on_to_the_same_bits(photos, interrupt, options):
-    """In an epoch, at its first and last step, in validations, and several times."""
+
+
+@EVERY_KIND
+def test_fit_that_was_stopped_in_a_step_and_in_a_validation_goes_on_to_the_same_bits(photos, interrupt, options):
     assert cli.main([*FIT, *options]) == 0
-    for places in ([4], [STEPS], [2 * STEPS - 1, 2 * STEPS + 1], [(1, 1), 2 * STEPS + 2, (1, 0)]):
-        if "2" in options:
+    assert_the_same(RUN, fit_in_parts(options, interrupt, 4, (1, 1)))
+
+
+@pytest.mark.slow
+@EVERY_KIND
+def test_fit_that_was_stopped_anywhere_goes_on_to_the_same_bits(photos, interrupt, options):
+    """At the first and the last step of an epoch, in successive steps, and often."""
+    assert cli.main([*FIT, *options]) == 0
+    last = (6 if "7" in options else STEPS - 1) + STEPS
+    for places in ([0], [STEPS], [last], [last - 1, last, last + 1], [1, 5, (1, 0), 13, 22]):
+        if "2" in options:  # the first epoch has no validation
             places = [place for place in places if place != (1, 0)]
-        if "7" in options:  # an epoch has seven steps
-            places = [place if isinstance(place, tuple) else place * 7 // STEPS for place in places]
         run = fit_in_parts(options, interrupt, *places)
         assert_the_same(RUN, run)
         shutil.rmtree(run)

@@ -1,13 +1,18 @@
-"""Averaged weights, and a fit that stops by itself."""
+"""What a fit saves: averaged weights, what an exception leaves; and a fit that stops by itself."""
 
 import csv
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 
-from project import cli
-from tests.conftest import SMALL
+from project import cli, runs
+from project.average import Average
+from project.callbacks import Narrator
+from project.classifier import Classifier
+from tests.conftest import SMALL, full_disk
+from tests.same_run import assert_the_same
 
 FIT = ["fit", "--data.root", "photos", *SMALL]
 
@@ -30,8 +35,6 @@ def test_best_holds_the_averaged_weights_that_were_validated(photos, capsys):
 
 
 def test_average_is_that_of_the_weights_after_each_step(photos, monkeypatch):
-    from project.average import Average
-
     seen = []
     end = Average.on_train_batch_end
 
@@ -59,8 +62,6 @@ def test_averaged_fit_goes_on_from_its_last_checkpoint(photos):
 
 
 def test_validation_that_is_cut_short_does_not_mix_up_weights_and_average(photos, monkeypatch):
-    from project.classifier import Classifier
-
     seen = {}
     validate = Classifier.validation_step
 
@@ -90,3 +91,84 @@ def test_fit_stops_when_the_validation_loss_no_longer_falls_and_says_so(photos, 
     assert len(losses) < 9
     assert min(losses) == pytest.approx(losses[-3], abs=1e-6)
     assert f"stopped after epoch {len(losses)}: no lower val/loss in 2 epochs" in out
+
+
+# exceptions
+
+
+@pytest.mark.parametrize("options", [[], ["--model.name", "resnet18", "--average", "0.9"]])
+def test_fit_that_fails_in_a_step_leaves_the_step_before_and_its_reason(photos, monkeypatch, options):
+    fit = [*FIT, "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "2", *options]
+    assert cli.main(fit) == 0
+    forward = Classifier._step
+
+    def out_of_memory(self, batch, split):
+        made = forward(self, batch, split)  # statistics and sums have changed already
+        if split == "train" and self.trainer.fit_loop.total_batch_idx == 13:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return made
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Classifier, "_step", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            cli.main(fit)
+    run = Path("runs/photos/version_1")
+    assert content_of("last", run)["global_step"] == 13
+    status = runs.status(run)
+    assert (status["state"], status["reason"]) == ("failed", "OutOfMemoryError: CUDA out of memory")
+    assert cli.main(["fit", "--resume"]) == 0
+    assert_the_same(run, Path("runs/photos/version_0"))
+
+
+def test_weights_that_an_update_has_left_half_done_are_not_saved(photos, monkeypatch):
+    step = torch.optim.Adam.step
+
+    def half_done(self, *arguments, **options):
+        made = step(self, *arguments, **options)
+        if len(updates) == 13:
+            raise RuntimeError("a device is lost")
+        updates.append(1)
+        return made
+
+    updates = []
+    monkeypatch.setattr(torch.optim.Adam, "step", half_done)
+    with pytest.raises(RuntimeError, match="a device is lost"):
+        cli.main([*FIT, "--trainer.max_epochs", "2"])
+    assert content_of("last")["global_step"] == 10  # saved before the second epoch
+
+
+def test_fit_that_fails_after_a_validation_goes_on_from_the_checkpoint_before(photos, monkeypatch):
+    fit = [*FIT, "--trainer.max_epochs", "3", "--patience", "3"]
+    assert cli.main(fit) == 0
+    with monkeypatch.context() as patched:
+        checked = EarlyStopping._run_early_stopping_check
+
+        def fail(self, trainer):
+            checked(self, trainer)  # it counts this validation
+            if trainer.current_epoch == 1:
+                raise OSError("gone")
+
+        patched.setattr(EarlyStopping, "_run_early_stopping_check", fail)
+        with pytest.raises(OSError, match="gone"):
+            cli.main(fit)
+    assert cli.main(["fit", "--resume"]) == 0
+    assert_the_same(Path("runs/photos/version_1"), Path("runs/photos/version_0"))
+
+
+def test_full_disk_ends_the_fit_with_a_sentence_and_the_fit_goes_on_when_there_is_room(photos, monkeypatch, capsys):
+    assert cli.main(FIT) == 0
+    with monkeypatch.context() as patched:
+        started = Narrator.on_train_start
+
+        def disk_is_full(self, trainer, pl_module):
+            full_disk(patched)
+            started(self, trainer, pl_module)
+
+        patched.setattr(Narrator, "on_train_start", disk_is_full)
+        assert cli.main(FIT) == 1
+    captured = capsys.readouterr()
+    assert "No space left on device" in captured.err
+    assert "fit --resume runs/photos/version_1" in captured.err
+    assert "Traceback" not in captured.err
+    assert cli.main(["fit", "--resume"]) == 0
+    assert_the_same(Path("runs/photos/version_1"), Path("runs/photos/version_0"))

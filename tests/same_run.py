@@ -1,0 +1,46 @@
+"""Whether two runs are the same, bit for bit and point for point."""
+
+import csv
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from project import runs
+
+
+def checkpoint(run, name="last"):
+    return torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+def logged(run):
+    """Rows of metrics.csv, and every scalar in TensorBoard's files."""
+    with (run / "metrics.csv").open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    curves = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return rows, curves, [e.step for e in events.Images("train/first_batch")]
+
+
+def differences(one, two, path=""):
+    """Where two checkpoints differ, bit for bit; clocks and what is called after the run's folder left out."""
+    if path.endswith(("/seconds", "/time", "path", "dirpath", "best_k_models", "current_score", "/said")):
+        return []
+    if isinstance(one, torch.Tensor):
+        return [] if isinstance(two, torch.Tensor) and torch.equal(one, two) else [path]
+    if isinstance(one, dict):
+        places = [f"{path}: {one.keys() ^ two.keys()}"] if one.keys() != two.keys() else []
+        return places + [d for key in one.keys() & two.keys() for d in differences(one[key], two[key], f"{path}/{key}")]
+    if isinstance(one, list | tuple):
+        same = len(one) == len(two)
+        return [d for n, pair in enumerate(zip(one, two, strict=same)) for d in differences(*pair, f"{path}/{n}")]
+    return [] if one == two or one != one else [f"{path}: {one} {two}"]
+
+
+def assert_the_same(run, other):
+    assert not differences(checkpoint(run), checkpoint(other))
+    for part in ("state_dict", "metadata", "epoch", "global_step"):  # Lightning adds counters that nothing reads
+        assert not differences(checkpoint(run, "best")[part], checkpoint(other, "best")[part])
+    assert logged(run) == logged(other)
+    assert (run / "split.csv").read_bytes() == (other / "split.csv").read_bytes()
+    assert (run / "config.yaml").read_bytes() == (other / "config.yaml").read_bytes()
+    assert runs.status(run)["state"] == "finished"
