@@ -3,7 +3,7 @@ PYTHON ?=
 ARGS ?=
 VENV = .venv/bin/python
 
-.PHONY: help install fit test test-slow check board bench clean clean-cache core dev
+.PHONY: help install fit test test-slow torture check board bench clean clean-cache core dev
 
 help:  ## these lines
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):[^#]*## /make \1\t/' | expand -t 18
@@ -28,6 +28,9 @@ test: check  ## check, then the fast tests
 
 test-slow: dev  ## the tests with many processes, a browser and notebooks
 	$(VENV) -m pytest -m slow $(ARGS)
+
+torture: dev  ## forty fits killed at random instants, each resumed until it is done (a quarter of an hour)
+	TORTURE=40 $(VENV) -m pytest tests/test_torture.py -s $(ARGS)
 
 board: core  ## TensorBoard on runs/; a run of a new name needs a restart
 	@sh scripts/board.sh $(ARGS)

@@ -110,8 +110,8 @@ def rewind(run: Path, rows: int, step: int, time: float) -> None:
     for file in sorted(run.glob("events.out.tfevents.*")):
         kept = bytearray()
         for record, event in _events(file.read_bytes()):
-            about_a_step = event.HasField("summary") or event.HasField("session_log")
-            if not about_a_step or event.step < step or (event.step == step and event.wall_time <= time):
+            head = event.WhichOneof("what") == "file_version"
+            if head or event.step < step or (event.step == step and event.wall_time <= time):
                 kept += record
         with files.replacing_bytes(file) as stream:
             stream.write(kept)

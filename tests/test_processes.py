@@ -13,12 +13,19 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import SMALL
+from project import runs
+from tests.conftest import SMALL, make_pictures
+from tests.same_run import assert_the_same, checkpoint, logged
 
 ROOT = Path(__file__).parent.parent
 CLI = [sys.executable, "-m", "project.cli"]
 FIT = ["fit", "--data.root", "photos", *SMALL, "--trainer.max_epochs", "2"]
-TWO_RANKS = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+EXACT = ["--model.name", "timm/test_convnext"]  # without dropout and batch norm
+FIGURES = ("accuracy", "precision", "recall", "f1", "auroc", "loss")
+
+
+def on(ranks):
+    return ["--trainer.accelerator", "cpu", "--trainer.devices", str(ranks), "--trainer.strategy", "ddp"]
 
 
 def run(*command, **options):
@@ -32,71 +39,192 @@ def results(run):
         return json.loads((run / "test_metrics.json").read_text()), list(csv.DictReader(stream))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
-def test_two_ranks_make_one_run_and_test_like_one_process(photos, launcher):
+def start(launcher, ranks):
     if launcher == "torchrun":
-        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "project.cli"]
-    else:
-        start = CLI
-    out = run(*start, *FIT, *TWO_RANKS)
-    assert sorted(p.name for p in Path("runs/photos").iterdir()) == ["version_0"]
-    assert out.count("best: epoch") == 1
-    version = Path("runs/photos/version_0")
-    # 24 test pictures; one is unreadable and 5 go into a batch, so that neither ranks nor batches come out even
-    next(iter(Path("photos/red").glob("*.png"))).write_bytes(b"")
-    figures = []
-    for command in ([*CLI, "test"], [*start, "test", *TWO_RANKS]):
+        return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "-m", "project.cli"]
+    return CLI
+
+
+def assert_tested_alike(version, one, *others):
+    """Runs `test` by each command; a picture is unreadable and 5 go into a batch, so that nothing comes out even."""
+    with (version / "split.csv").open() as stream:
+        test = [row["path"] for row in csv.DictReader(stream) if row["split"] == "test"]
+    Path("photos", test[3]).write_bytes(b"")
+    measured = []
+    for command in (one, *others):
         run(*command, "--ckpt_path", str(version), "--data.batch_size", "5")
-        figures.append(results(version))
-    (one, one_rows), (two, two_rows) = figures
-    assert one.keys() == two.keys()
-    for key, value in one.items():
-        assert two[key] == (pytest.approx(value, abs=1e-6) if isinstance(value, float) else value), key
-    assert [row["path"] for row in one_rows] == [row["path"] for row in two_rows]
-    for a, b in zip(one_rows, two_rows, strict=True):
-        assert a["label"] == b["label"]
-        assert a["error"] == b["error"]
+        measured.append(results(version))
+    (figures, rows), *rest = measured
+    assert len(rows) == len(test) == figures["n"]
+    for other_figures, other_rows in rest:
+        assert figures.keys() == other_figures.keys()
+        for key, value in figures.items():
+            expected = pytest.approx(value, abs=1e-6) if isinstance(value, float) else value
+            assert other_figures[key] == expected, key
+        for a, b in zip(rows, other_rows, strict=True):
+            assert all(a[key] == b[key] for key in ("path", "true", "label", "error"))
+            for key in a:
+                if key.startswith("p:") and not a["error"]:
+                    assert float(b[key]) == pytest.approx(float(a[key]), abs=1e-6)
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_exits_with_130_and_leaves_no_worker(photos):
-    command = [*CLI, *FIT, "--data.workers", "2", "--trainer.max_epochs", "500"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    last = Path("runs/photos/version_0/checkpoints/last.ckpt")
+@pytest.mark.parametrize(("launcher", "ranks"), [("lightning", 2), ("torchrun", 3)])
+def test_ranks_learn_and_measure_like_one_process(photos, launcher, ranks):
+    """84 training pictures in batches of 8 are shared out unequally by 3; so are the 12 of validation by 5."""
+    options = [*FIT, *EXACT, "--trainer.log_every_n_steps", "1", "--model.lr", "0.001"]
+    run(*CLI, *options)
+    out = run(*start(launcher, ranks), *options, *on(ranks))
+    assert sorted(p.name for p in Path("runs/photos").iterdir()) == ["version_0", "version_1"]
+    assert out.count("best: epoch") == 1
+    (_, curves, _), (_, others, _) = (logged(Path(f"runs/photos/version_{number}")) for number in (0, 1))
+    assert len(curves["train/loss_step"]) == 20
+    for tag in ("train/loss_step", "train/loss", "train/accuracy", *(f"val/{name}" for name in FIGURES)):
+        assert [step for step, _ in curves[tag]] == [step for step, _ in others[tag]]
+        assert [v for _, v in curves[tag]] == pytest.approx([v for _, v in others[tag]], abs=1e-4), tag
+    version = Path("runs/photos/version_1")
+    assert_tested_alike(version, [*CLI, "test"], [*start(launcher, ranks), "test", *on(ranks)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "said"), [(["--data.batch_size", "2"], "in a batch"), ([], "val pictures")])
+def test_more_ranks_than_pictures_are_refused_in_a_sentence(workplace, options, said):
+    for split, count in (("train", 9), ("val", 1)):
+        make_pictures(Path("photos", split), dict.fromkeys(("blue", "red"), count))
+    done = subprocess.run([*CLI, *FIT, *on(3), *options], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert "give --trainer.devices 2" in lines[0]
+
+
+def started(*command, until, **options):
+    """A fit in a process group of its own, as soon as a condition holds."""
+    process = psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
     deadline = time.monotonic() + 120
-    while not last.exists():
+    while not until():
+        assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.1)
-    children = psutil.Process(process.pid).children(recursive=True)
+        time.sleep(0.05)
+    return process
+
+
+LONG = ["--trainer.max_epochs", "500"]
+VERSION = Path("runs/photos/version_0")
+LAST = VERSION / "checkpoints" / "last.ckpt"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_saves_the_step_in_progress_exits_and_leaves_no_worker(photos, number, code):
+    process = started(
+        *CLI, *FIT, *LONG, "--data.workers", "2", "--save_every", "1000", until=LAST.exists, start_new_session=True
+    )
+    children = process.children(recursive=True)
     assert len(children) >= 2
-    os.killpg(process.pid, signal.SIGINT)  # what a terminal does: to every process of the group
+    before = LAST.stat().st_mtime_ns
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # what a terminal does: to every process of the group
+    else:
+        process.send_signal(number)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, out
-    assert f"--ckpt_path {last}" in out
+    assert process.returncode == code, out
+    assert f"fit --resume {VERSION}" in out
     assert "Traceback" not in out
+    assert LAST.stat().st_mtime_ns > before
+    assert runs.status(VERSION)["state"] == "stopped"
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
 
 
 @pytest.mark.slow
-def test_no_process_outlives_a_fit_that_is_killed(photos):
-    process = psutil.Popen(
-        [*CLI, *FIT, "--data.workers", "2", "--trainer.max_epochs", "500"], stdout=subprocess.DEVNULL
+def test_second_ctrl_c_ends_a_step_that_hangs(photos):
+    Path("hanging.py").write_text(
+        "import sys, time\n"
+        "from project import cli\n"
+        "from project.classifier import Classifier\n"
+        "def hang(*_):\n"
+        "    open('hangs', 'w')\n"
+        "    while True: time.sleep(0.01)\n"
+        "Classifier.training_step = hang\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
     )
-    deadline = time.monotonic() + 120
-    while not Path("runs/photos/version_0/checkpoints/last.ckpt").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    process = started(sys.executable, "hanging.py", *FIT, until=Path("hangs").exists)
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(psutil.TimeoutExpired):
+        process.wait(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130
+    process.stdout.close()
+
+
+@pytest.mark.slow
+def test_ranks_stop_together_and_one_process_goes_on_where_they_were(photos):
+    options = [*FIT, *EXACT, "--save_every", "1000", "--trainer.max_epochs", "30"]
+    process = started(*CLI, *options, *on(2), until=LAST.exists)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=90)
+    assert process.returncode == 143, out
+    assert "Traceback" not in out
+    begun = checkpoint(VERSION)["place"]["at"]["epoch"]
+    assert begun < 30
+    out = run(*CLI, "fit", "--resume", "--trainer.devices", "1", "--trainer.strategy", "auto")
+    assert "resume: --trainer.devices 2 -> 1" in out
+    run(*CLI, *options, *on(2))
+    one, other = (logged(Path(f"runs/photos/version_{number}"))[1] for number in (0, 1))
+    for tag in ("train/loss", "train/accuracy", "val/loss"):
+        assert [step for step, _ in one[tag]] == [step for step, _ in other[tag]]
+        near = slice(0, begun + 2)  # later the rounding of two ranks and of one has grown
+        assert [v for _, v in one[tag][near]] == pytest.approx([v for _, v in other[tag][near]], abs=1e-3), tag
+
+
+@pytest.mark.slow
+def test_two_fits_that_start_together_do_not_disturb_each_other(photos):
+    processes = [subprocess.Popen([*CLI, *FIT], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    versions = sorted(Path("runs/photos").iterdir())
+    assert [version.name for version in versions] == ["version_0", "version_1"]
+    assert_the_same(*versions)
+    assert Path("runs/latest").resolve() in [version.resolve() for version in versions]
+    assert not [file for folder in ("runs", "data/cache") for file in Path(folder).rglob("*.tmp")]
+
+
+@pytest.mark.slow
+def test_slurm_puts_the_job_back_and_it_goes_on_in_its_run(photos):
+    Path("bin").mkdir()
+    script(Path("bin/scontrol"), 'echo "$@" >> requeued')
+    job = os.environ | {"PATH": f"{Path('bin').resolve()}:{os.environ['PATH']}"}
+    job |= {"SLURM_JOB_ID": "4321", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_NODEID": "0"}
+    job |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_NUM_NODES": "1"}
+    command = [*CLI, *FIT, "--trainer.max_epochs", "40"]
+    process = started(*command, until=LAST.exists, env=job)
+    process.send_signal(signal.SIGUSR1)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, out
+    assert Path("requeued").read_text() == "requeue 4321\n"
+    assert not list(Path().rglob("hpc_ckpt*"))
+    step = checkpoint(VERSION)["global_step"]
+    assert 0 < step < 400
+    out = run(*command, env=job | {"SLURM_RESTART_COUNT": "1"})
+    assert [p.name for p in VERSION.parent.iterdir()] == ["version_0"]
+    assert checkpoint(VERSION)["global_step"] == 400
+    assert len(logged(VERSION)[1]["val/loss"]) == 40
+
+
+@pytest.mark.slow
+def test_no_process_outlives_a_fit_that_is_killed(photos):
+    before = set(os.listdir("/dev/shm"))
+    process = started(*CLI, *FIT, *LONG, "--data.workers", "2", until=LAST.exists)
     children = process.children(recursive=True)
     assert len(children) >= 3
     process.kill()
     process.wait(20)
+    process.stdout.close()
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive
+    assert set(os.listdir("/dev/shm")) <= before
 
 
 def set_up(tmp_path, python=None, **variables):
