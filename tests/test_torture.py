@@ -24,7 +24,8 @@ COMMAND += ["--save_every", "0.002", "--resume", "auto"]  # a save every 0.1 s
 KILLS = 4  # of a fit at most, before it is left in peace
 # The calls in which a process kills itself: in the middle of a checkpoint, before and after it is brought to the disk,
 # while the one before gets its second name and before the new one gets the first, while cache and logs are written.
-CALLS = ("torch.save", "fsync", "hardlink", "replace", "cache", "metrics", "events", "rename")
+# How many of them there may be before it is their turn.
+CALLS = {"torch.save": 2, "fsync": 8, "hardlink": 1, "replace": 8, "cache": 4, "metrics": 5, "events": 30, "rename": 1}
 
 
 def die():
@@ -125,6 +126,9 @@ def fit(folder, options, saboteur):
 def nursery():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["project.training", "project.tune"])
+    first = context.Process(target=time.sleep, args=(0,))  # waits for the imports
+    first.start()
+    first.join()
     return context
 
 
@@ -143,9 +147,18 @@ def run_until_killed(nursery, folder, options, instant, saboteur):
         assert instant is not None, (folder / "said").read_text()
         process.kill()
     process.join()
-    _, alive = psutil.wait_procs(children, timeout=20)
-    assert not alive
+    deadline = time.monotonic() + 20
+    while alive := [child for child in children if runs(child)]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.01)
     return process.exitcode
+
+
+def runs(process):
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE  # whoever has inherited it takes its time to notice
+    except psutil.NoSuchProcess:
+        return False
 
 
 def shared_memory():
@@ -171,22 +184,21 @@ def test_killed_fits_go_on_to_the_same_bits_and_leave_nothing_over(nursery, tmp_
         for attempt in range(KILLS + 1):
             instant, saboteur = None, None
             if attempt < KILLS and number % 2:
-                instant = chance.uniform(0.1, 1.2 * usual[options])
+                instant = chance.uniform(0.1, 1.0) * usual[options]
             elif attempt < KILLS:
-                where = CALLS[(number // 2 + attempt) % len(CALLS)]
-                saboteur = (where, chance.randint(1, 6), chance.random() < 0.5)
+                where = list(CALLS)[(number // 2 + attempt) % len(CALLS)]
+                saboteur = (where, chance.randint(1, CALLS[where]), chance.random() < 0.5)
             code = run_until_killed(nursery, place, options, instant, saboteur)
             assert code in (0, -signal.SIGKILL), (place / "said").read_text()
             killed += code != 0
             reached |= {saboteur[0]} if code and saboteur else set()
             if code == 0:
                 break
-        assert code == 0, (place / "said").read_text()
         (run,) = (place / "runs" / "photos").iterdir()
         assert_the_same(run, references[options] / "runs" / "photos" / "version_0")
         left = [file for file in place.rglob("*") if file.name.endswith(".tmp")]
         assert not left, (place / "said").read_text()
         shutil.rmtree(place)
-    assert killed >= FITS
+    assert killed > FITS / 2  # a fit may be done before its time comes
     assert shared_memory() <= before
     print(f"{FITS} fits were killed {killed} times, in {', '.join(sorted(reached))} and at random")
