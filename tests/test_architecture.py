@@ -67,7 +67,9 @@ def test_every_module_has_its_test_file():
         "board": "training",
         "runs": "training",
         "origin": "training",
-        "saving": "training",
+        "average": "saving",
+        "place": "resuming",
+        "stopping": "processes",
         "errors": "cli",
         "usage": "cli",
     }
