@@ -5,13 +5,14 @@ tensors and plain types. Nothing is ever unpickled: `torch.load(weights_only=Tru
 """
 
 import importlib.metadata
+import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,31 @@ from project.models.weights import read as read_file
 from project.predictions import Prediction
 
 METADATA = "metadata"  # the key under which a checkpoint says what it is
+LARGEST = 16_384  # side of a picture, in pixels: a foreign file must not decide how much memory is taken
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(isinstance(n, float) and math.isfinite(n) for n in value)
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(n, str) for n in value)
+
+
+def _sections(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), dict) for name in ("data", "model", "trainer"))
+
+
+# what a checkpoint must say of itself: a test, and the words for it
+EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model": (lambda value: isinstance(value, str), "a name"),
+    "class_names": (lambda value: _names(value) and len(set(value)) == len(value), "a list of different names"),
+    "image_size": (lambda value: type(value) is int and 0 < value <= LARGEST, f"a number of pixels up to {LARGEST}"),
+    "resize": (lambda value: value in get_args(images.Resize), f"one of {', '.join(get_args(images.Resize))}"),
+    "mean": (_numbers, "three numbers"),
+    "std": (lambda value: _numbers(value) and all(n > 0 for n in value), "three numbers above 0"),
+    "config": (_sections, "a configuration"),
+}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -35,28 +61,15 @@ def read(path: Path) -> dict[str, Any]:
     """
     content = read_file(path)
     metadata = content.get(METADATA) if isinstance(content, dict) else None
-    if not _is_ours(content, metadata):
+    if not isinstance(metadata, dict):
         raise UserError(f"{path} was not written by this project: it has no {METADATA}; give a best.ckpt of a run.")
+    for key, (is_right, expected) in EXPECTED.items():
+        if not is_right(metadata.get(key)):
+            raise UserError(f"{path} is not a checkpoint of this project: its {key} is not {expected}.")
+    weights = content.get("state_dict")
+    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise UserError(f"{path} is not a checkpoint of this project: it has no weights by name.")
     return dict(content)
-
-
-def _is_ours(content: Any, metadata: Any) -> bool:
-    kinds = {
-        "model": str,
-        "class_names": list,
-        "image_size": int,
-        "resize": str,
-        "mean": list,
-        "std": list,
-        "config": dict,
-    }
-    return (
-        isinstance(metadata, dict)
-        and all(isinstance(metadata.get(key), kind) for key, kind in kinds.items())
-        and isinstance(metadata.get("config"), dict)
-        and all(isinstance(metadata["config"].get(section), dict) for section in ("data", "model", "trainer"))
-        and isinstance(content.get("state_dict"), dict)
-    )
 
 
 @dataclass(frozen=True)

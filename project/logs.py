@@ -1,19 +1,30 @@
-"""metrics.csv, and how a run's logs go back to the place from which a fit goes on: no point twice, none missing."""
+"""metrics.csv and TensorBoard's files: points wait while the disk is full; where a fit goes on, none is there twice."""
 
+import contextlib
 import csv
 import io
+import itertools
+import os
+import platform
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning_utilities.core.rank_zero import rank_zero_only
-from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.writer import FileWriter
 
 from project import files
 
 METRICS = "metrics.csv"
+_serial = itertools.count()
 
 
 class MetricsFile(Logger):
@@ -31,7 +42,7 @@ class MetricsFile(Logger):
         self._file = run / METRICS
         self._columns: list[str] = []
         self._waiting: list[dict[str, float]] = []
-        self._torn = False  # the last write failed half-way
+        self.trouble = ""  # why the last write failed, perhaps half-way
         self.rows = 0  # logged so far
         if self._file.exists():
             self._columns, rows = read(self._file)
@@ -63,7 +74,7 @@ class MetricsFile(Logger):
             return
         columns = sorted(set(self._columns).union(*self._waiting))
         try:
-            if columns != self._columns or self._torn:
+            if columns != self._columns or self.trouble:
                 old = read(self._file)[1][: self.rows - len(self._waiting)] if self._file.exists() else []
                 write(self._file, columns, [*old, *self._waiting])
             else:
@@ -72,11 +83,9 @@ class MetricsFile(Logger):
                 with self._file.open("a", encoding="utf-8", newline="") as stream:
                     stream.write(text.getvalue())
         except OSError as error:
-            if not self._torn:
-                print(f"{self._file}: {error.strerror}; its rows wait until they can be written", flush=True)
-            self._torn = True
+            self.trouble = _told(self._file, error, self.trouble)
             return
-        self._columns, self._waiting, self._torn = columns, [], False
+        self._columns, self._waiting, self.trouble = columns, [], ""
 
 
 def read(file: Path) -> tuple[list[str], list[dict[str, str]]]:
@@ -93,6 +102,108 @@ def write(file: Path, columns: list[str], rows: list[Any]) -> None:
         writer = csv.DictWriter(stream, columns)
         writer.writeheader()
         writer.writerows(rows)
+
+
+class Board(TensorBoardLogger):
+    """Lightning's logger for TensorBoard, which a full disk does not stop.
+
+    Args:
+        run: The run's folder.
+        after: Step after which a TensorBoard that is open shall forget what it has seen; None for a run that begins.
+    """
+
+    def __init__(self, run: Path, after: int | None = None) -> None:
+        super().__init__(run.parent.parent, run.parent.name, run.name, default_hp_metric=False)
+        self._after = after
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> SummaryWriter:
+        """TensorBoard's writer."""
+        if self._experiment is None:
+            self._experiment = _Writer(self.log_dir)
+            if self._after is not None:
+                event = Event(step=self._after + 1, session_log=SessionLog(status=SessionLog.START))
+                self._experiment.file_writer.add_event(event, self._after + 1)
+        return self._experiment
+
+    @property
+    def trouble(self) -> str:
+        """Why what is logged cannot be written; empty where it can."""
+        writer: Any = self._experiment
+        return writer.file_writer.event_writer.trouble if writer is not None else ""
+
+
+class EventFile:
+    """An event file that grows by whole records, each written when the disk takes it.
+
+    TensorBoard's own writes in a thread, which dies where the disk is full and leaves a record cut off.
+
+    Args:
+        folder: Where it is made.
+    """
+
+    def __init__(self, folder: str) -> None:
+        name = f"events.out.tfevents.{int(time.time()):010d}.{platform.node()}.{os.getpid()}.{next(_serial):04d}"
+        self._file = Path(folder, name)
+        self._waiting, self._size = io.BytesIO(), 0
+        self.trouble = ""  # why the last write failed
+        self.add_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self.flush()
+
+    def get_logdir(self) -> str:
+        """The folder it is in."""
+        return str(self._file.parent)
+
+    def add_event(self, event: Any) -> None:
+        """Adds a record."""
+        RecordWriter(self._waiting).write(event.SerializeToString())
+
+    def flush(self) -> None:
+        """Writes the records that wait; where they cannot be written, they wait on."""
+        if not (records := self._waiting.getvalue()):
+            return
+        try:
+            with self._file.open("ab", buffering=0) as stream:
+                rest = memoryview(records)
+                while rest:  # a full disk takes a part, and says so at the next call
+                    rest = rest[stream.write(rest) :]
+        except OSError as error:
+            self.trouble = _told(self._file, error, self.trouble)
+            with contextlib.suppress(OSError):
+                os.truncate(self._file, self._size)
+            return
+        self._waiting, self._size, self.trouble = io.BytesIO(), self._size + len(records), ""
+
+    close = flush
+
+    def reopen(self) -> None:
+        """Nothing: it is open while it is written."""
+
+
+class _Events(FileWriter):
+    def __init__(self, folder: str) -> None:
+        self.event_writer: Any = EventFile(folder)
+
+
+class _Writer(SummaryWriter):
+    """TensorBoard's writer, into an `EventFile`."""
+
+    file_writer: Any
+    all_writers: Any
+
+    def _get_file_writer(self) -> Any:
+        if self.file_writer is None:
+            self.file_writer = _Events(self.log_dir)
+            self.all_writers = {self.log_dir: self.file_writer}
+        return self.file_writer
+
+
+def _told(file: Path, error: OSError, before: str) -> str:
+    """Says once why a log cannot be written, and gives the reason."""
+    if not before:
+        print(f"{file}: {error.strerror}; what is logged waits until it can be written", flush=True)
+    return error.strerror or str(error)
 
 
 def rewind(run: Path, rows: int, step: int, time: float) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from project import checkpoint, runs
 from project.errors import UserError
-from project.place import PLACE
+from project.place import Place
 
 # What a checkpoint may set of the Trainer. Not the machine's share (accelerator, devices, workers), and nothing that
 # names a class: whoever writes a checkpoint must not choose what code runs.
@@ -34,6 +34,18 @@ class Origin:
         self.path, self.run = path, runs.folder_of(path)
         self.content = checkpoint.read(path)
         self.metadata = self.content[checkpoint.METADATA]
+
+    @property
+    def place(self) -> Place | None:
+        """Where its fit stood; None where it does not say, as in a user's own checkpoint.
+
+        Raises:
+            UserError: What it says is no place.
+        """
+        try:
+            return Place.saved_in(self.content)
+        except ValueError as error:
+            raise UserError(f"{self.path} is damaged: it does not say where its fit stood.") from error
 
     def settings(self, with_split: bool, verb: str) -> dict[str, Any]:
         """The run's configuration, as far as it holds on another machine; the weights are the checkpoint's own.
@@ -79,8 +91,8 @@ class Origin:
         """
         if "optimizer_states" not in self.content:
             raise UserError(f"{self.path} holds weights only; continue from the run's last.ckpt.")
-        if (place := self.content.get(PLACE)) is not None:
-            done = place["at"]["epoch"]
+        if (place := self.place) is not None:
+            done = place.epoch
         else:  # a user's own
             batches = self.content["loops"]["fit_loop"]["epoch_loop.batch_progress"]
             done = self.content["epoch"] + bool(batches["is_last_batch"])

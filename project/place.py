@@ -53,6 +53,24 @@ class Place(NamedTuple):
             time.time(),
         )
 
+    @classmethod
+    def saved_in(cls, checkpoint: dict[str, Any]) -> "Place | None":
+        """Where the fit of a checkpoint stood; None where it does not say.
+
+        Raises:
+            ValueError: What it says is no place.
+        """
+        if (saved := checkpoint.get(PLACE)) is None:
+            return None
+        try:
+            place = cls(**saved["at"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"no place: {saved}") from error
+        counts = all(type(value) is int and value >= 0 for value in (*place[:5], place.rows))
+        if not counts or type(place.validate) is not bool or type(place.time) is not float:
+            raise ValueError(f"no place: {saved}")
+        return place
+
     def put_into(self, loops: dict[str, Any]) -> None:
         """Sets the counters of a Trainer's saved fit loop to this place."""
         begun = self.epoch + (self.batch > 0)

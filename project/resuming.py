@@ -8,7 +8,7 @@ from typing import Any
 from project import runs
 from project.errors import UserError
 from project.origin import Origin
-from project.place import PLACE, Place
+from project.place import Place
 from project.runs import Hold
 from project.writer import LAST, PREVIOUS
 
@@ -43,18 +43,19 @@ class Resumption:
         for file in (run / "checkpoints" / name for name in (LAST, PREVIOUS)):
             if file.exists():
                 try:
-                    self.origin = Origin(file)
-                    self.place = Place(**self.origin.content[PLACE]["at"])
-                    break
-                except KeyError as error:
-                    raise UserError(
-                        f"{file} was written before runs could go on in their folder; fit --ckpt_path {file} goes on "
-                        "from it in a new one."
-                    ) from error
+                    origin = Origin(file)
+                    place = origin.place
                 except UserError as error:
                     refused.append(str(error))
                     if hold is not None:
                         print(f"resume: {error}", flush=True)
+                    continue
+                if place is None:
+                    raise UserError(
+                        f"{file} does not say where its fit stood; fit --ckpt_path {file} starts a new run."
+                    )
+                self.origin, self.place = origin, place
+                break
         if self.origin is None and refused:
             raise UserError(
                 f"No checkpoint of {run} can be used: {' '.join(refused)} "

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from project import average
 from project.callbacks import data_of, gather
-from project.errors import FailedRun
+from project.errors import FailedRun, UserError
 from project.logs import MetricsFile
 from project.place import PLACE, Place
 from project.stopping import REQUEUE, Ranks, Signals
@@ -46,6 +46,7 @@ class Last(Callback):
 
     Attributes:
         file: Where it lies; None where nothing is to be saved.
+        begun: Whether training has begun, with everything that a checkpoint gave.
     """
 
     def __init__(self, writer: CheckpointWriter, minutes: float) -> None:
@@ -57,7 +58,13 @@ class Last(Callback):
         self._saved = Place()
         self._saving: Place | None = None
         self._resumed: dict[str, Any] = {}
+        self.begun = False
         self._seconds = 0.0  # of training, in fits before this one
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has trained, over all its fits."""
+        return self._seconds + (time.monotonic() - self._start if self.begun else 0.0)
 
     # going on
 
@@ -76,6 +83,8 @@ class Last(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes up what the epoch has summed so far, and listens for signals."""
         module: Any = pl_module
+        _require_fitting_moments(trainer.optimizers)
+        self.begun = True
         self._signals.listen(trainer)
         self._ranks = Ranks(trainer)
         self._start = self._saved_at = time.monotonic()
@@ -215,8 +224,16 @@ class Last(Callback):
             "loader": data_of(trainer).layout,
             "sums": gather(trainer, [(float(total), float(weight)) for total, weight in self._sums]),
             "figures": {key: float(value) for key, value in trainer.callback_metrics.items()},
-            "seconds": self._seconds + time.monotonic() - self._start,
+            "seconds": self.seconds,
         }
+
+
+def _require_fitting_moments(optimizers: list[Any]) -> None:
+    """Checks what a checkpoint has put into optimisers, because their kernels do not."""
+    for parameter, state in (pair for optimizer in optimizers for pair in optimizer.state.items()):
+        for name, value in state.items():
+            if name != "step" and isinstance(value, torch.Tensor) and value.shape != parameter.shape:
+                raise UserError(f"The checkpoint is damaged: {name} has another shape than its weights.")
 
 
 def _size(module: Any) -> int:

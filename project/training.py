@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_only
 
@@ -286,15 +286,14 @@ class Cli(LightningCLI):
         """TensorBoard's files and metrics.csv; those of a run that goes on end where it does."""
         if not self.log:
             return
-        again: dict[str, int] = {}
+        after = None
         if self.resumption is not None:
             at = self.resumption.place
             if self.trainer.is_global_zero:
                 logs.rewind(run, at.rows, at.step, at.time)
-            again["purge_step"] = at.step + 1  # a TensorBoard that is open forgets what it has seen
+            after = at.step
             self.first_batch.done = at.total > 0
-        place: Any = {"save_dir": run.parent.parent, "name": run.parent.name, "version": run.name, **again}
-        board = TensorBoardLogger(**place, default_hp_metric=False)
+        board = logs.Board(run, after)
         board.log_hyperparams(self.figures.settings)
         self.trainer.loggers = [board, logs.MetricsFile(run), *self.trainer.loggers]
         self.trainer.callbacks.append(LearningRateMonitor("step"))
@@ -303,8 +302,18 @@ class Cli(LightningCLI):
         """Trains."""
         allocator.keep_freed_memory()
         with self._accounted():
-            self.trainer.fit(**kwargs, weights_only=True)
+            try:
+                self.trainer.fit(**kwargs, weights_only=True)
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                frames = traceback.extract_tb(error.__traceback__)
+                if self.last.begun or not any("checkpoint_connector" in frame.filename for frame in frames):
+                    raise
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(f"{self.config.fit.ckpt_path} cannot be gone on from: {reason}") from error
             self.writer.require_written()
+            for logger in self.trainer.loggers:
+                if trouble := getattr(logger, "trouble", ""):
+                    raise FailedRun(f"What was logged last could not be written into {self.run}: {trouble}.")
 
     @contextlib.contextmanager
     def _accounted(self) -> Iterator[None]:
@@ -323,7 +332,14 @@ class Cli(LightningCLI):
             told = os.environ.get(runs.VARIABLE)
             if self.run is not None and (_rank() == 0 or (state == "failed" and told == str(self.run))):
                 with contextlib.suppress(OSError):  # a full disk
-                    runs.note(self.run, state=state, reason=reason, step=self.trainer.global_step)
+                    runs.note(
+                        self.run,
+                        state=state,
+                        reason=reason,
+                        step=self.trainer.global_step,
+                        seconds=round(self.last.seconds, 1),
+                        longest_save=round(self.writer.longest, 3),
+                    )
             if self.hold is not None:
                 self.hold.release()
 

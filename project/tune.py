@@ -35,6 +35,12 @@ class Tuning(training.Cli):
         parser.add_argument("--plot", type=str, default="lr-finder.png", help="Its picture; must not exist.")
         return parser
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """As for a fit; there is no run to go on with."""
+        if any(word.split("=")[0] == "--resume" for word in self.argv):
+            raise UserError("tune looks at a fit that is still to begin; leave --resume out.")
+        super().parse_arguments(parser, args)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer without what a run has: it keeps its temporary files away and nothing else."""
         options = self.config_init["fit"]

@@ -139,6 +139,8 @@ def _keep(file: Path, other: Path) -> None:
         unfinished.replace(other)
     except OSError:  # a file system without hard links
         file.replace(other)
+    finally:
+        unfinished.unlink(missing_ok=True)  # a rename does nothing where both names are of one file already
 
 
 class Room:

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from tensorboard.summary.writer import event_file_writer
 
 from project import cli
 
@@ -134,13 +133,6 @@ def _one_thread(request):
     torch.set_num_threads(before if request.node.get_closest_marker("slow") else 1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _names_of_event_files_sort():
-    """Those of one second and one process sort by a number, which must have as many digits in each."""
-    while event_file_writer._global_uid.get() < 1000:
-        pass
 
 
 @pytest.fixture(autouse=True)

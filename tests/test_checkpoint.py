@@ -1,5 +1,9 @@
+import contextlib
+import io
 import os
 import pickle
+import shutil
+import struct
 import subprocess
 import sys
 import zipfile
@@ -9,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from project import checkpoint, files, load
+from project import checkpoint, cli, files, load
 from project.data import images
 from project.errors import UserError
 
@@ -80,6 +84,83 @@ def test_truncated_checkpoint_is_refused(at_trained, tmp_path, monkeypatch):
     for share in (0.1, 0.5, 0.99):
         Path("cut.ckpt").write_bytes(whole[: int(len(whole) * share)])
         assert "cut.ckpt" in refusal("cut.ckpt")
+
+
+def huge(_):
+    """A tensor of 10^15 numbers, in a storage that has four."""
+    tensor = torch.zeros(4)
+    return torch.as_strided(tensor, (10**15,), (0,))
+
+
+BROKEN = {
+    "no class names": {"class_names": None},
+    "numbers for names": {"class_names": [1, 2, 3]},
+    "a name twice": {"class_names": ["a", "a", "b"]},
+    "a huge picture": {"image_size": 10**9},
+    "a picture of no size": {"image_size": 0},
+    "a truth for a size": {"image_size": True},
+    "an unknown way to resize": {"resize": "../../etc"},
+    "a mean that is none": {"mean": [0.5, float("nan"), 0.5]},
+    "no deviation": {"std": [0.0, 0.0, 0.0]},
+    "another network": {"model": "resnet18"},
+    "no such network": {"model": "os.system"},
+    "a bare configuration": {"config": {"data": {}}},
+}
+
+
+@pytest.mark.parametrize("change", BROKEN.values(), ids=BROKEN)
+def test_checkpoint_that_says_nonsense_of_itself_is_refused_in_a_sentence(at_trained, tmp_path, refused, change):
+    content = torch.load(at_trained / "checkpoints" / "best.ckpt", weights_only=True)
+    content["metadata"] |= change
+    torch.save(content, tmp_path / "odd.ckpt")
+    sentence = refused("predict", str(tmp_path / "odd.ckpt"), "photos/red", "--out", str(tmp_path / "out.csv"))
+    assert "odd.ckpt" in sentence or "os.system" in sentence
+    assert not (tmp_path / "out.csv").exists()
+
+
+FOREIGN = {
+    "weights of another shape": lambda c: c["state_dict"].update({next(iter(c["state_dict"])): torch.zeros(3)}),
+    "weights that are none": lambda c: c.update(state_dict={"a": 1}),
+    "a weight of huge size": lambda c: c["state_dict"].update({next(iter(c["state_dict"])): huge(c)}),
+    "no counters": lambda c: c.update(loops={}),
+    "a place before the start": lambda c: c["place"]["at"].update(epoch=-1),
+    "a place of words": lambda c: c["place"]["at"].update(total="many"),
+    "no place": lambda c: c["place"].update(at=None),
+    "moments of another shape": lambda c: c["optimizer_states"][0]["state"][0].update(exp_avg=torch.zeros(2)),
+    "no moments": lambda c: c.update(optimizer_states=[{"state": {}, "param_groups": []}]),
+    "callbacks that are none": lambda c: c.update(callbacks={"Watcher": 7}),
+}
+
+
+@pytest.mark.parametrize("change", FOREIGN.values(), ids=FOREIGN)
+def test_last_checkpoint_that_is_broken_or_made_up_is_refused_in_a_sentence(trained, tmp_path, monkeypatch, change):
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs", "photos"):
+        shutil.copytree(trained / name, name, symlinks=True)
+    run = Path("runs/photos/version_0")
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    change(content)
+    torch.save(content, run / "checkpoints" / "last.ckpt")
+    (run / "checkpoints" / "previous.ckpt").unlink()
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert cli.main(["fit", "--resume", str(run), "--trainer.max_epochs", "4"]) == 2
+    assert len(said.getvalue().splitlines()) == 1, said.getvalue()
+    assert "last.ckpt" in said.getvalue() or "The checkpoint is damaged" in said.getvalue()
+    assert not Path("executed").exists()
+
+
+def test_flipped_bit_anywhere_in_the_content_is_noticed(at_trained, tmp_path):
+    whole = (at_trained / "checkpoints" / "best.ckpt").read_bytes()
+    with zipfile.ZipFile(at_trained / "checkpoints" / "best.ckpt") as archive:
+        records = [(record.header_offset, record.file_size) for record in archive.infolist()]
+    for header, size in records:
+        content = header + 30 + sum(struct.unpack_from("<HH", whole, header + 26))  # after its name and padding
+        spoilt = bytearray(whole)
+        spoilt[content + size // 2] ^= 4
+        (tmp_path / "spoilt.ckpt").write_bytes(spoilt)
+        with pytest.raises(UserError, match=r"spoilt\.ckpt is damaged"):
+            checkpoint.read(tmp_path / "spoilt.ckpt")
 
 
 def test_weights_of_another_shape_are_refused(at_trained, tmp_path):

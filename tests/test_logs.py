@@ -68,7 +68,7 @@ def test_rows_wait_while_the_disk_is_full_and_none_is_lost_or_torn(run, monkeypa
     file.log_metrics({"a": 3.0}, 3)
     file.save()
     assert [row["step"] for row in rows()] == ["0", "1", "2", "3"]
-    assert capsys.readouterr().out.count("its rows wait") == 1
+    assert capsys.readouterr().out.count("waits until it can be written") == 1
 
 
 def test_row_that_was_cut_off_is_left_out(run):

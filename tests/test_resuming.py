@@ -1,9 +1,13 @@
 """fit --resume: the same run goes on, at the step where it was stopped, to the same bits."""
 
+import contextlib
 import csv
+import json
 import os
 import shutil
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ import yaml
 from project import callbacks, cli, runs
 from project.callbacks import StepSeed, Unreadable
 from project.classifier import Classifier
+from project.models.weights import is_whole
 from tests.conftest import COLOURS, SMALL, make_pictures
 from tests.same_run import assert_the_same, checkpoint, differences, logged
 
@@ -271,3 +276,31 @@ def test_last_checkpoint_goes_on_in_a_new_run_too(photos, interrupt):
     assert new["epoch"] == 2
     assert new["global_step"] == 15 + 2 * (84 // 6)
     assert os.path.lexists("runs/latest")
+
+
+def test_reader_sees_whole_files_at_any_time(photos):
+    seen, done = [], threading.Event()
+
+    def read():
+        while not done.is_set():
+            for file in Path("runs").glob("photos/*/*.*"):
+                text = file.read_text() if file.suffix in (".csv", ".json", ".yaml") else ""
+                if file.suffix == ".json":
+                    seen.append(json.loads(text)["state"])
+                elif file.name == "metrics.csv":
+                    rows = list(csv.DictReader(text.splitlines()))
+                    assert all(None not in row and None not in row.values() for row in rows)
+                elif file.name == "config.yaml":
+                    assert yaml.safe_load(text)["data"]["root"] == "photos"
+            for file in Path("runs").glob("photos/*/checkpoints/[!.]*.ckpt"):
+                with contextlib.suppress(FileNotFoundError):
+                    assert is_whole(file)
+
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(read)
+        try:
+            assert cli.main(FIT) == 0
+        finally:
+            done.set()
+        reader.result()
+    assert {"running"} <= set(seen) <= {"running", "finished"}

@@ -1,16 +1,19 @@
 """What a fit saves: averaged weights, what an exception leaves; and a fit that stops by itself."""
 
 import csv
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from project import cli, runs
 from project.average import Average
 from project.callbacks import Narrator
 from project.classifier import Classifier
+from project.models.weights import is_whole
 from tests.conftest import SMALL, full_disk
 from tests.same_run import assert_the_same
 
@@ -172,3 +175,67 @@ def test_full_disk_ends_the_fit_with_a_sentence_and_the_fit_goes_on_when_there_i
     assert "Traceback" not in captured.err
     assert cli.main(["fit", "--resume"]) == 0
     assert_the_same(Path("runs/photos/version_1"), Path("runs/photos/version_0"))
+
+
+@pytest.fixture
+def small_disk(workplace):
+    """Mounts a file system of so many KB on runs/, and gives the command that mounts it anew."""
+    Path("runs").mkdir()
+
+    def mount(*options):
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", "runs"]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("needs the right to mount a small file system")
+
+    yield mount
+    subprocess.run(["umount", "-l", "runs"], check=False)
+
+
+def in_third_epoch(monkeypatch, do):
+    started = Narrator.on_train_epoch_start
+
+    def act(self, trainer, pl_module):
+        started(self, trainer, pl_module)
+        if trainer.current_epoch == 2:
+            do()
+
+    monkeypatch.setattr(Narrator, "on_train_epoch_start", act)
+
+
+@pytest.mark.parametrize("size", [16, 40, 200, 2000, 8000, 14000])
+def test_disk_of_any_size_leaves_only_whole_files_and_a_sentence(small_disk, photos, capsys, size):
+    """One for the logs alone, one for part of best.ckpt, one for that and part of last.ckpt, ..."""
+    small_disk(f"size={size}k")
+    code = cli.main([*FIT, "--trainer.max_epochs", "3"])
+    captured = capsys.readouterr()
+    assert code in (1, 2)
+    (sentence,) = captured.err.splitlines()
+    assert "No space left on device" in sentence
+    assert "Traceback" not in captured.err + captured.out
+    assert not list(Path("runs").rglob("*.tmp"))
+    for file in Path("runs").rglob("*.ckpt"):
+        assert is_whole(file)
+    for file in Path("runs").rglob("metrics.csv"):
+        rows = list(csv.DictReader(file.read_text().splitlines()))
+        assert all(None not in row and None not in row.values() for row in rows)
+    for run in Path("runs").glob("photos/version_*"):
+        EventAccumulator(str(run)).Reload()
+
+
+def test_disk_that_becomes_read_only_ends_the_fit_with_a_sentence_and_it_goes_on_later(
+    small_disk, photos, monkeypatch, capsys
+):
+    small_disk("size=100m")
+    fit = [*FIT, "--trainer.max_epochs", "3"]
+    assert cli.main(fit) == 0
+    with monkeypatch.context() as patched:
+        in_third_epoch(patched, lambda: small_disk("remount", "ro"))
+        assert cli.main(fit) == 1
+    captured = capsys.readouterr()
+    assert "Read-only file system" in captured.err
+    assert "Traceback" not in captured.err + captured.out
+    run = Path("runs/photos/version_1")
+    assert is_whole(run / "checkpoints" / "last.ckpt")
+    small_disk("remount", "rw")
+    assert cli.main(["fit", "--resume"]) == 0
+    assert_the_same(run, Path("runs/photos/version_0"))

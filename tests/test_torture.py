@@ -49,8 +49,6 @@ def dying(function, calls, before=True):
 
 
 def sabotage(where, calls, before):
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
     from project import logs, writer
     from project.data.cache import Cache
 
@@ -101,7 +99,7 @@ def sabotage(where, calls, before):
             "replace": (Path, "replace"),
             "rename": (Path, "rename"),
             "metrics": (logs.MetricsFile, "save"),
-            "events": (EventFileWriter, "add_event"),
+            "events": (logs.EventFile, "flush"),
         }[where]
         setattr(owner, name, dying(getattr(owner, name), calls, before))
 

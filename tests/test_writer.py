@@ -46,6 +46,18 @@ def test_last_is_in_place_and_the_one_before_stays_beside_it(workplace):
     assert is_whole(Path("run/last.ckpt"))
 
 
+def test_kill_between_the_two_names_leaves_nothing_over_at_the_next_save(workplace):
+    saver = CheckpointWriter()
+    for number in range(2):
+        saver.save_checkpoint(content(number), "last.ckpt")
+        saver.wait()
+    Path("previous.ckpt").unlink()
+    Path("previous.ckpt").hardlink_to("last.ckpt")  # it had its second name, and the new one was not in place
+    saver.save_checkpoint(content(2), "last.ckpt")
+    saver.wait()
+    assert {name: read(name) for name in os.listdir()} == {"last.ckpt": 2, "previous.ckpt": 1}
+
+
 def test_saving_returns_before_the_disk_and_holds_what_was_there_then(workplace, slow):
     saver, state = CheckpointWriter(), content(1)
     saver.save_checkpoint(state, "best.ckpt")
