@@ -165,10 +165,6 @@ class Last(Callback):
             self._writer.wait()
             print(f"saved: {self.file}, {self._before.step} steps", flush=True)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Signals do as before."""
-        self._signals.restore()
-
     def _pass(self, trainer: Trainer, pl_module: LightningModule, validate: bool = False) -> None:
         module: Any = pl_module
         rows = next((logger.rows for logger in trainer.loggers if isinstance(logger, MetricsFile)), 0)

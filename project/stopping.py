@@ -27,11 +27,10 @@ class Signals:
 
     def __init__(self) -> None:
         self.asked = NOT_ASKED
-        self._before: dict[int, Any] = {}
         self._slurm: Any = None
 
     def listen(self, trainer: Trainer) -> None:
-        """From here on signals wait."""
+        """From here on signals wait; Lightning puts every handler back at the end of the fit."""
         if threading.current_thread() is not threading.main_thread():  # no other may set a handler
             return
         environment = trainer._accelerator_connector.cluster_environment
@@ -47,13 +46,7 @@ class Signals:
             self.asked = max(self.asked, noted[signal.Signals(number)])
 
         for number in noted:
-            self._before[number] = signal.signal(number, note)
-
-    def restore(self) -> None:
-        """As it was."""
-        while self._before:
-            number, handler = self._before.popitem()
-            signal.signal(number, handler)
+            signal.signal(number, note)
 
     def requeue(self) -> None:
         """Has Lightning's SLURM plugin save and put the job back into the queue."""

@@ -39,7 +39,7 @@ class CheckpointWriter(TorchCheckpointIO):
         super().__init__()
         self.last: Path | None = None
         self.longest = self.took = 0.0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._thread = _thread()
         self._lock = threading.Lock()
         self._contents: dict[Path, dict[str, Any]] = {}  # to be written
         self._tasks: dict[Path, Future[None]] = {}  # the newest for each file
@@ -114,7 +114,11 @@ class CheckpointWriter(TorchCheckpointIO):
         while self._tasks:
             self._tasks.pop(next(iter(self._tasks))).result()
 
-    teardown = wait
+    def teardown(self) -> None:
+        """Waits, and gives the thread and the memory back."""
+        self.wait()
+        self._thread.shutdown()
+        self._thread, self._room = _thread(), Room()
 
     def require_written(self) -> None:
         """Checks that every file holds the newest that was to be saved in it.
@@ -129,6 +133,10 @@ class CheckpointWriter(TorchCheckpointIO):
                 f"{target} could not be written: {reason}. What was saved before is there; make room, then: "
                 f"python -m project.cli fit --resume {target.parent.parent}"
             )
+
+
+def _thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="checkpoint")  # none is started before there is something to write
 
 
 def _keep(file: Path, other: Path) -> None:

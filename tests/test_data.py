@@ -99,7 +99,7 @@ def test_digits_are_written_as_an_image_folder(workplace):
 
 
 def test_digits_written_by_many_processes_at_once_are_whole(workplace):
-    with multiprocessing.get_context("fork").Pool(4) as pool:
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
         pool.map(digits.write, [digits.ROOT] * 8)
     assert len(list(digits.ROOT.rglob("*.png"))) == 1797
     assert [p.name for p in (workplace / "data").iterdir()] == ["digits"]

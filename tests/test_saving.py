@@ -1,7 +1,9 @@
 """What a fit saves: averaged weights, what an exception leaves; and a fit that stops by itself."""
 
 import csv
+import signal
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,20 @@ def test_average_is_that_of_the_weights_after_each_step(photos, monkeypatch):
     name, tensor = next(iter(content_of("last")["state_dict"].items()))
     assert tensor.shape == expected.shape, name
     assert torch.allclose(tensor, expected, atol=1e-6)
+
+
+def test_fit_leaves_no_signal_handler_and_no_thread_behind(photos, monkeypatch):
+    def left():
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+        return handlers, {thread.name for thread in threading.enumerate()}
+
+    before = left()
+    assert cli.main([*FIT, "--trainer.max_epochs", "1"]) == 0
+    assert left() == before
+    monkeypatch.setattr(Classifier, "training_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main([*FIT, "--trainer.max_epochs", "1"])
+    assert left() == before
 
 
 def test_averaged_fit_goes_on_from_its_last_checkpoint(photos):
