@@ -283,7 +283,9 @@ def test_reader_sees_whole_files_at_any_time(photos):
 
     def read():
         while not done.is_set():
-            for file in Path("runs").glob("photos/version_*/*.*"):  # a run appears whole: what has no name yet is not one
+            for file in Path("runs").glob(
+                "photos/version_*/*.*"
+            ):  # a run appears whole: what has no name yet is not one
                 text = file.read_text() if file.suffix in (".csv", ".json", ".yaml") else ""
                 if file.suffix == ".json":
                     seen.append(json.loads(text)["state"])
