@@ -1,4 +1,4 @@
-"""Checkpoints: read one, and load it as a Predictor.
+"""Checkpoints: read one, and load it as a `Network`.
 
 A checkpoint is all that a verb needs after training: weights, class names, sizes and the run's configuration, as
 tensors and plain types. Nothing is ever unpickled: `torch.load(weights_only=True)` refuses code.
@@ -9,21 +9,20 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from project import models, runs
+from project import calibration, models, runs
 from project.data import images
-from project.data.dataset import ImageDataset, loader
-from project.data.sampler import BatchSampler
 from project.errors import UserError
 from project.models.weights import read as read_file
-from project.predictions import Prediction
+from project.predictor import Predictor
 
 METADATA = "metadata"  # the key under which a checkpoint says what it is
 LARGEST = 16_384  # side of a picture, in pixels: a foreign file must not decide how much memory is taken
@@ -72,63 +71,45 @@ def read(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-@dataclass(frozen=True)
-class Predictor:
-    """A trained classifier, ready to be used.
+class Network(Predictor):
+    """A trained network of PyTorch, ready to be used.
 
     Attributes:
         network: (B, 3, H, W) uint8 to logits (B, K), in evaluation mode.
-        class_names: K names.
-        image_size: Side of the square images, in pixels.
-        resize: How a picture becomes square; see `images.read`.
-        metadata: Everything else the checkpoint says of itself: configuration, figures, versions, git commit.
+        temperature: What the logits are divided by.
     """
 
-    network: nn.Module
-    class_names: list[str]
-    image_size: int
-    resize: images.Resize
-    metadata: dict[str, Any]
+    def __init__(self, network: nn.Module, metadata: dict[str, Any], temperature: float = 1.0) -> None:
+        self.network, self.metadata, self.temperature = network, metadata, temperature
+        self.class_names: list[str] = metadata["class_names"]
+        self.image_size: int = metadata["image_size"]
+        self.resize: images.Resize = metadata["resize"]
 
-    def probabilities(self, image: Tensor) -> Tensor:
-        """Maps images (B, 3, H, W) uint8 to probabilities (B, K) float32 on the CPU."""
+    def probabilities(self, image: images.Pixels) -> npt.NDArray[np.float32]:
+        """Maps images (B, H, W, 3) uint8, RGB, to probabilities (B, K)."""
         device = next(self.network.parameters()).device
         with torch.inference_mode():
-            logits: Tensor = self.network(image.to(device))
-            return logits.float().softmax(dim=1).cpu()
-
-    def predict(
-        self, pictures: Sequence[str | os.PathLike[str]], batch_size: int = 64, workers: int = 0
-    ) -> list[Prediction]:
-        """One `Prediction` a picture, in the order given; an unreadable one has its `error` set."""
-        return list(self.stream(pictures, batch_size, workers))
-
-    def stream(
-        self, pictures: Sequence[str | os.PathLike[str]], batch_size: int = 64, workers: int = 0
-    ) -> Iterator[Prediction]:
-        """As `predict`, one by one as they are ready."""
-        paths = [os.fspath(picture) for picture in pictures]
-        dataset = ImageDataset(Path(), paths, None, self.image_size, self.resize)
-        for batch in loader(dataset, BatchSampler(len(paths), batch_size, shuffle=False), workers):
-            made = {row: Prediction(paths[row], error=reason) for row, reason in batch.failed}
-            if len(batch.row):
-                rows = zip(batch.row.tolist(), self.probabilities(batch.image).tolist(), strict=True)
-                made |= {row: Prediction.of(paths[row], p, self.class_names) for row, p in rows}
-            yield from (made[row] for row in sorted(made))
+            logits: Tensor = self.network(torch.from_numpy(image).permute(0, 3, 1, 2).to(device))
+            found: npt.NDArray[np.float32] = (logits.float() / self.temperature).softmax(dim=1).cpu().numpy()
+        return found
 
 
-def load(path: str | os.PathLike[str] | None = None, device: str | torch.device | None = None) -> Predictor:
-    """Loads a trained classifier.
+def load(
+    path: str | os.PathLike[str] | None = None, calibrated: bool = False, device: str | torch.device | None = None
+) -> Network:
+    """Loads a trained network.
 
     Args:
         path: A checkpoint or a run's folder; None means the newest run's best.ckpt.
+        calibrated: Divide the logits by the temperature kept beside the checkpoint.
         device: Where it computes; by default the accelerator, where there is one.
 
     Raises:
-        UserError: There is no such checkpoint, or it cannot be used.
+        UserError: There is no such checkpoint, it cannot be used, or no temperature is kept beside it.
     """
     file = runs.find(path)
     content = read(file)
+    temperature = calibration.require(file) if calibrated else 1.0
     metadata = content[METADATA]
     network = models.build(metadata["model"], len(metadata["class_names"]), metadata["mean"], metadata["std"])
     prefix = "network."
@@ -142,7 +123,7 @@ def load(path: str | os.PathLike[str] | None = None, device: str | torch.device 
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     network = network.to(memory_format=torch.channels_last).to(device or "cpu")
-    return Predictor(network.eval(), metadata["class_names"], metadata["image_size"], metadata["resize"], metadata)
+    return Network(network.eval(), metadata, temperature)
 
 
 def provenance() -> dict[str, Any]:

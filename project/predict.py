@@ -8,7 +8,6 @@ from pathlib import Path
 
 from project import files, predictions
 from project.data import folders, manifest
-from project.data.workers import usable_cores
 from project.errors import UserError
 
 
@@ -30,19 +29,17 @@ def predict(
             path, and - for a list on standard input; in any mix.
         out: The CSV file to write; must not exist.
         batch_size: Pictures at a time.
-        workers: Processes that read pictures; by default as many as there are cores, none for few pictures.
+        workers: Threads that read pictures; by default as many as there are cores.
     """
     target = Path(out)
     files.require_new(target, "out")
     paths = list(expand(pictures))
-    for option, value, least in (("batch_size", batch_size, 1), ("workers", workers or 0, 0)):
+    for option, value, least in (("batch_size", batch_size, 1), ("workers", 1 if workers is None else workers, 1)):
         if value < least:
             raise UserError(f"--{option} is {value}; it must be at least {least}.")
-    from project.checkpoint import load  # torch: not before the arguments are known to be right
+    from project.predictor import load  # not before the arguments are known to be right
 
     predictor = load(checkpoint)
-    if workers is None:
-        workers = 0 if len(paths) < 4 * batch_size else usable_cores()
     counts = {"labelled": 0, "unreadable": 0}
 
     def counted() -> Iterable[predictions.Prediction]:
