@@ -1,12 +1,16 @@
 """Arrays become matplotlib figures; nothing here knows where they come from."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from project.scores import BINS, Ranked, Sample
 
 
 def image_grid(images: npt.NDArray[np.uint8], titles: Sequence[str], columns: int = 8) -> Figure:
@@ -49,4 +53,276 @@ def rate_finder(
     if chosen is not None:
         axes.axvline(chosen, color="tab:red", label=f"suggested: {chosen:.2g}")
         axes.legend()
+    return figure
+
+
+# what a model learned: predictions (N, K) and the truth (N,)
+
+INK, FAINT = "#222222", "#999999"  # of text and lines; a page may give them other colours
+READABLE = 20  # classes whose names still fit beside a figure
+
+
+def confusion_matrix(counts: npt.NDArray[Any], class_names: Sequence[str]) -> Figure:
+    """True classes in rows, predicted ones in columns; colour and percentage are shares of the row.
+
+    Of many classes the names do not fit: the pairs that are confused most stand beside it.
+
+    Args:
+        counts: (K, K) pictures.
+        class_names: K names.
+    """
+    counts = np.asarray(counts, dtype=np.float64)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    classes, few = len(class_names), len(class_names) <= READABLE
+    side = 0.55 * max(classes, 5) + 1.2 if few else 6.0
+    figure = Figure(figsize=(side + 0.6, side) if few else (12.5, side), layout="constrained")
+    axes, *beside = figure.subplots(1, 1 if few else 2, squeeze=False)[0]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    if few:
+        names = [shortened(name, 24) for name in class_names]
+        axes.set_xticks(range(classes), names, rotation=45 if max(map(len, names)) > 3 else 0, ha="right", fontsize=9)
+        axes.set_yticks(range(classes), names, fontsize=9)
+        for label in [*axes.get_xticklabels(), *axes.get_yticklabels()]:
+            label.set_parse_math(False)
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            share, dark = shares[row, column], shares[row, column] > 0.55
+            text = f"{counts[row, column]:.0f}\n{100 * share:.{0 if share >= 0.1 else 1}f} %"
+            axes.text(
+                column,
+                row,
+                text,
+                ha="center",
+                va="center",
+                fontsize=9 if classes < 6 else 7,
+                color="white" if dark else "#08306b",
+            )
+        return figure
+    wrong = np.where(np.eye(classes, dtype=bool), 0, counts)
+    worst = [place for place in np.argsort(-wrong, axis=None, kind="stable")[:15] if wrong.flat[place]]
+    pairs = [divmod(int(place), classes) for place in worst]
+    beside[0].barh(range(len(pairs)), [wrong[pair] for pair in pairs], color="tab:blue")
+    labels = [f"{shortened(class_names[true], 22)} → {shortened(class_names[said], 22)}" for true, said in pairs]
+    beside[0].set_yticks(range(len(pairs)), labels, fontsize=9)
+    for label in beside[0].get_yticklabels():
+        label.set_parse_math(False)
+    beside[0].invert_yaxis()
+    beside[0].set_xlabel("pictures")
+    beside[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    beside[0].set_title("confused most: true → predicted", fontsize=10)
+    beside[0].spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def roc(
+    true: npt.NDArray[Any], probabilities: npt.NDArray[Any], class_names: Sequence[str], positive: int | None = None
+) -> Figure:
+    """True over false positive rate of each class against the rest, and their mean.
+
+    Of two classes only the positive one's curve, with some thresholds as operating points.
+
+    Args:
+        true: (N,) places of the true classes.
+        probabilities: (N, K).
+        class_names: K names.
+        positive: Place of the class that is looked for, of two; by default the second.
+    """
+    figure = Figure(figsize=(6.2, 4.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot((0, 1), (0, 1), linestyle=":", color=FAINT, linewidth=1)
+    even = np.linspace(0, 1, 201)
+    heights, areas, names = [], [], []
+    for place in _columns(class_names, positive):
+        ranked = Ranked(probabilities[:, place], true == place)
+        if not np.isfinite(area := ranked.auroc()):
+            continue
+        alarms, hits, thresholds = ranked.roc()
+        heights.append(np.interp(even, alarms, hits))
+        areas.append(area)
+        names.append(class_names[place])
+        if len(class_names) == 2:
+            axes.plot(*_thinned(alarms, hits), label=f"{shortened(names[0], 24)}, AUROC {area:.3f}")
+            _operating_points(axes, alarms[1:], hits[1:], thresholds)
+    if len(class_names) > 2 and areas:
+        _curves_of_classes(axes, [(even, height) for height in heights], names, areas, "AUROC")
+    return _square(figure, axes, "false positive rate", "true positive rate")
+
+
+def precision_recall(
+    true: npt.NDArray[Any], probabilities: npt.NDArray[Any], class_names: Sequence[str], positive: int | None = None
+) -> Figure:
+    """Precision over recall of each class against the rest, and their mean; arguments as those of `roc`."""
+    figure = Figure(figsize=(6.2, 4.6), layout="constrained")
+    axes = figure.subplots()
+    even = np.linspace(0, 1, 201)
+    heights, areas, names = [], [], []
+    for place in _columns(class_names, positive):
+        ranked = Ranked(probabilities[:, place], true == place)
+        if not ranked.positive.any():
+            continue
+        recall, precision = ranked.precision_recall()
+        first = np.searchsorted(recall, even)  # the precision at the first threshold that reaches a recall
+        heights.append(precision[np.minimum(first, len(recall) - 1)])
+        areas.append(ranked.average_precision())
+        names.append(class_names[place])
+        if len(class_names) == 2:
+            axes.plot(*_thinned(recall, precision), label=f"{shortened(names[0], 24)}, AP {areas[0]:.3f}")
+            axes.axhline(ranked.positive.mean(), linestyle=":", color=FAINT, linewidth=1, label="always positive")
+            _operating_points(axes, recall, precision, ranked.score[ranked.last])
+    if len(class_names) > 2 and areas:
+        _curves_of_classes(axes, [(even, height) for height in heights], names, areas, "AP")
+    return _square(figure, axes, "recall", "precision")
+
+
+def reliability(
+    true: npt.NDArray[Any], probabilities: npt.NDArray[Any], calibrated: npt.NDArray[Any] | None = None
+) -> Figure:
+    """How often the likeliest class is right, by how probable it was said to be; below, how often that was said.
+
+    Args:
+        true: (N,) places of the true classes.
+        probabilities: (N, K).
+        calibrated: (N, K) at the temperature that was found, if one was.
+    """
+    figure = Figure(figsize=(5.4, 4.9), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    above.plot((0, 1), (0, 1), linestyle=":", color=FAINT, linewidth=1)
+    kinds = [("as trained", probabilities, "tab:blue"), ("at the temperature found", calibrated, "tab:orange")]
+    edges = np.linspace(0, 1, BINS + 1)
+    for name, given, colour in kinds:
+        if given is None:
+            continue
+        sample = Sample(true, given)
+        count, sure, right = sample.bins()
+        filled = count > 0
+        above.plot(
+            sure[filled], right[filled], "o-", color=colour, markersize=4, label=f"{name}: ECE {sample.ece():.3f}"
+        )
+        below.stairs(count / count.sum(), edges, color=colour)
+    above.set_ylabel("share that is right")
+    above.set_ylim(0, 1.02)
+    figure.legend(*above.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=9)
+    below.set_xlim(0, 1)
+    below.set_xlabel("probability of the likeliest class")
+    below.set_ylabel("share of\npictures")
+    return _plain(figure)
+
+
+def coverage(true: npt.NDArray[Any], probabilities: npt.NDArray[Any]) -> Figure:
+    """Accuracy on the pictures that are answered, where those below a confidence are not; arguments as above."""
+    figure = Figure(figsize=(5.4, 3.9), layout="constrained")
+    axes = figure.subplots()
+    answered, accuracy, sure = Sample(true, probabilities).coverage()
+    axes.plot(*_thinned(answered, accuracy))
+    for threshold in (0.5, 0.7, 0.9, 0.99):
+        if (kept := np.flatnonzero(sure >= threshold)).size and kept[-1] + 1 < len(sure):
+            place = kept[-1]
+            axes.plot(answered[place], accuracy[place], "o", color="tab:orange", markersize=5)
+            axes.annotate(
+                f"≥ {threshold:g}", (answered[place], accuracy[place]), (4, 5), textcoords="offset points", fontsize=9
+            )
+    axes.set_xlim(0, 1.02)
+    lowest = float(accuracy[answered >= 0.05].min()) if len(accuracy) else 0.0
+    axes.set_ylim(max(0.0, lowest - 0.05), 1.005)
+    axes.set_xlabel("share of pictures answered")
+    axes.set_ylabel("accuracy on them")
+    return _plain(figure)
+
+
+def learning_curves(runs: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]) -> Figure:
+    """Loss and accuracy over the epochs; training dashed, validation solid.
+
+    Args:
+        runs: For each run's name, for each figure's name like val/loss, epochs and values.
+    """
+    figure = Figure(figsize=(9.5, 3.6), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for number, (name, curves) in enumerate(runs.items()):
+            for split, style in (("train", "--"), ("val", "-")):
+                if f"{split}/{kind}" not in curves:
+                    continue
+                epochs, values = curves[f"{split}/{kind}"]
+                label = split if len(runs) == 1 else shortened(name, 24) if split == "val" else None
+                colour = f"C{number}" if len(runs) > 1 or split == "val" else "C1"
+                marker = "o" if len(epochs) < 30 else None
+                axes.plot(epochs, values, style, color=colour, label=label, marker=marker, markersize=3)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(kind)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=9)
+    return _plain(figure)
+
+
+def shortened(name: str, length: int) -> str:
+    """The name, with its middle left out where it is longer than that."""
+    keep = length - 1
+    return name if len(name) <= length else f"{name[: keep - keep // 2]}…{name[-(keep // 2) :]}"
+
+
+def _columns(class_names: Sequence[str], positive: int | None) -> list[int]:
+    if len(class_names) == 2:
+        return [1 if positive is None else positive]
+    return list(range(len(class_names)))
+
+
+def _curves_of_classes(
+    axes: Axes,
+    curves: Sequence[tuple[npt.NDArray[Any], npt.NDArray[Any]]],
+    names: Sequence[str],
+    areas: Sequence[float],
+    measure: str,
+) -> None:
+    """All classes' curves and their mean; of many only the three worst are named."""
+    order = np.argsort(areas, kind="stable")
+    named = set(order.tolist() if len(names) <= 10 else order[:3].tolist())
+    for place, (x, y) in enumerate(curves):
+        if place in named:
+            label = f"{shortened(names[place], 24)}, {areas[place]:.3f}"
+            axes.plot(x, y, linewidth=1, label=label, zorder=3)
+        else:
+            axes.plot(x, y, linewidth=0.5, color=FAINT, alpha=0.6)
+    mean = np.mean([y for _, y in curves], axis=0)
+    label = f"mean of {len(names)} classes, {measure} {np.mean(areas):.3f}"
+    axes.plot(curves[0][0], mean, color=INK, linewidth=2, label=label, zorder=4)
+
+
+def _operating_points(axes: Axes, x: npt.NDArray[Any], y: npt.NDArray[Any], thresholds: npt.NDArray[Any]) -> None:
+    """Where some thresholds of the probability lie on a curve."""
+    for threshold in (0.1, 0.3, 0.5, 0.7, 0.9):
+        if (above := np.flatnonzero(thresholds >= threshold)).size:
+            place = (x[above[-1]], y[above[-1]])
+            axes.plot(*place, "o", color="tab:orange", markersize=5)
+            axes.annotate(f"{threshold:g}", place, (5, -9), textcoords="offset points", fontsize=9)
+
+
+def _thinned(x: npt.NDArray[Any], y: npt.NDArray[Any], points: int = 400) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """So few points that a page stays small."""
+    if len(x) <= points:
+        return x, y
+    kept = np.unique(np.linspace(0, len(x) - 1, points).astype(int))
+    return x[kept], y[kept]
+
+
+def _square(figure: Figure, axes: Axes, x: str, y: str) -> Figure:
+    axes.set_xlim(-0.01, 1.01)
+    axes.set_ylim(-0.01, 1.02)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        figure.legend(
+            handles, labels, loc="outside right upper" if len(labels) > 3 else "outside lower center", fontsize=8
+        )
+    return _plain(figure)
+
+
+def _plain(figure: Figure) -> Figure:
+    """Without a frame's upper and right side; names are text, never formulas."""
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    for legend in [axes.get_legend() for axes in figure.axes] + figure.legends:
+        for text in legend.get_texts() if legend else []:
+            text.set_parse_math(False)
     return figure
