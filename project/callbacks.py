@@ -131,9 +131,13 @@ class Narrator(Callback):
 
 
 class TestResults(Callback):
-    """Writes predictions.csv and test_metrics.json into the run of the checkpoint that is tested."""
+    """Writes predictions.csv and test_metrics.json into the run of the checkpoint that is tested.
 
-    FILES = ("predictions.csv", "test_metrics.json")
+    Attributes:
+        FILES: What it and the report write there.
+    """
+
+    FILES = ("predictions.csv", "test_metrics.json", "val_predictions.csv", "report.html")
 
     def __init__(self, run: Path, checkpoint: Path) -> None:
         self.run, self.checkpoint = run, checkpoint

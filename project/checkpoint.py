@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from project import calibration, models, runs
-from project.data import images
+from project.data import images, workers
 from project.errors import UserError
 from project.models.weights import read as read_file
 from project.predictor import Predictor
@@ -127,10 +127,18 @@ def load(
 
 
 def provenance() -> dict[str, Any]:
-    """Versions of what computes, and the git commit of this code (with "+" where it was changed since)."""
+    """Versions of what computes, the machine, and the git commit of this code ("+": it was changed since)."""
     packages = ("torch", "torchvision", "lightning", "torchmetrics", "pillow", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
-    return {"versions": versions, "git_commit": _git_commit()}
+    return {"versions": versions, "machine": _machine(), "git_commit": _git_commit()}
+
+
+def _machine() -> str:
+    parts = [platform.system(), platform.machine(), f"{workers.usable_cores()} cores"]
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        parts.append(f"{torch.accelerator.device_count()} x {kind}")
+    return ", ".join(parts)
 
 
 def _git_commit() -> str:

@@ -21,9 +21,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.writer import FileWriter
 
-from project import files
+from project import curves, files
 
-METRICS = "metrics.csv"
 _serial = itertools.count()
 
 
@@ -39,13 +38,13 @@ class MetricsFile(Logger):
 
     def __init__(self, run: Path) -> None:
         super().__init__()
-        self._file = run / METRICS
+        self._file = run / curves.METRICS
         self._columns: list[str] = []
         self._waiting: list[dict[str, float]] = []
         self.trouble = ""  # why the last write failed, perhaps half-way
         self.rows = 0  # logged so far
         if self._file.exists():
-            self._columns, rows = read(self._file)
+            self._columns, rows = curves.read(self._file)
             self.rows = len(rows)
 
     @property
@@ -75,8 +74,8 @@ class MetricsFile(Logger):
         columns = sorted(set(self._columns).union(*self._waiting))
         try:
             if columns != self._columns or self.trouble:
-                old = read(self._file)[1][: self.rows - len(self._waiting)] if self._file.exists() else []
-                write(self._file, columns, [*old, *self._waiting])
+                old = curves.read(self._file)[1][: self.rows - len(self._waiting)] if self._file.exists() else []
+                curves.write(self._file, columns, [*old, *self._waiting])
             else:
                 text = io.StringIO(newline="")
                 csv.DictWriter(text, columns).writerows(self._waiting)
@@ -86,22 +85,6 @@ class MetricsFile(Logger):
             self.trouble = _told(self._file, error, self.trouble)
             return
         self._columns, self._waiting, self.trouble = columns, [], ""
-
-
-def read(file: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Columns and whole rows of a metrics.csv; one that was cut off while it was written is left out."""
-    text = file.read_text(encoding="utf-8")
-    reader = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
-    rows = list(reader)
-    return list(reader.fieldnames or []), rows
-
-
-def write(file: Path, columns: list[str], rows: list[Any]) -> None:
-    """Writes a metrics.csv, whole or not at all."""
-    with files.replacing(file) as stream:
-        writer = csv.DictWriter(stream, columns)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 class Board(TensorBoardLogger):
@@ -215,9 +198,9 @@ def rewind(run: Path, rows: int, step: int, time: float) -> None:
         step: That the next point will have.
         time: When the place was passed, in seconds since the epoch: points of `step` itself are from before and after.
     """
-    if (metrics := run / METRICS).exists():
-        columns, lines = read(metrics)
-        write(metrics, columns, lines[:rows])
+    if (metrics := run / curves.METRICS).exists():
+        columns, lines = curves.read(metrics)
+        curves.write(metrics, columns, lines[:rows])
     for file in sorted(run.glob("events.out.tfevents.*")):
         kept = bytearray()
         for record, event in _events(file.read_bytes()):

@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from project import files
@@ -33,6 +33,10 @@ class Prediction:
         """From a row of probabilities."""
         best = max(range(len(class_names)), key=probabilities.__getitem__)
         return cls(path, class_names[best], probabilities[best], tuple(probabilities), true=true)
+
+    def labelled(self, true: str) -> "Prediction":
+        """The same, where the true class is known."""
+        return replace(self, true=true)
 
 
 def write(file: Path, predictions: Iterable[Prediction], class_names: Sequence[str]) -> None:

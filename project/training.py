@@ -109,6 +109,8 @@ class Cli(LightningCLI):
             parser.add_argument("--save_every", type=PositiveFloat, default=5.0, help=minutes)
             patience = "Stop after so many validations without a lower val/loss."
             parser.add_argument("--patience", type=PositiveInt | None, help=patience)
+        if subcommand == "test":
+            parser.add_argument("--report", type=bool, default=True, help="Write report.html into the run too.")
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -352,6 +354,10 @@ class Cli(LightningCLI):
         assert self.origin is not None
         self.trainer.callbacks.append(callbacks.TestResults(self.origin.run, self.origin.path))
         self.trainer.test(**kwargs, weights_only=True)
+        if self.config.test.report and self.trainer.is_global_zero:
+            from project import report  # matplotlib: not for those who do without
+
+            print(f"report: {report.write(self.origin.path)}", flush=True)
 
     def after_fit(self) -> None:
         """Says what came out, where it lies and what to do next."""

@@ -24,7 +24,7 @@ def call(function: Callable[..., int], verb: str, argv: list[str]) -> int:
     """Runs a verb: the signature is its options, the docstring its help.
 
     A positional-only parameter is a word of the command line, `list[str]` one or more of them; others are options, a
-    bool one that takes no value.
+    bool one that takes no value, one of `list[str]` one or more words.
     """
     document = docstring_parser.parse(function.__doc__ or "")
     parser = Parser(prog=f"python -m project.cli {verb}", description=document.description, allow_abbrev=False)
@@ -36,7 +36,10 @@ def call(function: Callable[..., int], verb: str, argv: list[str]) -> int:
         optional = {} if word.default is word.empty else {"nargs": "?", "default": word.default}
         given: dict[str, Any] = {"type": str, "nargs": "+"} if many else {"type": word.annotation, **optional}
         parser.add_argument(word.name, help=explained[word.name], **given)
-    parser.add_function_arguments(function, skip={word.name for word in words})
+    lists = [parameter for parameter in signature if parameter.annotation == list[str] | None]
+    for option in lists:
+        parser.add_argument(f"--{option.name}", help=explained[option.name], type=str, nargs="+")
+    parser.add_function_arguments(function, skip={parameter.name for parameter in (*words, *lists)})
     flags = {f"--{parameter.name}" for parameter in signature if parameter.annotation is bool}
     argv = [f"{word}=true" if word in flags else word for word in argv]
     values = parser.instantiate_classes(parser.parse_args(argv)).as_dict()

@@ -8,7 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from project import logs
+from project import curves, logs
 from project.logs import MetricsFile
 
 RUN = Path("runs/it/version_0")
@@ -73,7 +73,7 @@ def test_rows_wait_while_the_disk_is_full_and_none_is_lost_or_torn(run, monkeypa
 
 def test_row_that_was_cut_off_is_left_out(run):
     (run / "metrics.csv").write_text("a,step\r\n1,0\r\n2,")
-    assert logs.read(run / "metrics.csv") == (["a", "step"], [{"a": "1", "step": "0"}])
+    assert curves.read(run / "metrics.csv") == (["a", "step"], [{"a": "1", "step": "0"}])
 
 
 def test_rewinding_keeps_what_is_from_before_the_place_and_nothing_else(run):

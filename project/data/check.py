@@ -195,7 +195,7 @@ def _judge(
     )
     add("ending", True, "with the ending of another format", where(~endings))
     add("constant", True, "look like a single colour", where(empty))
-    findings += _classes(rows)
+    findings += classes(rows)
     for kind, (count, names) in found.skipped.items():
         problem = kind in ("folder without pictures", "not inside a class folder")
         findings.append(Finding("skipped", problem, f"{count:,} left out, {kind}", [[name] for name in names]))
@@ -218,7 +218,8 @@ def _judge(
     return Report(rows, findings, leave_out, mean.tolist(), std.tolist())
 
 
-def _classes(rows: list[Row]) -> Iterator[Finding]:
+def classes(rows: list[Row]) -> Iterator[Finding]:
+    """What is wrong with the number of training pictures of each class."""
     train = Counter(row.label for row in rows if row.split in ("train", ""))
     if few := [[f"{label}: {count}"] for label, count in sorted(train.items()) if count < SMALL_CLASS]:
         yield Finding("small-class", True, f"{len(few):,} classes with fewer than {SMALL_CLASS} training pictures", few)
