@@ -20,6 +20,7 @@ TRAINER_VERBS = {
 # verb: its module in project/, which has a function of the verb's name, and what it does
 COMMANDS = {
     "predict": ("predict", "label pictures with a checkpoint"),
+    "explain": ("explain", "draw over pictures where the network sees a class"),
     "models": ("models.listing", "list the networks, their size and published accuracy"),
     "check": ("check", "look through a folder of pictures before training on it"),
     "bench": ("bench", "measure how fast this machine trains and reads, beside the usual ways"),
