@@ -21,6 +21,7 @@ TRAINER_VERBS = {
 COMMANDS = {
     "predict": ("predict", "label pictures with a checkpoint"),
     "report": ("report", "one page on what a checkpoint has learned"),
+    "explain": ("explain", "draw over pictures where the network sees a class"),
     "models": ("models.listing", "list the networks, their size and published accuracy"),
     "check": ("check", "look through a folder of pictures before training on it"),
     "bench": ("bench", "measure how fast this machine trains and reads, beside the usual ways"),

@@ -111,6 +111,23 @@ def replacing_bytes(file: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Gives a hidden folder to fill, which gets its name when the block ends well; what is in it is then on the disk."""
+    unfinished = beside(folder)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        for file in unfinished.iterdir():
+            with file.open("rb+") as stream:
+                os.fsync(stream.fileno())
+        folder_to_disk(unfinished)
+        unfinished.rename(folder)
+        folder_to_disk(folder.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
 def _placed(file: Path) -> Iterator[Path]:
     unfinished = beside(file)
     try:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from project import page, scores
+from project import figures, page, scores
 from project.data import images
 from project.predictor import Predictor
 from project.results import Results
@@ -71,7 +71,7 @@ def _heat_maps(
         maps = explain.heat_maps(predictor, stacked, [int(sample.predicted[place]) for place in places])
     except UserError as error:  # a network that has no map for this
         return {}, f" {error}"
-    overlaid = {place: explain.overlay(shown[place], heat) for place, heat in zip(places, maps, strict=True)}
+    overlaid = {place: figures.overlay(shown[place], heat) for place, heat in zip(places, maps, strict=True)}
     return overlaid, " Beside each, what speaks for the answer (Grad-CAM)."
 
 

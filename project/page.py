@@ -4,6 +4,7 @@ import base64
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def render(template: str, **content: Any) -> str:
 def drawing(draw: Callable[[], Figure], alt: str, caption: str) -> dict[str, Any]:
     """A figure as the template wants it: SVG in a data address."""
     stream = io.StringIO()
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(STYLE | {"font.family": figures.font_families()}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's system will have it
         figure = draw()
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     svg = re.sub(r"^.*?(<svg[^>]*>)", rf"\1{DARK}", stream.getvalue(), count=1, flags=re.DOTALL)

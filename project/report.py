@@ -193,7 +193,7 @@ def _calibration(found: Results, sample: scores.Sample) -> str:
     warm = scores.Sample(sample.true, calibration.at_temperature(sample.probabilities, found.temperature))
     return (
         f"{text} Dividing the logits by {found.temperature:.3f}, a temperature fitted on the validation pictures, "
-        f"makes that {warm.ece():.3f} on the test pictures. It is kept beside the checkpoint; predict --calibrated uses it."
+        f"makes that {warm.ece():.3f} on the test pictures. predict --calibrated uses it."
     )
 
 
