@@ -49,7 +49,7 @@ def content(found: Results, others: Sequence[Other]) -> dict[str, Any]:
     """
     own = Other(_name(found.run), found.test, found.curves)
     everyone = [own, *others]
-    samples = _shared(everyone, found.positive)
+    samples = shared(everyone, found.positive)
     rows: list[dict[str, Any]] = []
     own_figures = samples[0].figures()
     gaps = [scores.differences(samples[0], sample) for sample in samples[1:]]
@@ -79,7 +79,7 @@ def content(found: Results, others: Sequence[Other]) -> dict[str, Any]:
     }
 
 
-def _shared(everyone: Sequence[Other], positive: int | None) -> list[scores.Sample]:
+def shared(everyone: Sequence[Other], positive: int | None) -> list[scores.Sample]:
     """The same pictures of each run, in the same order."""
     own = everyone[0]
     for other in everyone[1:]:

@@ -33,7 +33,8 @@ def image_grid(images: npt.NDArray[np.uint8], titles: Sequence[str], columns: in
         axes.set_axis_off()
         if place < len(images):
             axes.imshow(images[place])
-            axes.set_title(titles[place][:12], fontsize=11, parse_math=False)
+            title = drawable(titles[place][:12])
+            axes.set_title(title, fontsize=11, fontfamily=font_families(), parse_math=False)
     return figure
 
 
@@ -256,6 +257,7 @@ def learning_curves(runs: Mapping[str, Mapping[str, tuple[Sequence[float], Seque
         axes.set_xlabel("epoch")
         axes.set_ylabel(kind)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.margins(x=0.05 if axes.dataLim.width else 1)  # also where there is a single epoch
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=9)
     return _plain(figure)

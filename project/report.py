@@ -107,7 +107,7 @@ def _headline(found: Results, sample: scores.Sample) -> list[dict[str, str]]:
             "name": page.NAMES.get(name, name),
             "value": page.figure(name, value),
             "interval": page.interval(name, *intervals[name]) if name in intervals else "",
-            "baseline": page.figure(name, baseline[name]) if name in baseline and name != "loss" else page.NONE,
+            "baseline": page.figure(name, baseline[name]) if name in baseline and name != "loss" else "",
         }
         for name, value in values.items()
     ]
