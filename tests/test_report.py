@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from sklearn import metrics as reference
 
-from project import calibration, cli, comparison, figures, gallery, page, results, runs
+from project import calibration, cli, comparison, figures, gallery, load, page, results, runs
 from project.scores import Sample
 from tests.conftest import COLOURS, SMALL, make_pictures
 
@@ -353,3 +353,28 @@ def test_compared_samples_are_the_same_pictures_in_the_same_order(run):
     own, other = comparison.shared([comparison.Other("a", table, {}), comparison.Other("b", shuffled, {})], None)
     assert np.array_equal(own.probabilities, other.probabilities)
     assert len(own.true) == len(table.true) - 1
+
+
+@pytest.mark.slow
+def test_page_of_ten_thousand_test_pictures_takes_seconds(workplace, capsys):
+    """pytest tests/test_report.py -m slow -s shows how long."""
+    random = np.random.default_rng(0)
+    for number in range(10):
+        colour = random.integers(60, 200, 3)
+        for split, count in (("train", 20), ("val", 50), ("test", 1000)):
+            folder = Path("many", split, f"class {number}")
+            folder.mkdir(parents=True)
+            for place in range(count):
+                pixels = np.clip(random.normal(colour, 60, (8, 8, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).resize((32, 32)).save(folder / f"{place}.png")
+    assert cli.main(["fit", "--data.root", "many", *SMALL, "--trainer.max_epochs", "2"]) == 0
+    assert cli.main(["test", "--report", "false"]) == 0
+    run = Path("runs/many/version_0")
+    start = time.perf_counter()
+    results.gather(runs.find(run), load(run))
+    predicted = time.perf_counter()
+    assert cli.main(["report"]) == 0
+    with capsys.disabled():
+        print(f"\nreport of 10,000 pictures: {time.perf_counter() - predicted:.1f} s, predicting {predicted - start:.1f} s")
+    assert len(results.read(run / "predictions.csv").paths) == 10_000
+    assert (run / "report.html").stat().st_size < 5e6
