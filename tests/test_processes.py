@@ -87,9 +87,11 @@ def test_ranks_learn_and_measure_like_one_process(photos, launcher, ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("options", "said"), [(["--data.batch_size", "2"], "in a batch"), ([], "val pictures")])
-def test_more_ranks_than_pictures_are_refused_in_a_sentence(workplace, options, said):
-    for split, count in (("train", 9), ("val", 1)):
+@pytest.mark.parametrize(
+    ("val", "options", "said"), [(2, ["--data.batch_size", "2"], "in a batch"), (1, [], "val pictures")]
+)
+def test_more_ranks_than_pictures_are_refused_in_a_sentence(workplace, val, options, said):
+    for split, count in (("train", 9), ("val", val)):
         make_pictures(Path("photos", split), dict.fromkeys(("blue", "red"), count))
     done = subprocess.run([*CLI, *FIT, *on(3), *options], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 2
