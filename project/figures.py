@@ -337,7 +337,7 @@ def _plain(figure: Figure) -> Figure:
 
 
 def overlay(image: npt.NDArray[np.uint8], heat: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:
-    """A picture in grey with heat in colour on it, the stronger the less of the picture shows through.
+    """A picture in grey with heat in colour on it; the hotter, the less of the picture shows through.
 
     Args:
         image: (H, W, 3) uint8, RGB.
@@ -347,8 +347,9 @@ def overlay(image: npt.NDArray[np.uint8], heat: npt.NDArray[np.floating[Any]]) -
         (H, W, 3) uint8, RGB; grey alone where the heat is 0.
     """
     grey = image @ np.array([0.299, 0.587, 0.114])  # luma of ITU-R BT.601, as Pillow's mode L
-    colour = colormaps["turbo"](0.3 + 0.7 * heat)[..., :3] * 255  # from green on: its blue end is dark like a shadow
-    share = (0.75 * np.sqrt(heat))[..., None]
+    grey = 51 + 0.6 * grey  # black and white would change the colours
+    colour = colormaps["inferno"](0.3 + 0.7 * heat)[..., :3] * 255  # without its dark end, which looks like a shadow
+    share = (0.8 * np.sqrt(heat))[..., None]
     mixed: npt.NDArray[np.uint8] = np.rint((1 - share) * grey[..., None] + share * colour).astype(np.uint8)
     return mixed
 
@@ -371,17 +372,20 @@ def explanations(
         columns: Pairs in a row.
         side: Of a picture, in inches.
     """
+    size = 9 if side > 2 else 7  # of the letters, in points
+    width = round(side * 72 / size / 0.65)  # letters in a line: DejaVu's are 0.65 of their size wide on average
+    texts = [[fitted(text, width) for text in pair] for pair in zip(titles, captions, strict=True)]
+    lines = max((text.count("\n") + 1 for pair in texts for text in pair), default=0)
     rows = max(1, math.ceil(len(images) / columns))
-    figure = Figure(figsize=(2 * side * columns, (side + 0.75) * rows), layout="constrained")
+    height = side + (lines * size * 1.25 + 14) / 72
+    figure = Figure(figsize=(2 * side * columns, height * rows), layout="constrained")
     places = figure.subplots(rows, 2 * columns, squeeze=False).reshape(-1, 2)
-    size = 9 if side > 2 else 7
-    width = round(11 * side)  # characters of that size in a line, at three quarters of their height each
     for axes in places.ravel():
         axes.set_axis_off()
-    for (left, right), image, heat, title, caption in zip(places, images, heats, titles, captions, strict=False):
+    for (left, right), image, heat, (title, caption) in zip(places, images, heats, texts, strict=False):
         for axes, pixels, text in ((left, image, title), (right, overlay(image, heat), caption)):
             axes.imshow(pixels)
-            axes.set_title(fitted(text, width), fontsize=size, fontfamily=font_families(), parse_math=False)
+            axes.set_title(text, fontsize=size, fontfamily=font_families(), parse_math=False)
     return figure
 
 
