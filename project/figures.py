@@ -377,7 +377,7 @@ def explanations(
     texts = [[fitted(text, width) for text in pair] for pair in zip(titles, captions, strict=True)]
     lines = max((text.count("\n") + 1 for pair in texts for text in pair), default=0)
     rows = max(1, math.ceil(len(images) / columns))
-    height = side + (lines * size * 1.25 + 14) / 72
+    height = side + (lines * size * 1.4 + 14) / 72
     figure = Figure(figsize=(2 * side * columns, height * rows), layout="constrained")
     places = figure.subplots(rows, 2 * columns, squeeze=False).reshape(-1, 2)
     for axes in places.ravel():
@@ -461,21 +461,26 @@ def drawable(text: str) -> str:
             return " " * letter.isspace()
         if letter.isprintable() and any(_has(font, letter) for _, font in _fonts()):
             return letter
-        return letter.encode("ascii", "backslashreplace").decode()
+        return letter.encode("unicode_escape").decode()
 
     return "".join(map(drawn, text))
 
 
 def fitted(text: str, width: int, lines: int = 3) -> str:
-    """A drawable text in a few lines, cut at its end; each line of the text is broken by itself.
+    """A drawable text in a few lines; each line of the text is broken by itself, and loses its middle if it is long.
 
     Args:
         text: Of any letters.
-        width: Letters in a line; East Asian ones count twice.
+        width: Letters in a line; where there are East Asian ones, half as many.
         lines: At most, of each line of the text.
     """
     parts = []
     for part in map(drawable, text.split("\n")):
         wide = any(unicodedata.east_asian_width(letter) in "WF" for letter in part)
-        parts.append(textwrap.fill(part, width // 2 if wide else width, max_lines=lines, placeholder="…"))
+        room = width // 2 if wide else width
+        if len(part) > lines * room:  # a path and a name are known by their ends
+            kept = lines * room // 2
+            part = f"{part[: kept - 1]}…{part[-kept:]}"
+        broken = textwrap.wrap(part, room)
+        parts += broken if len(broken) <= lines else [*broken[: lines - 1], f"…{broken[-1][1 - room :]}"]
     return "\n".join(parts)

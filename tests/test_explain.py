@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy, interpolate
 from project import cli, explain, figures, load, models
 from project.checkpoint import Predictor
 from project.models.normalize import Normalize
-from tests.conftest import COLOURS, full_disk, make_pictures
+from tests.conftest import COLOURS, full_disk
 
 METHODS = ("gradcam", "ig", "occlusion")
 SIDE, PATCH = 48, 12
@@ -98,7 +98,7 @@ def test_other_weights_give_another_map(sees_patches, method):
             module.reset_parameters()
     trained = explain.attributions(sees_patches, images, labels.tolist(), method)
     other = explain.attributions(random, images, labels.tolist(), method)
-    assert abs(rank_correlation(trained, other)) < 0.3
+    assert abs(rank_correlation(trained, other)) < 0.4
     assert rank_correlation(trained, trained) == pytest.approx(1)
 
 
@@ -142,6 +142,7 @@ def test_occlusion_is_the_mean_fall_of_the_logit_over_the_squares_that_cover_a_p
     network = nn.Sequential(Normalize(), nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, 2)))
     images = noise(1, 28)
     pixels = network[0](images)
+    network.requires_grad_(False)
     falls, counts = torch.zeros(28, 28), torch.zeros(28, 28)
     for top in range(0, 25, 2):
         for left in range(0, 25, 2):
@@ -152,31 +153,21 @@ def test_occlusion_is_the_mean_fall_of_the_logit_over_the_squares_that_cover_a_p
     assert torch.allclose(explain.attributions(network, images, [1], "occlusion")[0], falls / counts, atol=1e-5)
 
 
-NETWORKS = {
-    "alexnet": 64,
-    "resnet18": 64,
-    "mobilenet_v3_small": 64,
-    "efficientnet_b0": 64,
-    "convnext_tiny": 64,
-    "densenet121": 64,
-    "swin_t": 64,
-    "timm/resnet10t": 64,
-    "timm/convnext_atto": 64,
-}
+NETWORKS = ["alexnet", "resnet18", "mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "densenet121", "swin_t"]
+NETWORKS += ["timm/resnet10t", "timm/convnext_atto"]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradcam_suits_networks_with_maps_to_the_end(name):
     torch.manual_seed(0)
     network = models.build(name, 3).eval()
-    images = noise(2, NETWORKS[name])
+    images = noise(2, 64)
     layer = explain.last_maps(network[1], network[0](images[:1]))
     shapes = []
     handle = layer.register_forward_hook(lambda *call: shapes.append(call[2].shape))
     network(images)
     handle.remove()
-    assert {"alexnet": (3, 3), "densenet121": (2, 2), "swin_t": (2, 2)}.get(name, (2, 2)) == tuple(shapes[0][2:])
-    assert len(shapes) == 1
+    assert [shape[2:] for shape in shapes] == [(3, 3) if name == "alexnet" else (2, 2)]
     evidence = explain.attributions(network, images, [0, 2], "gradcam")
     assert evidence.isfinite().all()
     assert (evidence[0] != evidence[1]).any()
@@ -200,7 +191,7 @@ def test_transformers_are_explained_without_gradcam(name):
         from torchvision.models import VisionTransformer
 
         network[1] = VisionTransformer(size, 8, 2, 2, 16, 32, num_classes=2).eval()
-        nn.init.normal_(network[1].heads.head.weight)  # torchvision starts it at 0
+        nn.init.normal_(network[1].heads.head.weight)  # it starts at 0
     with pytest.raises(explain.UserError, match="give --method ig or occlusion"):
         explain.heat_maps(predictor_of(network, size=size), noise(1, size), [1], "gradcam")
     if size == 32:
@@ -215,15 +206,17 @@ def test_the_network_is_the_same_after_it_was_explained(name, method):
     network = models.build(name, 2).eval()
     images = noise(1, 64)
     before, logits = copy.deepcopy(network.state_dict()), network(images).detach()
+    in_place = [module for module in network.modules() if getattr(module, "inplace", False)]
     explain.heat_maps(predictor_of(network), images, [1], method)
     assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
     assert torch.equal(network(images), logits)
+    assert len(in_place) > 5
+    assert all(module.inplace for module in in_place)
     for module in network.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
         assert not module._backward_hooks
         assert not module.training
-        assert module.inplace if isinstance(module, nn.ReLU | nn.Hardswish) else True
     assert all(parameter.grad is None and parameter.requires_grad for parameter in network.parameters())
 
 
@@ -245,6 +238,7 @@ def test_a_network_sees_few_pictures_at_once_however_many_there_are(sees_patches
 def test_where_nothing_speaks_for_a_class_the_map_is_zero():
     network = nn.Sequential(Normalize(), nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
     nn.init.zeros_(network[1][0].weight)
+    nn.init.zeros_(network[1][0].bias)
     for method in METHODS:
         assert not explain.heat_maps(predictor_of(network, size=16), noise(2, 16), [0, 1], method).any()
     assert explain.heat_maps(predictor_of(network, size=16), noise(0, 16), []).shape == (0, 16, 16)
@@ -266,10 +260,10 @@ def test_folder_holds_one_picture_each_a_contact_sheet_and_the_filters(at_traine
 
 
 def test_many_pictures_go_on_on_further_sheets(at_trained, tmp_path):
-    assert run(str(at_trained), "photos/red", "--out", str(tmp_path / "why")) == 0
+    assert run(str(at_trained), "photos/red/0[012]*.png", "--out", str(tmp_path / "why")) == 0
     names = set(os.listdir(tmp_path / "why"))
-    assert {"01-000.png", "40-039.png", "contact-sheet.png", "contact-sheet-2.png", "filters.png"} <= names
-    assert len(names) == 43
+    assert {"01-000.png", "30-029.png", "contact-sheet.png", "contact-sheet-2.png", "filters.png"} <= names
+    assert len(names) == 33
 
 
 def test_unreadable_pictures_are_named_and_left_out(at_trained, tmp_path, capsys):
@@ -344,7 +338,8 @@ def test_overlay_is_grey_where_there_is_no_heat_and_coloured_where_there_is():
     assert pixels.shape == image.shape
     assert np.ptp(pixels[:, :8], axis=2).max() == 0
     assert np.ptp(pixels[:, 8:], axis=2).min() > 50
-    assert np.corrcoef(pixels[:, :8, 0].ravel(), image[:, :8].mean(axis=2).ravel())[0, 1] > 0.9
+    grey = np.asarray(Image.fromarray(image[:, :8]).convert("L"))
+    assert np.corrcoef(pixels[:, :8, 0].ravel(), grey.ravel())[0, 1] > 0.99
 
 
 def test_filters_are_drawn_in_colour_where_they_have_three_channels_else_in_grey():
@@ -412,13 +407,27 @@ def draw(text):
     figure.savefig(os.devnull, format="png")
 
 
-def test_long_texts_are_cut_and_stay_in_their_lines():
+def test_long_texts_lose_their_middle_and_stay_in_their_lines():
     assert figures.fitted("a name\nsecond", 40) == "a name\nsecond"
-    lines = figures.fitted(50 * "many words ", 20).split("\n")
-    assert len(lines) == 3
-    assert max(map(len, lines)) <= 20
-    assert lines[-1].endswith("…")
-    assert max(map(len, figures.fitted(100 * "x", 20).split("\n"))) <= 20
+    for text in (50 * "many words " + "end", 300 * "x" + "end", 20 * "longer, lengthy words " + "end"):
+        lines = figures.fitted(f"start {text}", 20).split("\n")
+        assert len(lines) <= 3
+        assert max(map(len, lines)) <= 20
+        assert lines[0].startswith("start")
+        assert lines[-1].endswith("end")
+        assert "…" in "".join(lines)
+
+
+def test_captions_of_several_lines_stay_on_the_picture():
+    texts = ["name " * 60 + "\n12.3%, predicted: " + "other " * 60]
+    for columns, side in ((1, 3.0), (3, 1.5)):
+        given = np.zeros((1, 8, 8, 3), np.uint8), np.zeros((1, 8, 8)), texts, texts
+        figure = figures.explanations(*given, columns, side)
+        figure.draw_without_rendering()
+        for axes in figure.axes[:2]:
+            box = axes.title.get_window_extent()
+            assert box.y1 <= figure.bbox.height
+            assert box.width < side * figure.dpi * 1.05
 
 
 def test_importing_the_verb_imports_nothing_heavy():
@@ -428,10 +437,14 @@ def test_importing_the_verb_imports_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 
 
-def test_non_latin_and_long_class_names_are_drawn(workplace, capsys):
-    names = ["猫", "a very long name of a class, which goes on and on, and then a little further still"]
-    make_pictures(workplace / "photos", dict.fromkeys(names, 20))
-    fit = ["fit", "--data.root", "photos", "--data.image_size", "32", "--data.workers", "0", "--data.batch_size", "8"]
-    assert cli.main([*fit, "--model.name", "squeezenet1_1", "--trainer.max_epochs", "1"]) == 0
-    assert run("runs/latest", *(f"photos/{name}/000.png" for name in names), "--out", "why") == 0
-    assert len(os.listdir("why")) == 4
+def test_non_latin_and_long_class_names_are_drawn(at_trained, tmp_path):
+    content = torch.load(at_trained / "checkpoints" / "best.ckpt", weights_only=True)
+    content["metadata"]["class_names"] = [
+        "猫",
+        "собака",
+        "a very long name, which goes on and on, and then a bit further",
+    ]
+    torch.save(content, tmp_path / "named.ckpt")
+    some = [f"photos/{name}/000.png" for name in COLOURS]
+    assert run(str(tmp_path / "named.ckpt"), *some, "--target", "猫", "--out", str(tmp_path / "why")) == 0
+    assert len(os.listdir(tmp_path / "why")) == 5
