@@ -373,7 +373,7 @@ def explanations(
         side: Of a picture, in inches.
     """
     size = 9 if side > 2 else 7  # of the letters, in points
-    width = round(side * 72 / size / 0.65)  # letters in a line: DejaVu's are 0.65 of their size wide on average
+    width = round(side * 72 / size / 0.7)  # letters in a line: wide ones of DejaVu are 0.7 of their size
     texts = [[fitted(text, width) for text in pair] for pair in zip(titles, captions, strict=True)]
     lines = max((text.count("\n") + 1 for pair in texts for text in pair), default=0)
     rows = max(1, math.ceil(len(images) / columns))
@@ -382,6 +382,7 @@ def explanations(
     places = figure.subplots(rows, 2 * columns, squeeze=False).reshape(-1, 2)
     for axes in places.ravel():
         axes.set_axis_off()
+        axes.set_anchor("S")  # what height is left over is the captions'
     for (left, right), image, heat, (title, caption) in zip(places, images, heats, texts, strict=False):
         for axes, pixels, text in ((left, image, title), (right, overlay(image, heat), caption)):
             axes.imshow(pixels)
@@ -478,9 +479,9 @@ def fitted(text: str, width: int, lines: int = 3) -> str:
     for part in map(drawable, text.split("\n")):
         wide = any(unicodedata.east_asian_width(letter) in "WF" for letter in part)
         room = width // 2 if wide else width
-        if len(part) > lines * room:  # a path and a name are known by their ends
-            kept = lines * room // 2
-            part = f"{part[: kept - 1]}…{part[-kept:]}"
-        broken = textwrap.wrap(part, room)
-        parts += broken if len(broken) <= lines else [*broken[: lines - 1], f"…{broken[-1][1 - room :]}"]
+        kept, broken = lines * room // 2, textwrap.wrap(part, room)
+        while len(broken) > lines:  # a path and a name are known by their ends
+            broken = textwrap.wrap(f"{part[: kept - 1]}…{part[-kept:]}", room)
+            kept -= 1
+        parts += broken
     return "\n".join(parts)
