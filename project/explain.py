@@ -47,9 +47,10 @@ def explain(
         checkpoint: A best.ckpt or last.ckpt, or a run's folder.
         pictures: Files, folders (all pictures in them and below), patterns like "photos/*.jpg", CSV files with a column
             path, and - for a list on standard input; in any mix.
-        method: gradcam weighs the last feature maps: the cost of two or three forward passes a picture, and as coarse
-            as these maps are. ig, integrated gradients, judges each pixel: about a hundred. occlusion covers one square
-            after another and sees how far the class's logit falls: up to 170, and it suits every network.
+        method: gradcam weighs the network's last maps: quick, about three forward passes a picture, but as coarse as
+            these maps are, and not for vision transformers. ig, integrated gradients, judges each pixel: about a
+            hundred forward passes. occlusion covers one square after another and sees how far the class's logit falls:
+            up to 170 forward passes. The last two suit every network.
         target: The class to look for; by default the one that is predicted.
         out: The folder to write; must not exist.
     """
