@@ -182,6 +182,12 @@ def test_gradcam_takes_the_last_maps_before_the_final_pooling(name, layer):
     assert explain.last_maps(network, torch.zeros(1, 3, 112, 112)) is network.get_submodule(layer)
 
 
+def test_gradcam_passes_over_a_layer_that_runs_more_than_once():
+    relu, last = nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), relu, last, relu, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert explain.last_maps(network, torch.zeros(1, 3, 16, 16)) is last
+
+
 @pytest.mark.parametrize("name", ["vit_b_16", "timm/vit_tiny_patch16_224", "timm/swin_tiny_patch4_window7_224"])
 def test_transformers_are_explained_without_gradcam(name):
     torch.manual_seed(0)
@@ -397,7 +403,7 @@ def test_letters_that_no_font_has_are_written_as_their_number(monkeypatch):
     monkeypatch.setattr(font_manager.fontManager, "ttflist", ours)
     figures._fonts.cache_clear()
     assert figures.drawable("a\n猫\u200d$\udcff$\x07") == r"a \u732b$\udcff$\x07"
-    draw(r"猫 $\frac{ " + 300 * "long name " + "\n" + 200 * "猫")
+    draw(r"猫 $\frac{$ " + 300 * "long name " + "\n" + 200 * "猫")
     figures._fonts.cache_clear()
 
 
