@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from project import cli, explain, figures, load, models
-from project.checkpoint import Predictor
+from project.checkpoint import Network
 from project.models.normalize import Normalize
 from tests.conftest import COLOURS, full_disk
 
@@ -24,7 +24,8 @@ SIDE, PATCH = 48, 12
 
 
 def predictor_of(network, classes=2, size=SIDE):
-    return Predictor(network.eval(), [str(n) for n in range(classes)], size, "stretch", {})
+    known = {"class_names": [str(n) for n in range(classes)], "image_size": size, "resize": "stretch"}
+    return Network(network.eval(), known)
 
 
 def noise(count, size=SIDE, seed=0):
