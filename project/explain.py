@@ -1,7 +1,7 @@
-"""Shows where in a picture a network sees a class: python -m project.cli explain runs/digits/version_0 photos/ --out why.
+"""Shows where in a picture a network sees a class: python -m project.cli explain runs/digits/version_0 photos/.
 
-Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391), integrated gradients (Sundararajan et al. 2017, arXiv:1703.01365) and
-occlusion (Zeiler and Fergus 2014, arXiv:1311.2901), computed by Captum.
+Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391), integrated gradients (Sundararajan et al. 2017, arXiv:1703.01365)
+and occlusion (Zeiler and Fergus 2014, arXiv:1311.2901), computed by Captum.
 """
 
 import importlib.util
@@ -47,9 +47,10 @@ def explain(
         checkpoint: A best.ckpt or last.ckpt, or a run's folder.
         pictures: Files, folders (all pictures in them and below), patterns like "photos/*.jpg", CSV files with a column
             path, and - for a list on standard input; in any mix.
-        method: gradcam weighs the last feature maps: the cost of two or three forward passes a picture, and as coarse
-            as these maps are. ig, integrated gradients, judges each pixel: about a hundred. occlusion covers one square
-            after another and sees how far the class's logit falls: up to 170, and it suits every network.
+        method: gradcam weighs the network's last maps: quick, about three forward passes a picture, but as coarse as
+            these maps are, and not for vision transformers. ig, integrated gradients, judges each pixel: about a
+            hundred forward passes. occlusion covers one square after another and sees how far the class's logit falls:
+            up to 170 forward passes. The last two suit every network.
         target: The class to look for; by default the one that is predicted.
         out: The folder to write; must not exist.
     """
@@ -105,20 +106,26 @@ def heat_maps(
         method: See `explain`.
 
     Returns:
-        (B, H, W), 0 to 1: each map divided by its largest value; all 0 where nothing speaks for the class.
+        (B, H, W), 0 to 1: the positive part of `attributions` (of ig, after a mean over squares of a sixteenth of the
+        side), divided by its largest value; all 0 where nothing speaks for the class.
 
     Raises:
         UserError: Captum is missing, or the method does not suit the network.
     """
     import numpy as np
     import torch
+    from torch.nn.functional import avg_pool2d
 
     assert method in get_args(Method), method
     assert len(images) == len(targets), f"{len(images)} images, {len(targets)} targets"
     maps = [np.zeros((0, *images.shape[2:]), dtype=np.float32)]
     for first in range(0, len(images), AT_A_TIME):
         part = slice(first, first + AT_A_TIME)
-        evidence = attributions(predictor.network, images[part], targets[part], method).clamp(min=0)
+        evidence = attributions(predictor.network, images[part], targets[part], method)
+        if method == "ig":  # neighbouring pixels contradict each other: what is left on average is evidence
+            reach = images.shape[-1] // 32
+            evidence = avg_pool2d(evidence[:, None], 2 * reach + 1, 1, reach, count_include_pad=False)[:, 0]
+        evidence = evidence.clamp(min=0)
         largest = evidence.amax(dim=(1, 2), keepdim=True)
         maps.append(torch.where(largest > 0, evidence / largest, 0).float().cpu().numpy())
     return np.concatenate(maps)
@@ -127,10 +134,9 @@ def heat_maps(
 def attributions(network: "nn.Module", images: "Tensor", targets: Sequence[int], method: Method) -> "Tensor":
     """What each place adds to a class's logit, or takes from it, in the units of its method.
 
-    gradcam: the feature maps of `last_maps`, weighed by their mean gradients, enlarged to the picture. ig: the summed
-    attributions of a pixel's channels against grey, so that their sum over the picture is nearly the difference between the
-    picture's logit and that of grey. occlusion: how far the logit falls when squares of a seventh of the picture's side
-    turn grey, the mean of those that cover a pixel.
+    gradcam: the maps of `last_maps`, weighed by their mean gradients, enlarged to the picture. ig: from grey to the
+    picture, summed over channels; a picture's sum is nearly the difference of its logit and grey's. occlusion: how far
+    the logit falls when squares of a seventh of the side turn grey, on average over those that cover the place.
 
     Args:
         network: Normalize ► network, in evaluation mode.
@@ -185,10 +191,10 @@ def attributions(network: "nn.Module", images: "Tensor", targets: Sequence[int],
 
 
 def last_maps(network: "nn.Module", pixels: "Tensor") -> "nn.Module":
-    """The layer whose output Grad-CAM weighs: the last with maps (B, C, h, w), before any pooling that ends the network.
+    """The layer whose output Grad-CAM weighs: the last that has maps (B, C, h, w), before they are pooled at the end.
 
-    It is found by running the network: the last layer with parameters whose output has places tells their number, and the last one after it with as
-    many, which ran once, is taken: a whole block rather than its last convolution.
+    It is found by running the network. The last layer with parameters whose output is spatial gives the maps' size;
+    the last module after it with maps of this size, which ran once, is the one: a whole block where there are blocks.
 
     Args:
         network: What comes behind Normalize.
@@ -224,7 +230,7 @@ def last_maps(network: "nn.Module", pixels: "Tensor") -> "nn.Module":
         if fit and not any(len(shape) == 3 and shape[1] > 1 for _, shape in after[fit[-1] :]):
             return after[fit[-1]][0]
     raise UserError(
-        "gradcam does not suit this network, whose last layers have no maps (B, C, h, w); give --method ig or occlusion."
+        "gradcam needs maps (B, C, h, w) in the last layers, which this network has not; give --method ig or occlusion."
     )
 
 

@@ -337,7 +337,7 @@ def _plain(figure: Figure) -> Figure:
 
 
 def overlay(image: npt.NDArray[np.uint8], heat: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:
-    """A picture in grey with heat in colour on it, the stronger the less of the picture shows through.
+    """A picture in grey with heat in colour on it; the hotter, the less of the picture shows through.
 
     Args:
         image: (H, W, 3) uint8, RGB.
@@ -347,8 +347,9 @@ def overlay(image: npt.NDArray[np.uint8], heat: npt.NDArray[np.floating[Any]]) -
         (H, W, 3) uint8, RGB; grey alone where the heat is 0.
     """
     grey = image @ np.array([0.299, 0.587, 0.114])  # luma of ITU-R BT.601, as Pillow's mode L
-    colour = colormaps["turbo"](0.3 + 0.7 * heat)[..., :3] * 255  # from green on: its blue end is dark like a shadow
-    share = (0.75 * np.sqrt(heat))[..., None]
+    grey = 51 + 0.6 * grey  # black and white would change the colours
+    colour = colormaps["inferno"](0.3 + 0.7 * heat)[..., :3] * 255  # without its dark end, which looks like a shadow
+    share = (0.8 * np.sqrt(heat))[..., None]
     mixed: npt.NDArray[np.uint8] = np.rint((1 - share) * grey[..., None] + share * colour).astype(np.uint8)
     return mixed
 
@@ -371,17 +372,21 @@ def explanations(
         columns: Pairs in a row.
         side: Of a picture, in inches.
     """
+    size = 9 if side > 2 else 7  # of the letters, in points
+    width = round(side * 72 / size / 0.7)  # letters in a line: wide ones of DejaVu are 0.7 of their size
+    texts = [[fitted(text, width) for text in pair] for pair in zip(titles, captions, strict=True)]
+    lines = max((text.count("\n") + 1 for pair in texts for text in pair), default=0)
     rows = max(1, math.ceil(len(images) / columns))
-    figure = Figure(figsize=(2 * side * columns, (side + 0.75) * rows), layout="constrained")
+    height = side + (lines * size * 1.4 + 14) / 72
+    figure = Figure(figsize=(2 * side * columns, height * rows), layout="constrained")
     places = figure.subplots(rows, 2 * columns, squeeze=False).reshape(-1, 2)
-    size = 9 if side > 2 else 7
-    width = round(11 * side)  # characters of that size in a line, at three quarters of their height each
     for axes in places.ravel():
         axes.set_axis_off()
-    for (left, right), image, heat, title, caption in zip(places, images, heats, titles, captions, strict=False):
+        axes.set_anchor("S")  # what height is left over is the captions'
+    for (left, right), image, heat, (title, caption) in zip(places, images, heats, texts, strict=False):
         for axes, pixels, text in ((left, image, title), (right, overlay(image, heat), caption)):
             axes.imshow(pixels)
-            axes.set_title(fitted(text, width), fontsize=size, fontfamily=font_families(), parse_math=False)
+            axes.set_title(text, fontsize=size, fontfamily=font_families(), parse_math=False)
     return figure
 
 
@@ -457,21 +462,26 @@ def drawable(text: str) -> str:
             return " " * letter.isspace()
         if letter.isprintable() and any(_has(font, letter) for _, font in _fonts()):
             return letter
-        return letter.encode("ascii", "backslashreplace").decode()
+        return letter.encode("unicode_escape").decode()
 
     return "".join(map(drawn, text))
 
 
 def fitted(text: str, width: int, lines: int = 3) -> str:
-    """A drawable text in a few lines, cut at its end; each line of the text is broken by itself.
+    """A drawable text in a few lines; each line of the text is broken by itself, and loses its middle if it is long.
 
     Args:
         text: Of any letters.
-        width: Letters in a line; East Asian ones count twice.
+        width: Letters in a line; where there are East Asian ones, half as many.
         lines: At most, of each line of the text.
     """
     parts = []
     for part in map(drawable, text.split("\n")):
         wide = any(unicodedata.east_asian_width(letter) in "WF" for letter in part)
-        parts.append(textwrap.fill(part, width // 2 if wide else width, max_lines=lines, placeholder="…"))
+        room = width // 2 if wide else width
+        kept, broken = lines * room // 2, textwrap.wrap(part, room)
+        while len(broken) > lines:  # a path and a name are known by their ends
+            broken = textwrap.wrap(f"{part[: kept - 1]}…{part[-kept:]}", room)
+            kept -= 1
+        parts += broken
     return "\n".join(parts)

@@ -112,7 +112,7 @@ def replacing_bytes(file: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Gives a hidden folder to fill, which gets its name when the block ends well; what is in it is then on the disk."""
+    """Gives a hidden folder for files, which gets its name when the block ends well; they are on the disk by then."""
     unfinished = beside(folder)
     unfinished.mkdir()
     try:

@@ -36,7 +36,16 @@ def as_in_the_readme(photos):
 
 def test_commands_run(as_in_the_readme):
     found = commands("python -m project.cli")
-    assert {command[3] for command in found} == {"fit", "test", "predict", "check", "bench", "models", "report"}
+    assert {command[3] for command in found} == {
+        "fit",
+        "test",
+        "predict",
+        "check",
+        "bench",
+        "models",
+        "report",
+        "explain",
+    }
     for _, _, _, verb, *options in found:
         small = {"fit": [*SMALL, "--trainer.max_epochs", "1"], "bench": ["--count", "8", "--rounds", "1"]}
         assert cli.main([verb, *options, *small.get(verb, [])]) == 0, options

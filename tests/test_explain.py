@@ -1,0 +1,457 @@
+"""Maps of evidence: where they lie, what they sum to, which networks they suit, and the folder that is written."""
+
+import copy
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import font_manager
+from PIL import Image
+from torch import nn
+from torch.nn.functional import cross_entropy, interpolate
+
+from project import cli, explain, figures, load, models
+from project.checkpoint import Network
+from project.models.normalize import Normalize
+from tests.conftest import COLOURS, full_disk
+
+METHODS = ("gradcam", "ig", "occlusion")
+SIDE, PATCH = 48, 12
+
+
+def predictor_of(network, classes=2, size=SIDE):
+    known = {"class_names": [str(n) for n in range(classes)], "image_size": size, "resize": "stretch"}
+    return Network(network.eval(), known)
+
+
+def noise(count, size=SIDE, seed=0):
+    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed)).byte()
+
+
+def patches(count, seed):
+    """Noise with a red (class 0) or blue (class 1) square at a random place: images, labels, (N, H, W) bool masks."""
+    random = np.random.default_rng(seed)
+    images = random.integers(60, 196, (count, 3, SIDE, SIDE)).astype(np.uint8)
+    labels = np.arange(count) % 2
+    masks = np.zeros((count, SIDE, SIDE), dtype=bool)
+    for number, label in enumerate(labels):
+        top, left = random.integers(0, SIDE - PATCH, 2)
+        place = np.s_[top : top + PATCH, left : left + PATCH]
+        masks[number][place] = True
+        images[number][(slice(None), *place)] = np.array([(220, 30, 30), (30, 30, 220)][label])[:, None, None]
+    return torch.from_numpy(images), torch.from_numpy(labels), masks
+
+
+def small_network():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 12, 5, stride=2, padding=2), nn.ReLU(inplace=True), nn.Conv2d(12, 16, 3, padding=1)]
+    layers += [nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(inplace=True)]
+    return nn.Sequential(Normalize(), nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(16, 2)))
+
+
+@pytest.fixture(scope="module")
+def sees_patches():
+    """A small network that tells red squares from blue ones, wherever they are."""
+    network = small_network()
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    for step in range(60):
+        images, labels, _ = patches(32, step)
+        optimizer.zero_grad()
+        cross_entropy(network(images), labels).backward()
+        optimizer.step()
+    network.eval()
+    images, labels, _ = patches(64, 1000)
+    assert (network(images).argmax(1) == labels).float().mean() > 0.95
+    network.zero_grad()
+    return network
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_most_of_the_evidence_lies_on_the_only_thing_that_tells_the_classes_apart(sees_patches, method):
+    images, labels, masks = patches(16, 2000)
+    heats = explain.heat_maps(predictor_of(sees_patches), images, labels.tolist(), method)
+    assert heats.dtype == np.float32
+    assert heats.shape == masks.shape
+    assert heats.min() == 0
+    assert (heats.max(axis=(1, 2)) == 1).all()
+    # what covers or blurs a pixel reaches a little further than it: a margin of a ninth of the side
+    near = interpolate(torch.from_numpy(masks)[:, None].float(), SIDE)
+    near = torch.nn.functional.max_pool2d(near, 11, 1, 5)[:, 0].numpy() > 0
+    share = (heats * near).sum(axis=(1, 2)) / heats.sum(axis=(1, 2))
+    assert np.median(share) > 0.6
+    assert np.median(share / near.mean(axis=(1, 2))) > 3  # times what a map without any idea has there
+    peaks = heats.reshape(len(heats), -1).argmax(axis=1)
+    assert np.mean([near.ravel()[peak] for near, peak in zip(near, peaks, strict=True)]) > 0.9
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_weights_give_another_map(sees_patches, method):
+    """The sanity check of Adebayo et al. 2018 (arXiv:1810.03292): a map that ignores the weights explains nothing."""
+    images, labels, _ = patches(16, 3000)
+    torch.manual_seed(5)
+    random = copy.deepcopy(sees_patches)
+    for module in random.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.reset_parameters()
+    trained = explain.attributions(sees_patches, images, labels.tolist(), method)
+    other = explain.attributions(random, images, labels.tolist(), method)
+    assert abs(rank_correlation(trained, other)) < 0.4
+    assert rank_correlation(trained, trained) == pytest.approx(1)
+
+
+def rank_correlation(one, other):
+    """Spearman's, of each pair of maps; their mean."""
+    ranks = [maps.flatten(1).argsort(1).argsort(1).double() for maps in (one, other)]
+    a, b = (r - r.mean(1, keepdim=True) for r in ranks)
+    return float(((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).mean())
+
+
+def test_gradcam_is_what_the_article_defines():
+    torch.manual_seed(1)
+    maps, head = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(inplace=True)), nn.Linear(4 * 7 * 7, 3)
+    network = nn.Sequential(Normalize(), nn.Sequential(maps, nn.Flatten(), nn.Linear(4 * 7 * 7, 8), nn.ReLU(), head))
+    network[1][4] = nn.Linear(8, 3)
+    images, targets = noise(2, 16), [2, 0]
+    activation = maps(network[0](images)).detach().requires_grad_()  # (2, 4, 7, 7)
+    logits = network[1][1:](activation)
+    (gradient,) = torch.autograd.grad(logits[0, 2] + logits[1, 0], activation)
+    cam = (gradient.mean(dim=(2, 3), keepdim=True) * activation).sum(dim=1)
+    expected = interpolate(cam[:, None], 16, mode="bilinear")[:, 0]
+    assert torch.allclose(explain.attributions(network, images, targets, "gradcam"), expected, atol=1e-7)
+    positive = expected.clamp(min=0)
+    scaled = positive / positive.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+    assert np.allclose(explain.heat_maps(predictor_of(network, 3, 16), images, targets), scaled.detach(), atol=1e-5)
+
+
+def test_integrated_gradients_sum_to_the_difference_of_the_logits(sees_patches):
+    """Completeness, within 2 % of the difference: the integral is a sum of 32 terms."""
+    images, labels, _ = patches(10, 4000)
+    total = explain.attributions(sees_patches, images, labels.tolist(), "ig").sum(dim=(1, 2))
+    with torch.no_grad():
+        pixels = sees_patches[0](images)
+        rise = (sees_patches[1](pixels) - sees_patches[1](torch.zeros_like(pixels)))[torch.arange(10), labels]
+    assert (rise.abs() > 0.5).all()
+    assert torch.allclose(total, rise, rtol=0.02)
+
+
+def test_occlusion_is_the_mean_fall_of_the_logit_over_the_squares_that_cover_a_pixel():
+    torch.manual_seed(2)
+    network = nn.Sequential(Normalize(), nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, 2)))
+    images = noise(1, 28)
+    pixels = network[0](images)
+    network.requires_grad_(False)
+    falls, counts = torch.zeros(28, 28), torch.zeros(28, 28)
+    for top in range(0, 25, 2):
+        for left in range(0, 25, 2):
+            covered = pixels.clone()
+            covered[:, :, top : top + 4, left : left + 4] = 0
+            falls[top : top + 4, left : left + 4] += float((network[1](pixels) - network[1](covered))[0, 1])
+            counts[top : top + 4, left : left + 4] += 1
+    assert torch.allclose(explain.attributions(network, images, [1], "occlusion")[0], falls / counts, atol=1e-5)
+
+
+NETWORKS = ["alexnet", "resnet18", "mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "densenet121", "swin_t"]
+NETWORKS += ["timm/resnet10t", "timm/convnext_atto"]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradcam_suits_networks_with_maps_to_the_end(name):
+    torch.manual_seed(0)
+    network = models.build(name, 3).eval()
+    images = noise(2, 64)
+    layer = explain.last_maps(network[1], network[0](images[:1]))
+    shapes = []
+    handle = layer.register_forward_hook(lambda *call: shapes.append(call[2].shape))
+    network(images)
+    handle.remove()
+    assert [shape[2:] for shape in shapes] == [(3, 3) if name == "alexnet" else (2, 2)]
+    evidence = explain.attributions(network, images, [0, 2], "gradcam")
+    assert evidence.isfinite().all()
+    assert (evidence[0] != evidence[1]).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("alexnet", "features.11"), ("vgg11", "features.19"), ("resnet18", "layer4"), ("squeezenet1_1", "classifier.2")],
+)
+def test_gradcam_takes_the_last_maps_before_the_final_pooling(name, layer):
+    network = models.build(name, 2).eval()[1]
+    assert explain.last_maps(network, torch.zeros(1, 3, 112, 112)) is network.get_submodule(layer)
+
+
+def test_gradcam_passes_over_a_layer_that_runs_more_than_once():
+    relu, last = nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), relu, last, relu, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert explain.last_maps(network, torch.zeros(1, 3, 16, 16)) is last
+
+
+@pytest.mark.parametrize("name", ["vit_b_16", "timm/vit_tiny_patch16_224", "timm/swin_tiny_patch4_window7_224"])
+def test_transformers_are_explained_without_gradcam(name):
+    torch.manual_seed(0)
+    network = models.build(name, 2).eval()
+    size = 224 if name != "vit_b_16" else 32
+    if name == "vit_b_16":
+        from torchvision.models import VisionTransformer
+
+        network[1] = VisionTransformer(size, 8, 2, 2, 16, 32, num_classes=2).eval()
+        nn.init.normal_(network[1].heads.head.weight)  # it starts at 0
+    with pytest.raises(explain.UserError, match="give --method ig or occlusion"):
+        explain.heat_maps(predictor_of(network, size=size), noise(1, size), [1], "gradcam")
+    if size == 32:
+        for method in ("ig", "occlusion"):
+            assert explain.heat_maps(predictor_of(network, size=size), noise(2, size), [1, 0], method).any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["alexnet", "mobilenet_v3_small"])
+def test_the_network_is_the_same_after_it_was_explained(name, method):
+    torch.manual_seed(0)
+    network = models.build(name, 2).eval()
+    images = noise(1, 64)
+    before, logits = copy.deepcopy(network.state_dict()), network(images).detach()
+    in_place = [module for module in network.modules() if getattr(module, "inplace", False)]
+    explain.heat_maps(predictor_of(network), images, [1], method)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
+    assert torch.equal(network(images), logits)
+    assert len(in_place) > 5
+    assert all(module.inplace for module in in_place)
+    for module in network.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert not module._backward_hooks
+        assert not module.training
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_network_sees_few_pictures_at_once_however_many_there_are(sees_patches, method):
+    sizes = []
+    handle = sees_patches[1].register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    sees_patches[1][0].register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    images, labels, _ = patches(70, 6000)
+    with torch.inference_mode():  # as whoever predicts may have it
+        many = explain.heat_maps(predictor_of(sees_patches), images, labels.tolist(), method)
+    handle.remove()
+    sees_patches[1][0]._forward_pre_hooks.clear()
+    assert max(sizes) == explain.AT_A_TIME
+    few = explain.heat_maps(predictor_of(sees_patches), images[65:], labels[65:].tolist(), method)
+    assert np.allclose(many[65:], few, atol=1e-4)
+
+
+def test_where_nothing_speaks_for_a_class_the_map_is_zero():
+    network = nn.Sequential(Normalize(), nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    nn.init.zeros_(network[1][0].weight)
+    nn.init.zeros_(network[1][0].bias)
+    for method in METHODS:
+        assert not explain.heat_maps(predictor_of(network, size=16), noise(2, 16), [0, 1], method).any()
+    assert explain.heat_maps(predictor_of(network, size=16), noise(0, 16), []).shape == (0, 16, 16)
+
+
+def run(*argv):
+    return cli.main(["explain", *argv])
+
+
+def test_folder_holds_one_picture_each_a_contact_sheet_and_the_filters(at_trained, tmp_path, capsys):
+    out = tmp_path / "why"
+    assert run(str(at_trained), "photos/red/000.png", "photos/blue/000.png", "--method", "ig", "--out", str(out)) == 0
+    assert sorted(os.listdir(out)) == ["1-000.png", "2-000.png", "contact-sheet.png", "filters.png"]
+    assert f"2 pictures explained by ig, 0 unreadable: {out}" in capsys.readouterr().out
+    for name in os.listdir(out):
+        picture = np.asarray(Image.open(out / name).convert("RGB"))
+        assert picture.shape[1] > 500
+        assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
+
+
+def test_many_pictures_go_on_on_further_sheets(at_trained, tmp_path):
+    assert run(str(at_trained), "photos/red/0[012]*.png", "--out", str(tmp_path / "why")) == 0
+    names = set(os.listdir(tmp_path / "why"))
+    assert {"01-000.png", "30-029.png", "contact-sheet.png", "contact-sheet-2.png", "filters.png"} <= names
+    assert len(names) == 33
+
+
+def test_unreadable_pictures_are_named_and_left_out(at_trained, tmp_path, capsys):
+    (tmp_path / "bad.jpg").write_bytes(b"<html>")
+    shutil.copy("photos/red/000.png", tmp_path / "a $red$ one\n大.png")
+    assert run(str(at_trained), str(tmp_path), "--out", str(tmp_path / "why")) == 0
+    assert f"left out, unreadable: {tmp_path}/bad.jpg: not a picture" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path / "why"))[:1] == ["1-a_red_one_大.png"]
+    assert len(os.listdir(tmp_path / "why")) == 3
+
+
+def test_named_class_is_looked_for_instead_of_the_predicted_one(at_trained, tmp_path, monkeypatch):
+    captions = []
+    drawn = figures.explanations
+    monkeypatch.setattr(figures, "explanations", lambda *given: captions.extend(given[3]) or drawn(*given))
+    picture = "photos/red/000.png"
+    (prediction,) = load(at_trained).predict([picture])
+    other = next(name for name in COLOURS if name != prediction.label)
+    assert run(str(at_trained), picture, "--target", other, "--out", str(tmp_path / "why")) == 0
+    share = prediction.probabilities[sorted(COLOURS).index(other)]
+    assert captions[0].startswith(f"{other}\n{share:.1%}, predicted: {prediction.label}")
+
+
+def test_mistakes_are_told_in_a_sentence_and_leave_nothing_behind(at_trained, tmp_path, refused):
+    out = ["--out", str(tmp_path / "why")]
+    picture = "photos/red/000.png"
+    checkpoint = str(at_trained)
+    (tmp_path / "bad.jpg").write_bytes(b"<html>")
+    (tmp_path / "foreign.ckpt").write_bytes(b"<html>")
+    there = sorted(os.listdir(tmp_path))
+    said = refused("explain", checkpoint, picture, "--method", "magic", *out)
+    assert "--method is magic" in said
+    assert "gradcam or ig or occlusion" in said
+    said = refused("explain", checkpoint, picture, "--target", "gren", *out)
+    assert "no class of" in said
+    assert "Did you mean green? They are blue, green, red." in said
+    assert "no checkpoint none.ckpt" in refused("explain", "none.ckpt", picture, *out)
+    assert "no checkpoint" in refused("explain", str(tmp_path / "foreign.ckpt"), picture, *out)
+    assert "no file or folder nowhere" in refused("explain", checkpoint, "nowhere", *out)
+    assert "None of the 1 pictures can be read" in refused("explain", checkpoint, str(tmp_path / "bad.jpg"), *out)
+    assert "no folder" in refused("explain", checkpoint, picture, "--out", str(tmp_path / "no" / "why"))
+    assert "Not a directory" in refused("explain", checkpoint, picture, "--out", str(tmp_path / "bad.jpg" / "why"))
+    assert sorted(os.listdir(tmp_path)) == there
+
+
+def test_nothing_is_overwritten(at_trained, tmp_path, refused):
+    (tmp_path / "why").mkdir()
+    (tmp_path / "why" / "1-000.png").write_text("mine")
+    assert "exists" in refused("explain", str(at_trained), "photos/red/000.png", "--out", str(tmp_path / "why"))
+    assert os.listdir(tmp_path / "why") == ["1-000.png"]
+
+
+def test_full_disk_is_told_and_leaves_nothing_behind(at_trained, tmp_path, refused, monkeypatch):
+    full_disk(monkeypatch)
+    said = refused("explain", str(at_trained), "photos/red/000.png", "--out", str(tmp_path / "why"))
+    assert "No space left on device" in said
+    assert not os.listdir(tmp_path)
+
+
+def test_without_captum_the_extra_is_named(at_trained, tmp_path, refused, monkeypatch):
+    assert explain.is_available()
+    monkeypatch.setitem(sys.modules, "captum", None)
+    assert "pip install -e .[explain]" in refused("explain", str(at_trained), "photos", "--out", str(tmp_path / "why"))
+
+
+def test_overlay_is_grey_where_there_is_no_heat_and_coloured_where_there_is():
+    image = noise(1, 16)[0].permute(1, 2, 0).numpy()
+    heat = np.zeros((16, 16), dtype=np.float32)
+    heat[:, 8:] = 1
+    pixels = figures.overlay(image, heat)
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == image.shape
+    assert np.ptp(pixels[:, :8], axis=2).max() == 0
+    assert np.ptp(pixels[:, 8:], axis=2).min() > 50
+    grey = np.asarray(Image.fromarray(image[:, :8]).convert("L"))
+    assert np.corrcoef(pixels[:, :8, 0].ravel(), grey.ravel())[0, 1] > 0.99
+
+
+def test_filters_are_drawn_in_colour_where_they_have_three_channels_else_in_grey():
+    random = np.random.default_rng(0)
+    for channels, coloured in ((3, True), (1, False), (5, False)):
+        figure = figures.filter_grid(random.normal(size=(300, channels, 5, 4)))
+        (axes,) = figure.axes
+        canvas = axes.images[0].get_array()
+        assert (np.ptp(canvas, axis=2).max() > 0.1) == coloured
+        assert canvas.min() == 0 or canvas.max() == 1
+        assert axes.get_title() == "first layer: the first 256 of 300 filters, 5x4"
+    assert np.all(figures.filter_grid(np.zeros((1, 3, 2, 2))).axes[0].images[0].get_array() == 0.5)
+
+
+@pytest.fixture
+def font_with_a_cat(tmp_path, monkeypatch):
+    """An installed font whose only letters are 猫 and 中."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+
+    def box(side):
+        pen = TTGlyphPen(None)
+        for move, point in ((pen.moveTo, (0, 0)), *((pen.lineTo, p) for p in ((0, side), (side, side), (side, 0)))):
+            move(point)
+        pen.closePath()
+        return pen.glyph()
+
+    names = [".notdef", "cat", "middle"]
+    font = FontBuilder(1000)
+    font.setupGlyphOrder(names)
+    font.setupCharacterMap({ord("猫"): "cat", ord("中"): "middle"})
+    font.setupGlyf({name: box(100 * (3 + n)) for n, name in enumerate(names)})
+    font.setupHorizontalMetrics(dict.fromkeys(names, (1000, 0)))
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": "Two Letters", "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(tmp_path / "two.ttf")
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
+    font_manager.fontManager.addfont(tmp_path / "two.ttf")
+    figures._fonts.cache_clear()
+    yield
+    figures._fonts.cache_clear()
+
+
+def test_letters_are_drawn_by_a_font_that_has_them(font_with_a_cat):
+    assert "Two Letters" in figures.font_families()
+    assert figures.font_families()[0] == "DejaVu Sans"
+    assert figures.drawable("猫 中 Größe κόσμος мир") == "猫 中 Größe κόσμος мир"
+    draw("猫 中 größe")
+
+
+def test_letters_that_no_font_has_are_written_as_their_number(monkeypatch):
+    ours = [e for e in font_manager.fontManager.ttflist if e.name.startswith(("DejaVu", "Last"))]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", ours)
+    figures._fonts.cache_clear()
+    assert figures.drawable("a\n猫\u200d$\udcff$\x07") == r"a \u732b$\udcff$\x07"
+    draw(r"猫 $\frac{$ " + 300 * "long name " + "\n" + 200 * "猫")
+    figures._fonts.cache_clear()
+
+
+def draw(text):
+    """Drawing warns, which is an error here, where a letter is in no font."""
+    figure = figures.explanations(np.zeros((1, 8, 8, 3), np.uint8), np.zeros((1, 8, 8)), [text], [text])
+    figure.savefig(os.devnull, format="png")
+
+
+def test_long_texts_lose_their_middle_and_stay_in_their_lines():
+    assert figures.fitted("a name\nsecond", 40) == "a name\nsecond"
+    for text in (50 * "many words " + "end", 300 * "x" + "end", 20 * "longer, lengthy words " + "end"):
+        lines = figures.fitted(f"start {text}", 20).split("\n")
+        assert len(lines) <= 3
+        assert max(map(len, lines)) <= 20
+        assert lines[0].startswith("start")
+        assert lines[-1].endswith("end")
+        assert "…" in "".join(lines)
+
+
+def test_captions_of_several_lines_stay_on_the_picture():
+    texts = ["name " * 60 + "\n12.3%, predicted: " + "other " * 60]
+    for columns, side in ((1, 3.0), (3, 1.5)):
+        given = np.zeros((1, 8, 8, 3), np.uint8), np.zeros((1, 8, 8)), texts, texts
+        figure = figures.explanations(*given, columns, side)
+        figure.draw_without_rendering()
+        for axes in figure.axes[:2]:
+            box = axes.title.get_window_extent()
+            assert box.y1 <= figure.bbox.height
+            assert box.width < side * figure.dpi * 1.05
+
+
+def test_importing_the_verb_imports_nothing_heavy():
+    import subprocess
+
+    code = "import sys, project.explain; sys.exit(any(m in sys.modules for m in ('torch', 'matplotlib', 'captum')))"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_non_latin_and_long_class_names_are_drawn(at_trained, tmp_path):
+    content = torch.load(at_trained / "checkpoints" / "best.ckpt", weights_only=True)
+    content["metadata"]["class_names"] = [
+        "猫",
+        "собака",
+        "a very long name, which goes on and on, and then a bit further",
+    ]
+    torch.save(content, tmp_path / "named.ckpt")
+    some = [f"photos/{name}/000.png" for name in COLOURS]
+    assert run(str(tmp_path / "named.ckpt"), *some, "--target", "猫", "--out", str(tmp_path / "why")) == 0
+    assert len(os.listdir(tmp_path / "why")) == 5
