@@ -52,11 +52,11 @@ def _heat_maps(
     shown: dict[int, images.Pixels], sample: scores.Sample, predictor: Predictor
 ) -> tuple[dict[int, images.Pixels], str]:
     """For each place the picture with its heat map laid over it, and what to say of it."""
-    from project import explain
+    from project import attribution
 
     if not shown:
         return {}, ""
-    if not explain.is_available():
+    if not attribution.is_available():
         return {}, " With pip install -e .[explain] a heat map of what speaks for the answer stands beside each."
     import torch
 
@@ -68,7 +68,7 @@ def _heat_maps(
     places = list(shown)
     stacked = torch.from_numpy(np.stack([shown[place] for place in places])).permute(0, 3, 1, 2)
     try:
-        maps = explain.heat_maps(predictor, stacked, [int(sample.predicted[place]) for place in places])
+        maps = attribution.heat_maps(predictor, stacked, [int(sample.predicted[place]) for place in places])
     except UserError as error:  # a network that has no map for this
         return {}, f" {error}"
     overlaid = {place: figures.overlay(shown[place], heat) for place, heat in zip(places, maps, strict=True)}

@@ -80,6 +80,8 @@ def test_every_module_has_its_test_file():
         "page": "report",
         "gallery": "report",
         "comparison": "report",
+        "results": "report",
+        "attribution": "explain",
         "curves": "logs",
         "__init__": "cli",
         "__main__": "cli",

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 from torch.nn.functional import cross_entropy, interpolate
 
-from project import cli, explain, figures, load, models
+from project import attribution, cli, explain, figures, load, models
 from project.checkpoint import Network
 from project.models.normalize import Normalize
 from tests.conftest import COLOURS, full_disk
@@ -73,7 +73,7 @@ def sees_patches():
 @pytest.mark.parametrize("method", METHODS)
 def test_most_of_the_evidence_lies_on_the_only_thing_that_tells_the_classes_apart(sees_patches, method):
     images, labels, masks = patches(16, 2000)
-    heats = explain.heat_maps(predictor_of(sees_patches), images, labels.tolist(), method)
+    heats = attribution.heat_maps(predictor_of(sees_patches), images, labels.tolist(), method)
     assert heats.dtype == np.float32
     assert heats.shape == masks.shape
     assert heats.min() == 0
@@ -97,8 +97,8 @@ def test_other_weights_give_another_map(sees_patches, method):
     for module in random.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.reset_parameters()
-    trained = explain.attributions(sees_patches, images, labels.tolist(), method)
-    other = explain.attributions(random, images, labels.tolist(), method)
+    trained = attribution.attributions(sees_patches, images, labels.tolist(), method)
+    other = attribution.attributions(random, images, labels.tolist(), method)
     assert abs(rank_correlation(trained, other)) < 0.4
     assert rank_correlation(trained, trained) == pytest.approx(1)
 
@@ -121,16 +121,16 @@ def test_gradcam_is_what_the_article_defines():
     (gradient,) = torch.autograd.grad(logits[0, 2] + logits[1, 0], activation)
     cam = (gradient.mean(dim=(2, 3), keepdim=True) * activation).sum(dim=1)
     expected = interpolate(cam[:, None], 16, mode="bilinear")[:, 0]
-    assert torch.allclose(explain.attributions(network, images, targets, "gradcam"), expected, atol=1e-7)
+    assert torch.allclose(attribution.attributions(network, images, targets, "gradcam"), expected, atol=1e-7)
     positive = expected.clamp(min=0)
     scaled = positive / positive.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
-    assert np.allclose(explain.heat_maps(predictor_of(network, 3, 16), images, targets), scaled.detach(), atol=1e-5)
+    assert np.allclose(attribution.heat_maps(predictor_of(network, 3, 16), images, targets), scaled.detach(), atol=1e-5)
 
 
 def test_integrated_gradients_sum_to_the_difference_of_the_logits(sees_patches):
     """Completeness, within 2 % of the difference: the integral is a sum of 32 terms."""
     images, labels, _ = patches(10, 4000)
-    total = explain.attributions(sees_patches, images, labels.tolist(), "ig").sum(dim=(1, 2))
+    total = attribution.attributions(sees_patches, images, labels.tolist(), "ig").sum(dim=(1, 2))
     with torch.no_grad():
         pixels = sees_patches[0](images)
         rise = (sees_patches[1](pixels) - sees_patches[1](torch.zeros_like(pixels)))[torch.arange(10), labels]
@@ -151,7 +151,7 @@ def test_occlusion_is_the_mean_fall_of_the_logit_over_the_squares_that_cover_a_p
             covered[:, :, top : top + 4, left : left + 4] = 0
             falls[top : top + 4, left : left + 4] += float((network[1](pixels) - network[1](covered))[0, 1])
             counts[top : top + 4, left : left + 4] += 1
-    assert torch.allclose(explain.attributions(network, images, [1], "occlusion")[0], falls / counts, atol=1e-5)
+    assert torch.allclose(attribution.attributions(network, images, [1], "occlusion")[0], falls / counts, atol=1e-5)
 
 
 NETWORKS = ["alexnet", "resnet18", "mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "densenet121", "swin_t"]
@@ -163,13 +163,13 @@ def test_gradcam_suits_networks_with_maps_to_the_end(name):
     torch.manual_seed(0)
     network = models.build(name, 3).eval()
     images = noise(2, 64)
-    layer = explain.last_maps(network[1], network[0](images[:1]))
+    layer = attribution.last_maps(network[1], network[0](images[:1]))
     shapes = []
     handle = layer.register_forward_hook(lambda *call: shapes.append(call[2].shape))
     network(images)
     handle.remove()
     assert [shape[2:] for shape in shapes] == [(3, 3) if name == "alexnet" else (2, 2)]
-    evidence = explain.attributions(network, images, [0, 2], "gradcam")
+    evidence = attribution.attributions(network, images, [0, 2], "gradcam")
     assert evidence.isfinite().all()
     assert (evidence[0] != evidence[1]).any()
 
@@ -180,13 +180,13 @@ def test_gradcam_suits_networks_with_maps_to_the_end(name):
 )
 def test_gradcam_takes_the_last_maps_before_the_final_pooling(name, layer):
     network = models.build(name, 2).eval()[1]
-    assert explain.last_maps(network, torch.zeros(1, 3, 112, 112)) is network.get_submodule(layer)
+    assert attribution.last_maps(network, torch.zeros(1, 3, 112, 112)) is network.get_submodule(layer)
 
 
 def test_gradcam_passes_over_a_layer_that_runs_more_than_once():
     relu, last = nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), relu, last, relu, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    assert explain.last_maps(network, torch.zeros(1, 3, 16, 16)) is last
+    assert attribution.last_maps(network, torch.zeros(1, 3, 16, 16)) is last
 
 
 @pytest.mark.parametrize("name", ["vit_b_16", "timm/vit_tiny_patch16_224", "timm/swin_tiny_patch4_window7_224"])
@@ -200,10 +200,10 @@ def test_transformers_are_explained_without_gradcam(name):
         network[1] = VisionTransformer(size, 8, 2, 2, 16, 32, num_classes=2).eval()
         nn.init.normal_(network[1].heads.head.weight)  # it starts at 0
     with pytest.raises(explain.UserError, match="give --method ig or occlusion"):
-        explain.heat_maps(predictor_of(network, size=size), noise(1, size), [1], "gradcam")
+        attribution.heat_maps(predictor_of(network, size=size), noise(1, size), [1], "gradcam")
     if size == 32:
         for method in ("ig", "occlusion"):
-            assert explain.heat_maps(predictor_of(network, size=size), noise(2, size), [1, 0], method).any()
+            assert attribution.heat_maps(predictor_of(network, size=size), noise(2, size), [1, 0], method).any()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -214,7 +214,7 @@ def test_the_network_is_the_same_after_it_was_explained(name, method):
     images = noise(1, 64)
     before, logits = copy.deepcopy(network.state_dict()), network(images).detach()
     in_place = [module for module in network.modules() if getattr(module, "inplace", False)]
-    explain.heat_maps(predictor_of(network), images, [1], method)
+    attribution.heat_maps(predictor_of(network), images, [1], method)
     assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
     assert torch.equal(network(images), logits)
     assert len(in_place) > 5
@@ -234,11 +234,11 @@ def test_a_network_sees_few_pictures_at_once_however_many_there_are(sees_patches
     sees_patches[1][0].register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     images, labels, _ = patches(70, 6000)
     with torch.inference_mode():  # as whoever predicts may have it
-        many = explain.heat_maps(predictor_of(sees_patches), images, labels.tolist(), method)
+        many = attribution.heat_maps(predictor_of(sees_patches), images, labels.tolist(), method)
     handle.remove()
     sees_patches[1][0]._forward_pre_hooks.clear()
-    assert max(sizes) == explain.AT_A_TIME
-    few = explain.heat_maps(predictor_of(sees_patches), images[65:], labels[65:].tolist(), method)
+    assert max(sizes) == attribution.AT_A_TIME
+    few = attribution.heat_maps(predictor_of(sees_patches), images[65:], labels[65:].tolist(), method)
     assert np.allclose(many[65:], few, atol=1e-4)
 
 
@@ -247,8 +247,8 @@ def test_where_nothing_speaks_for_a_class_the_map_is_zero():
     nn.init.zeros_(network[1][0].weight)
     nn.init.zeros_(network[1][0].bias)
     for method in METHODS:
-        assert not explain.heat_maps(predictor_of(network, size=16), noise(2, 16), [0, 1], method).any()
-    assert explain.heat_maps(predictor_of(network, size=16), noise(0, 16), []).shape == (0, 16, 16)
+        assert not attribution.heat_maps(predictor_of(network, size=16), noise(2, 16), [0, 1], method).any()
+    assert attribution.heat_maps(predictor_of(network, size=16), noise(0, 16), []).shape == (0, 16, 16)
 
 
 def run(*argv):
@@ -331,7 +331,7 @@ def test_full_disk_is_told_and_leaves_nothing_behind(at_trained, tmp_path, refus
 
 
 def test_without_captum_the_extra_is_named(at_trained, tmp_path, refused, monkeypatch):
-    assert explain.is_available()
+    assert attribution.is_available()
     monkeypatch.setitem(sys.modules, "captum", None)
     assert "pip install -e .[explain]" in refused("explain", str(at_trained), "photos", "--out", str(tmp_path / "why"))
 
