@@ -18,12 +18,18 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 def test_image_grid_has_a_title_over_each_picture():
     images = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
-    titles = [f"class $_{n}" for n in range(9)] + ["a name far too long for its place"]
-    figure = figures.image_grid(images, titles, columns=4)
+    titles = [f"class $_{n}" for n in range(10)]
+    figure = figures.image_grid(images, titles, columns=4, wrong=[n == 3 for n in range(10)])
     figure.canvas.draw()
-    shown = [axes for axes in figure.axes if axes.images]
-    assert [axes.get_title() for axes in shown] == [t[:12] for t in titles]
-    assert all((axes.images[0].get_array() == image).all() for axes, image in zip(shown, images, strict=True))
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == titles
+    for shown, text, image in zip(axes.images, axes.texts, images, strict=True):
+        assert (shown.get_array() == image).all()
+        left, right, bottom, top = shown.get_extent()
+        assert left < text.get_position()[0] < right
+        assert top - 0.1 < text.get_position()[1] < top < bottom
+    (mark,) = axes.patches
+    assert mark.get_xy() == (axes.images[3].get_extent()[0], axes.images[3].get_extent()[3])
 
 
 @pytest.fixture
