@@ -18,7 +18,7 @@ from project.metrics import positive_index
 MOST_CLASSES = 50  # that have curves of their own: of more, the most frequent ones
 MOST_CELLS = 1000**2  # of a confusion matrix
 SAMPLES = 24  # pictures in the grid
-SHARE = 0.02  # of a fit's time that drawing may take
+SHARE = 0.01  # of a fit's time that drawing may take; everything that is shown together takes less than 0.02
 
 
 class Answers(Callback):

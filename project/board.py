@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from project import figures
 from project.callbacks import data_of, point, tensorboard
@@ -94,4 +95,6 @@ def show(writer: Any, tag: str, figure: Any, step: int) -> None:
     """Draws a figure into TensorBoard's IMAGES tab."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # names in a script that no font here has
-        writer.add_figure(tag, figure, step)
+        canvas: Any = FigureCanvasAgg(figure)
+        canvas.draw()
+    writer.add_image(tag, np.asarray(canvas.buffer_rgba())[..., :3], step, dataformats="HWC")

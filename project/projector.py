@@ -94,7 +94,7 @@ class Projector(Callback):
     def _write(self, points: npt.NDArray[np.floating[Any]], lines: list[str], images: npt.NDArray[np.uint8]) -> None:
         side = min(THUMBNAIL, images.shape[1])
         png = io.BytesIO()
-        Image.fromarray(thumbnails(images, side)).save(png, "PNG")
+        Image.fromarray(thumbnails(images, side)).save(png, "PNG", compress_level=1)  # in two thirds of the time
         with files.replacing(self.run / POINTS) as stream:
             np.savetxt(stream, points, "%.5g", "\t")
         with files.replacing(self.run / LABELS) as stream:

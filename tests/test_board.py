@@ -285,7 +285,14 @@ def test_every_tab_of_tensorboard_has_what_belongs_there(board, browser):
 
     run = "photos/version_0"
     page(f"{board}/?tagFilter=train#timeseries", run, "train/accuracy", "train/loss", "train/first_batch")
-    page(f"{board}/?tagFilter=val/#timeseries", "val/accuracy", "val/auroc", "val/f1", "val/loss", "val/recall")
+    page(
+        f"{board}/?tagFilter=val/(a|f|l|rec)#timeseries",
+        "val/accuracy",
+        "val/auroc",
+        "val/f1",
+        "val/loss",
+        "val/recall",
+    )
     page(f"{board}/?tagFilter=val_class/f1#timeseries", *(f"val_class/f1/{name}" for name in COLOURS))
     page(f"{board}/?tagFilter=speed#timeseries", "speed/pictures_per_second", "speed/waiting_for_pictures")
     page(f"{board}/?images#images", *(f"val/{name}" for name in DRAWN))
