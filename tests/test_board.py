@@ -242,6 +242,7 @@ def browser(tmp_path):
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
+        "--enable-unsafe-swiftshader",  # WebGL without a graphics card, for the projector
         "--disable-quic",
         "--no-first-run",
         "--disable-background-networking",
@@ -299,7 +300,7 @@ def test_every_tab_of_tensorboard_has_what_belongs_there(board, browser):
     page(f"{board}/?curves#pr_curves", *(f"val_class/{name}" for name in COLOURS))
     page(f"{board}/?histograms#histograms", "gradients/1.classifier.1.weight")
     page(f"{board}/?text#text", "watcher/stuck", "guessing gives")
-    page(f"{board}/?projector#projector", "Points: 12", "Dimension: 12", "projector_labels.tsv")
+    page(f"{board}/?projector#projector", "Points:12", "Dimension:12", "projector_labels.tsv")
     page(f"{board}/?hparams#hparams", "val_best/loss", "model/name", "flip")
     page(f"{board}/?graphs#graphs", "Main Graph", "Sequential", run)
     assert "latest" not in browser.execute_script(TEXT_WITH_SHADOWS)
@@ -308,7 +309,8 @@ def test_every_tab_of_tensorboard_has_what_belongs_there(board, browser):
 TEXT_WITH_SHADOWS = """
 function text(node) {
     let found = node.nodeType === Node.TEXT_NODE ? node.textContent.trim() : "";
-    for (const child of [...(node.shadowRoot ? [node.shadowRoot] : []), ...node.childNodes]) found += text(child);
+    const inside = [node.shadowRoot, node.contentDocument && node.contentDocument.body].filter(Boolean);
+    for (const child of [...inside, ...node.childNodes]) found += text(child);
     return found;
 }
 return text(document.body);
