@@ -93,8 +93,6 @@ class Figures(Callback):
 
 def show(writer: Any, tag: str, figure: Any, step: int) -> None:
     """Draws a figure into TensorBoard's IMAGES tab."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # names in a script that no font here has
-        canvas: Any = FigureCanvasAgg(figure)
-        canvas.draw()
+    canvas: Any = FigureCanvasAgg(figure)  # add_figure would import pyplot
+    canvas.draw()
     writer.add_image(tag, np.asarray(canvas.buffer_rgba())[..., :3], step, dataformats="HWC")

@@ -47,7 +47,8 @@ def image_grid(
             axes.add_patch(Rectangle((left, top), 1, 1, fill=False, edgecolor="tab:red", linewidth=3))
         style: Any = {"size": 11 if lines == 1 else 8, "color": "tab:red" if marked else INK}
         style |= {"family": font_families(), "parse_math": False}
-        axes.text(left + 0.5, top - 0.04, drawable(title), ha="center", **style)
+        text = "\n".join(map(drawable, title.split("\n")))
+        axes.text(left + 0.5, top - 0.04, text, ha="center", **style)
     axes.set(xlim=(0, 1.1 * columns), ylim=(height * rows, 0))
     return figure
 

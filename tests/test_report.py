@@ -375,6 +375,8 @@ def test_page_of_ten_thousand_test_pictures_takes_seconds(workplace, capsys):
     predicted = time.perf_counter()
     assert cli.main(["report"]) == 0
     with capsys.disabled():
-        print(f"\nreport of 10,000 pictures: {time.perf_counter() - predicted:.1f} s, predicting {predicted - start:.1f} s")
+        print(
+            f"\nreport of 10,000 pictures: {time.perf_counter() - predicted:.1f} s, predicting {predicted - start:.1f} s"
+        )
     assert len(results.read(run / "predictions.csv").paths) == 10_000
     assert (run / "report.html").stat().st_size < 5e6
