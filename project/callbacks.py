@@ -201,6 +201,12 @@ def tensorboard(trainer: Trainer) -> Any:
     return None
 
 
+def point(trainer: Trainer) -> int:
+    """The step that Lightning gives to what is logged now; at the end of an epoch it is one further than its last."""
+    step: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+    return step
+
+
 def gather(trainer: Trainer, item: Any) -> list[Any]:
     """The item of every rank, in order of rank."""
     if trainer.world_size == 1:

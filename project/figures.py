@@ -14,27 +14,42 @@ from matplotlib import colormaps, font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from project.scores import BINS, Ranked, Sample
 
+INK, FAINT = "#222222", "#999999"  # of text and lines; a page may give them other colours
 
-def image_grid(images: npt.NDArray[np.uint8], titles: Sequence[str], columns: int = 8) -> Figure:
+
+def image_grid(
+    images: npt.NDArray[np.uint8], titles: Sequence[str], columns: int = 8, wrong: Sequence[bool] = ()
+) -> Figure:
     """Pictures in rows, each under its title.
 
     Args:
         images: (N, H, W, 3) uint8, RGB.
-        titles: N texts.
+        titles: N texts, of as many lines each.
         columns: Pictures in a row.
+        wrong: Which of the N are marked, in red; by default none.
     """
-    rows = max(1, math.ceil(len(images) / columns))
-    figure = Figure(figsize=(1.1 * columns, 1.35 * rows), layout="constrained")
-    for place, axes in enumerate(np.ravel(figure.subplots(rows, columns, squeeze=False))):
-        axes.set_axis_off()
-        if place < len(images):
-            axes.imshow(images[place])
-            title = drawable(titles[place][:12])
-            axes.set_title(title, fontsize=11, fontfamily=font_families(), parse_math=False)
+    rows, lines = max(1, math.ceil(len(images) / columns)), max((text.count("\n") + 1 for text in titles), default=1)
+    height = 1.1 + 0.2 * lines  # of a row, where a picture is 1 wide
+    figure = Figure(figsize=(1.1 * columns, height * rows))
+    axes = figure.add_axes((0, 0, 1, 1))  # one for all: one for each picture takes five times as long
+    axes.set_axis_off()
+    for place, (image, title) in enumerate(zip(images, titles, strict=True)):
+        row, column = divmod(place, columns)
+        left, top = 1.1 * column + 0.05, height * row + height - 1.05
+        axes.imshow(image, extent=(left, left + 1, top + 1, top))
+        marked = bool(wrong) and wrong[place]
+        if marked:
+            axes.add_patch(Rectangle((left, top), 1, 1, fill=False, edgecolor="tab:red", linewidth=3))
+        style: Any = {"size": 11 if lines == 1 else 8, "color": "tab:red" if marked else INK}
+        style |= {"family": font_families(), "parse_math": False}
+        text = "\n".join(map(drawable, title.split("\n")))
+        axes.text(left + 0.5, top - 0.04, text, ha="center", **style)
+    axes.set(xlim=(0, 1.1 * columns), ylim=(height * rows, 0))
     return figure
 
 
@@ -65,7 +80,6 @@ def rate_finder(
 
 # what a model learned: predictions (N, K) and the truth (N,)
 
-INK, FAINT = "#222222", "#999999"  # of text and lines; a page may give them other colours
 READABLE = 20  # classes whose names still fit beside a figure
 
 

@@ -20,6 +20,7 @@ FREE = frozenset(
     | {f"trainer.{machine}" for machine in ("accelerator", "devices", "num_nodes", "strategy")}
     | {f"trainer.{logs}" for logs in ("logger", "log_every_n_steps", "profiler", "enable_progress_bar")}
     | {"trainer.enable_model_summary", "trainer.default_root_dir", "data.workers", "data.cache", "save_every"}
+    | {"histograms"}
 )
 
 

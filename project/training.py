@@ -26,12 +26,15 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from project import allocator, average, board, callbacks, checkpoint, files, logs, resuming, runs, saving, usage
+from project.answers import Answers
 from project.classifier import Classifier
 from project.data.datamodule import ImageData
 from project.errors import FailedRun, UserError
 from project.features import FrozenFeatures
 from project.metrics import positive_index
 from project.origin import SPLIT_OPTIONS, Origin
+from project.pace import Pace
+from project.projector import Projector
 from project.watcher import Watcher
 from project.writer import LAST, CheckpointWriter
 
@@ -109,6 +112,8 @@ class Cli(LightningCLI):
             parser.add_argument("--save_every", type=PositiveFloat, default=5.0, help=minutes)
             patience = "Stop after so many validations without a lower val/loss."
             parser.add_argument("--patience", type=PositiveInt | None, help=patience)
+            histograms = "Show in TensorBoard how the weights and gradients of each layer are distributed."
+            parser.add_argument("--histograms", type=bool, default=False, help=histograms)
         if subcommand == "test":
             parser.add_argument("--report", type=bool, default=True, help="Write report.html into the run too.")
         return parser
@@ -209,8 +214,8 @@ class Cli(LightningCLI):
             config = self.config_init["fit"]
             self.figures = board.Figures(self._flat_settings())
             self.last = saving.Last(self.writer, float(config["save_every"]))
-            always += [callbacks.StepSeed(), callbacks.Narrator(), FrozenFeatures(), Watcher()]
-            self.first_batch = board.FirstBatch()
+            self.first_batch, pace = board.FirstBatch(), Pace()
+            always += [callbacks.StepSeed(), callbacks.Narrator(), FrozenFeatures(), pace, Watcher(pace)]
             always += [self.first_batch, self.figures, self.last]
             if config["patience"] and trainer["limit_val_batches"] == 0:
                 raise UserError("--patience needs validations; --trainer.limit_val_batches is 0.")
@@ -295,10 +300,11 @@ class Cli(LightningCLI):
                 logs.rewind(run, at.rows, at.step, at.time)
             after = at.step
             self.first_batch.done = at.total > 0
-        board = logs.Board(run, after)
-        board.log_hyperparams(self.figures.settings)
-        self.trainer.loggers = [board, logs.MetricsFile(run), *self.trainer.loggers]
-        self.trainer.callbacks.append(LearningRateMonitor("step"))
+        shown = logs.Board(run, after)
+        shown.log_hyperparams(self.figures.settings)
+        self.trainer.loggers = [shown, logs.MetricsFile(run), *self.trainer.loggers]
+        self.trainer.callbacks += [LearningRateMonitor("step"), Answers(), Projector(run)]
+        self.trainer.callbacks += [board.Histograms()] if self.config.fit.histograms else []
 
     def fit(self, **kwargs: Any) -> None:
         """Trains."""

@@ -1,7 +1,6 @@
 """The watcher: says in a sentence what goes wrong in a fit, and what to try."""
 
 import math
-import time
 from typing import Any
 
 import numpy as np
@@ -10,18 +9,23 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from project.callbacks import data_of, duration, tensorboard
 from project.errors import FailedRun
+from project.pace import Pace
 
 
 class Watcher(Callback):
     """Says in a sentence what goes wrong, once, on the terminal and in TensorBoard's TEXT tab.
 
     No rule waits for an accelerator within a step; those on losses and accuracies look once an epoch.
+
+    Args:
+        pace: Knows how long the fit waits for pictures; comes before this one.
     """
 
     ENOUGH = 3  # epochs before a fit is judged, or its last one
     FEW_STEPS = 30  # a fit of less is not judged
 
-    def __init__(self) -> None:
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
         self._said: set[str] = set()
         self._history: list[tuple[int, float, float]] = []  # epoch, training and validation loss
 
@@ -44,26 +48,10 @@ class Watcher(Callback):
         self._bad = torch.zeros((), dtype=torch.bool, device=pl_module.device)
         self._good_until = trainer.global_step
         self._interval: int = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        self.on_train_epoch_start(trainer, pl_module)  # a fit that goes on within an epoch has no start of it
-
-    # waiting for data: from a batch's end to the next one's start
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clocks."""
-        self._ended = time.monotonic()
-        self._waited = self._worked = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Stops the waiting clock."""
-        self._batch, self._started = batch, time.monotonic()
-        self._waited += self._started - self._ended
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Starts it."""
-        self._ended = time.monotonic()
-        self._worked += self._ended - self._started
+        """Keeps the batch, to look for what is wrong with it."""
+        self._batch = batch
 
     # numbers that are none
 
@@ -99,10 +87,6 @@ class Watcher(Callback):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts counting answers."""
         self._answers = torch.zeros(len(data_of(trainer).class_names), device=pl_module.device)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A validation within an epoch is no waiting."""
-        self._ended = time.monotonic()
 
     def on_validation_batch_end(
         self,
@@ -144,8 +128,8 @@ class Watcher(Callback):
                 self._say(trainer, rule, sentence)
 
     def _waiting(self, trainer: Trainer) -> str:
-        share = self._waited / max(self._waited + self._worked, 1e-9)
-        if share < 0.3 or self._waited < 1:  # below a second an epoch it is no matter
+        share, waited = self._pace.share, self._pace.waited
+        if share < 0.3 or waited < 1:  # below a second an epoch it is no matter
             return ""
         if trainer.strategy.root_device.type != "cpu":  # it works on while this process waits: nothing can be told
             return ""
@@ -158,7 +142,7 @@ class Watcher(Callback):
             advice = "leave --data.cache on"
         else:
             advice = "every core reads already: make the pictures smaller, or --data.augment cheaper"
-        return f"{share:.0%} of the epoch was spent waiting for pictures ({duration(self._waited)}): {advice}."
+        return f"{share:.0%} of the epoch was spent waiting for pictures ({duration(waited)}): {advice}."
 
     def _diverging(self, rate: float) -> str:
         losses = [train for _, train, _ in self._history]

@@ -2,13 +2,16 @@
 # Opens TensorBoard on runs/, without runs/latest, which would show the newest run twice: sh scripts/board.sh [options]
 # PYTHON=/path/to/python chooses the Python that has TensorBoard.
 set -eu
-spec=
+# A folder of links to the runs' folders: its PROJECTOR tab works with --logdir alone, not with a list of folders.
+links=runs/.board
+mkdir -p "$links"
+find "$links" -type l -exec rm -f {} +
 for folder in runs/*/; do
     name=$(basename "$folder")
     case $name in
         '*' | latest) ;;
-        *) spec=$spec${spec:+,}$name:$folder ;;
+        *) ln -s "../$name" "$links/$name" ;;
     esac
 done
-[ -n "$spec" ] || { echo "board: there are no runs yet; make one: make fit" >&2; exit 1; }
-exec "${PYTHON:-.venv/bin/python}" -m tensorboard.main --logdir_spec "$spec" --host 127.0.0.1 "$@"
+[ -n "$(ls "$links")" ] || { echo "board: there are no runs yet; make one: make fit" >&2; exit 1; }
+exec "${PYTHON:-.venv/bin/python}" -m tensorboard.main --logdir "$links" --host 127.0.0.1 "$@"

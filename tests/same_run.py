@@ -13,11 +13,14 @@ def checkpoint(run, name="last"):
 
 
 def logged(run):
-    """Rows of metrics.csv, and every scalar in TensorBoard's files."""
+    """Rows of metrics.csv, and every scalar in TensorBoard's files; of what a clock has measured only the steps."""
     with (run / "metrics.csv").open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    curves = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    curves = {
+        tag: [(e.step, None if tag.startswith("speed/") else e.value) for e in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
     return rows, curves, [e.step for e in events.Images("train/first_batch")]
 
 

@@ -79,10 +79,14 @@ def test_ranks_learn_and_measure_like_one_process(photos, launcher, ranks):
     assert out.count("best: epoch") == 1
     (_, curves, _), (_, others, _) = (logged(Path(f"runs/photos/version_{number}")) for number in (0, 1))
     assert len(curves["train/loss_step"]) == 20
-    for tag in ("train/loss_step", "train/loss", "train/accuracy", *(f"val/{name}" for name in FIGURES)):
+    classes = [tag for tag in curves if tag.startswith("val_class/")]
+    assert len(classes) == 9
+    for tag in ("train/loss_step", "train/loss", "train/accuracy", *(f"val/{name}" for name in FIGURES), *classes):
         assert [step for step, _ in curves[tag]] == [step for step, _ in others[tag]]
         assert [v for _, v in curves[tag]] == pytest.approx([v for _, v in others[tag]], abs=1e-4), tag
     version = Path("runs/photos/version_1")
+    points = [(run / "projector_labels.tsv").read_text() for run in (version.with_name("version_0"), version)]
+    assert points[0] == points[1]
     assert_tested_alike(version, [*CLI, "test"], [*start(launcher, ranks), "test", *on(ranks)])
 
 
