@@ -4,6 +4,7 @@ import contextlib
 import logging
 import sys
 import tempfile
+import warnings
 from collections.abc import Generator, Iterator
 from itertools import count
 from pathlib import Path
@@ -25,6 +26,7 @@ from project.predictor import Batch
 
 for name in ("lightning.pytorch", "lightning.fabric"):  # here, so that it holds in the processes that are started, too
     logging.getLogger(name).setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")  # Lightning's own use of torch
 
 
 class Share(LightningModule):
