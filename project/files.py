@@ -53,8 +53,13 @@ def _runs(process: int) -> bool:
     return True
 
 
-def require_new(file: Path, option: str) -> None:
+def require_new(file: Path, option: str, overwrite: bool | None = None) -> None:
     """Checks that an output file can be made and is not there yet.
+
+    Args:
+        file: The output.
+        option: Its name on the command line.
+        overwrite: One that is there may be replaced, if it is a file; None where the verb has no such option.
 
     Raises:
         UserError: It cannot, or it is.
@@ -68,8 +73,11 @@ def require_new(file: Path, option: str) -> None:
         pass
     except OSError as error:
         raise UserError(f"Cannot write --{option} {file}: {error.strerror}; give another file.") from error
-    if there:
-        raise UserError(f"{file} exists; give another file by --{option}, or remove it.")
+    if there and overwrite and not file.is_file():
+        raise UserError(f"{file} is not a file, which --overwrite could replace; give another by --{option}.")
+    if there and not overwrite:
+        way_out = "remove it" if overwrite is None else "add --overwrite"
+        raise UserError(f"{file} exists; give another file by --{option}, or {way_out}.")
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder} for --{option} {file}; make it first.")
     if not os.access(folder, os.W_OK):

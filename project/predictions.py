@@ -1,11 +1,14 @@
 """predictions.csv: one row a picture, the same columns whoever writes it."""
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TextIO
 
 from project import files
+
+FIRST, CLASS = ("path", "true", "label", "probability", "error"), "p:"  # columns, and what a class's begins with
 
 
 @dataclass(frozen=True)
@@ -39,15 +42,39 @@ class Prediction:
         return replace(self, true=true)
 
 
-def write(file: Path, predictions: Iterable[Prediction], class_names: Sequence[str]) -> None:
-    """Writes predictions as CSV; the file appears whole or not at all.
-
-    Columns: path, true, label, probability, error, then p:<class> for each class; nine significant digits.
-    """
+def write(
+    file: Path, predictions: Iterable[Prediction], class_names: Sequence[str], min_confidence: float | None = None
+) -> None:
+    """Writes predictions as CSV; the file appears whole or not at all. The columns are those of `write_into`."""
     with files.replacing(file) as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["path", "true", "label", "probability", "error", *(f"p:{name}" for name in class_names)])
-        for row in predictions:
-            numbers = [f"{p:.9g}" for p in row.probabilities] or [""] * len(class_names)
-            probability = "" if row.error else f"{row.probability:.9g}"
-            writer.writerow([row.path, row.true, row.label, probability, row.error, *numbers])
+        write_into(stream, predictions, class_names, min_confidence)
+
+
+def write_into(
+    stream: TextIO, predictions: Iterable[Prediction], class_names: Sequence[str], min_confidence: float | None = None
+) -> None:
+    """Writes predictions as CSV.
+
+    Columns: path, true, label, probability, error, then p:<class> for each class; nine significant digits. With a
+    `min_confidence`, after error, also abstained: 1 where the probability is below it, 0 where it is not, empty where
+    the picture could not be read. The label stays what is likeliest, so that no other threshold needs a new prediction.
+    """
+    writer = csv.writer(stream)
+    abstained = [] if min_confidence is None else ["abstained"]
+    writer.writerow([*FIRST, *abstained, *(f"{CLASS}{name}" for name in class_names)])
+    for row in predictions:
+        numbers = [f"{p:.9g}" for p in row.probabilities] or [""] * len(class_names)
+        probability = "" if row.error else f"{row.probability:.9g}"
+        if min_confidence is not None:
+            abstained = ["" if row.error else str(int(row.probability < min_confidence))]
+        writer.writerow([row.path, row.true, row.label, probability, row.error, *abstained, *numbers])
+
+
+def read(file: Path) -> Iterator[Prediction]:
+    """Reads back, one by one, what `write` has written without a `min_confidence`."""
+    with file.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
+        rows = csv.reader(stream)
+        next(rows)
+        for path, true, label, probability, error, *numbers in rows:
+            probabilities = () if error else tuple(map(float, numbers))
+            yield Prediction(path, label, float(probability or 0), probabilities, error, true)

@@ -3,11 +3,12 @@
 import os
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,20 @@ from project.predictions import Prediction
 
 AHEAD = 2  # batches that are read while another is computed
 Picture = str | os.PathLike[str] | bytes  # a file, or the bytes of one
+
+
+class Batch(NamedTuple):
+    """Pictures that are labelled together.
+
+    Attributes:
+        names: Of all of them.
+        pixels: (B, H, W, 3) uint8, RGB, of the B that could be read.
+        failed: By place among the names, why the others could not.
+    """
+
+    names: list[str]
+    pixels: images.Pixels
+    failed: dict[int, str]
 
 
 class Predictor(ABC):
@@ -54,15 +69,21 @@ class Predictor(ABC):
 
     def stream(
         self, pictures: Iterable[Picture], batch_size: int = 64, workers: int | None = None, tta: bool = False
-    ) -> Iterator[Prediction]:
+    ) -> Generator[Prediction, None, None]:
         """As `predict`, one by one as they are ready; at no time more than a few batches are in memory."""
-        for names, pixels, failed in self._batches(pictures, batch_size, workers or usable_cores()):
-            rows = iter(self._rows(pixels, tta))
-            for place, name in enumerate(names):
-                if place in failed:
-                    yield Prediction(name, error=failed[place])
-                else:
-                    yield Prediction.of(name, next(rows), self.class_names)
+        with closing(self.batches(pictures, batch_size, workers)) as batches:
+            for batch in batches:
+                yield from self.answers(batch, tta)
+
+    def answers(self, batch: Batch, tta: bool = False) -> Iterator[Prediction]:
+        """One `Prediction` for each picture of a batch, in its order."""
+        names, pixels, failed = batch
+        rows = iter(self._rows(pixels, tta))
+        for place, name in enumerate(names):
+            if place in failed:
+                yield Prediction(name, error=failed[place])
+            else:
+                yield Prediction.of(name, next(rows), self.class_names)
 
     def _rows(self, pixels: images.Pixels, tta: bool) -> list[list[float]]:
         if not len(pixels):
@@ -75,15 +96,15 @@ class Predictor(ABC):
         rows: list[list[float]] = probabilities.tolist()
         return rows
 
-    def _batches(
-        self, pictures: Iterable[Picture], batch_size: int, workers: int
-    ) -> Iterator[tuple[list[str], images.Pixels, dict[int, str]]]:
-        """Names, images (B, H, W, 3) uint8 of those that could be read, and by place why the others could not.
+    def batches(
+        self, pictures: Iterable[Picture], batch_size: int = 64, workers: int | None = None
+    ) -> Generator[Batch, None, None]:
+        """Pictures as they are read.
 
         Threads are enough: Pillow lets others run while it decodes and resizes.
         """
         rest, waiting = iter(pictures), deque[tuple[list[str], list[Future[images.Pixels]]]]()
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="reader")
+        pool = ThreadPoolExecutor(workers or usable_cores(), thread_name_prefix="reader")
 
         def read_ahead() -> None:
             if batch := list(islice(rest, batch_size)):
@@ -106,7 +127,7 @@ class Predictor(ABC):
                         failed[place] = error.reason
                 size = self.image_size
                 stacked = np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8)
-                yield names, stacked, failed
+                yield Batch(names, stacked, failed)
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -3,7 +3,7 @@
 import argparse
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
 import docstring_parser
@@ -24,7 +24,8 @@ def call(function: Callable[..., int], verb: str, argv: list[str]) -> int:
     """Runs a verb: the signature is its options, the docstring its help.
 
     A positional-only parameter is a word of the command line, `list[str]` one or more of them; others are options, a
-    bool one that takes no value, one of `list[str]` one or more words.
+    bool one that takes no value, one of `list[str]` one or more words. An option may be spelt with dashes, too:
+    --batch-size is --batch_size.
     """
     document = docstring_parser.parse(function.__doc__ or "")
     parser = Parser(prog=f"python -m project.cli {verb}", description=document.description, allow_abbrev=False)
@@ -41,9 +42,20 @@ def call(function: Callable[..., int], verb: str, argv: list[str]) -> int:
         parser.add_argument(f"--{option.name}", help=explained[option.name], type=str, nargs="+")
     parser.add_function_arguments(function, skip={parameter.name for parameter in (*words, *lists)})
     flags = {f"--{parameter.name}" for parameter in signature if parameter.annotation is bool}
-    argv = [f"{word}=true" if word in flags else word for word in argv]
+    argv = [f"{word}=true" if word in flags else word for word in spelt(argv, _options(parser))]
     values = parser.instantiate_classes(parser.parse_args(argv)).as_dict()
     return function(*[values.pop(word.name) for word in words], **values)
+
+
+def spelt(argv: list[str], options: Collection[str]) -> list[str]:
+    """The same words; an option with dashes where one with underscores is known is spelt like that."""
+
+    def known(word: str) -> str:
+        name, equals, value = word.partition("=")
+        own = "--" + name.removeprefix("--").replace("-", "_")
+        return f"{own}{equals}{value}" if word.startswith("--") and own in options else word
+
+    return [known(word) for word in argv]
 
 
 def explain(message: str, parser: argparse.ArgumentParser) -> UserError:

@@ -39,6 +39,25 @@ def test_table_of_readers_has_every_reader_and_its_ratio(photos, capsys):
 
 
 @pytest.mark.slow
+def test_table_of_predicting_has_every_loop_and_all_give_the_same(photos, capsys):
+    (photos / "red" / "000.png").write_bytes(b"no picture")
+    assert cli.main(["bench", "predict", "--root", "photos", "--count", "5", "--rounds", "1", "--json", "b.json"]) == 0
+    out = capsys.readouterr().out
+    result = json.loads(Path("b.json").read_text())
+    names = list(result["speed"])
+    assert names[0] == "a loop, one file at a time"
+    assert names[1] == "a DataLoader, batches of 64"
+    assert names[2].startswith("a DataLoader, ")
+    assert names[3] == "ours: predict"
+    for name, speed in result["speed"].items():
+        ratio = result["speed"]["ours: predict"] / speed
+        assert result["ratio"][name] == pytest.approx(ratio)
+        line = next(line for line in out.splitlines() if line.strip().startswith(f"{name}  "))
+        assert re.search(rf" {speed:,.1f} +{ratio:.2f} x$", line)
+    assert {path.name for path in Path().iterdir()} == {"photos", "b.json"}
+
+
+@pytest.mark.slow
 def test_table_of_training_has_every_rival_and_the_parts_of_a_step(photos, capsys, monkeypatch):
     monkeypatch.setattr(training, "SIZE", 64)
     assert cli.main(["bench", "--root", "photos", "--count", "8", "--rounds", "1", "--json", "bench.json"]) == 0
@@ -148,7 +167,7 @@ def test_usual_readers_give_what_torchvision_gives(workplace):
 
 
 def test_unknown_subject_and_existing_output_are_refused(workplace, refused):
-    assert "it takes training or data or accuracy" in refused("bench", "dat")
+    assert "it takes training or data or predict or accuracy" in refused("bench", "dat")
     assert "--rounds is 0" in refused("bench", "data", "--rounds", "0")
     assert "--rounds is 0" in refused("bench", "--full", "--rounds", "0")
     assert "--count is 0" in refused("bench", "data", "--count", "0")

@@ -1,10 +1,11 @@
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from project import cli
+from project import cli, usage
 
 ROOT = Path(__file__).parent.parent
 LIGHT = ["project.cli", "project.data", "project.data.manifest", "project.data.images", "project.models", "project"]
@@ -56,6 +57,40 @@ def test_option_before_the_verb_is_put_right(refused):
 def test_words_nobody_knows_get_one_sentence(workplace, refused, words, said):
     assert said in refused("fit", *words)
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("verb", cli.COMMANDS)
+def test_options_may_be_spelt_with_dashes(verb, capsys):
+    parser = usage.Parser()
+    module = importlib.import_module(f"project.{cli.COMMANDS[verb][0]}")
+    parser.add_function_arguments(getattr(module, verb))
+    options = [word for word in usage._options(parser) if "_" in word]
+    for option in options:
+        dashed = "--" + option[2:].replace("_", "-")
+        assert usage.spelt([dashed, f"{dashed}=a-b_c", "a-b", dashed[1:]], options) == [
+            option,
+            f"{option}=a-b_c",
+            "a-b",
+            dashed[1:],
+        ]
+
+
+def test_dashes_reach_the_function():
+    def verb(picture: str, /, min_confidence: float = 0.0, with_a_flag: bool = False) -> int:
+        """Does something.
+
+        Args:
+            picture: A file.
+            min_confidence: A number.
+            with_a_flag: Or not.
+        """
+        seen.append((picture, min_confidence, with_a_flag))
+        return 0
+
+    seen = []
+    for words in (["a-b", "--min-confidence", "0.5", "--with-a-flag"], ["a-b", "--min_confidence=0.5"]):
+        assert usage.call(verb, "verb", words) == 0
+    assert seen == [("a-b", 0.5, True), ("a-b", 0.5, False)]
 
 
 def test_yaml_that_does_not_parse_and_unknown_keys_in_it(workplace, refused):

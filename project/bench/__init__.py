@@ -1,4 +1,4 @@
-"""Measures, side by side in one run: python -m project.cli bench [training|data|accuracy]."""
+"""Measures, side by side in one run: python -m project.cli bench [training|data|predict|accuracy]."""
 
 import json as json_format
 import tempfile
@@ -11,7 +11,7 @@ from project.errors import UserError
 
 
 def bench(
-    what: Literal["training", "data", "accuracy"] = "training",
+    what: Literal["training", "data", "predict", "accuracy"] = "training",
     /,
     root: str | None = None,
     count: int | None = None,
@@ -29,10 +29,11 @@ def bench(
     Args:
         what: `training`: AlexNet's training steps beside the article's loop, a usual Lightning loop and tuned plain
             PyTorch, then what a step of ours consists of. `data`: reading, on one core, with workers, from the cache.
-            `accuracy`: seconds to a validation accuracy, beside a usual Lightning loop with its default recipe.
+            `predict`: labelling files, beside plain loops over torchvision's network and transforms. `accuracy`:
+            seconds to a validation accuracy, beside a usual Lightning loop with its default recipe.
         root: The pictures, as fit takes them; by default made ones of 475 x 404 pixels, for accuracy the digits.
-        count: How many of them; by default 192 for training, 256 for data. (Accuracy takes all.)
-        rounds: How often each is run; by default 3 for training, 5 for data.
+        count: How many of them; by default 192 for training, 256 for data and predict. (Accuracy takes all.)
+        rounds: How often each is run; by default 3 for training, 5 for data and predict.
         full: Training: what a step costs at other batch and picture sizes, too.
         target: Accuracy: the validation accuracy to reach, 0 to 1.
         epochs: Accuracy: how many each may take.
@@ -59,6 +60,10 @@ def bench(
                 from project.bench import reading
 
                 result = reading.measure(place, many, rounds or 5, Path(folder))
+            elif what == "predict":
+                from project.bench import predicting
+
+                result = predicting.measure(place, many, rounds or 5, Path(folder))
             else:
                 from project.bench import training
 

@@ -1,10 +1,11 @@
-"""What this project is measured against: AlexNet trained as articles, templates and careful scripts do it."""
+"""What this project is measured against: AlexNet trained and used as articles, templates and careful scripts do it."""
 
 from typing import Any, cast
 
 import torch
 import torchvision
 from lightning.pytorch import LightningModule, Trainer
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Accuracy
@@ -115,6 +116,43 @@ def usual_loader(rows: Rows, size: int, batch_size: int, train: bool, flip: bool
         num_workers=usable_cores(),
         persistent_workers=True,
     )
+
+
+def one_by_one(paths: list[str], size: int, course: Course) -> None:
+    """The loop that people write to label files: each is opened, transformed, and goes through the network alone."""
+    network, transform = reference(), resized(size, *floats(True), flip=False)
+    while True:
+        course.begin()
+        course.start()
+        found = []
+        with torch.no_grad():
+            for path in paths:
+                image = transform(Image.open(path).convert("RGB"))
+                found.append(network(image[None]).softmax(dim=1)[0])
+        course.result = torch.stack(found).tolist()
+        course.end()
+
+
+def by_loader(paths: list[str], size: int, batch_size: int, workers: int, course: Course) -> None:
+    """The same with a DataLoader's batches; its workers stay from epoch to epoch."""
+    rows = _typed(Pictures([(path, 0) for path in paths], resized(size, *floats(True), flip=False)))
+    loader: Any = DataLoader(rows, batch_size, num_workers=workers, persistent_workers=workers > 0)
+    network = reference()
+    while True:
+        course.begin()
+        course.start()
+        with torch.no_grad():
+            found = [network(image).softmax(dim=1) for image, _ in loader]
+        course.result = torch.cat(found).tolist()
+        course.end()
+
+
+def reference(classes: int = 1000) -> nn.Module:
+    """The AlexNet of torchvision, the same weights each time; large in the last layer, so that classes differ."""
+    torch.manual_seed(0)
+    network = torchvision.models.AlexNet(classes).eval()
+    nn.init.normal_(network.classifier[-1].weight)
+    return cast(nn.Module, network)
 
 
 def _typed(items: Any) -> Dataset[Any]:

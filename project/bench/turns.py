@@ -1,4 +1,4 @@
-"""Contestants that take turns: each a process of its own that trains one epoch when it is called, and waits."""
+"""Contestants that take turns: each a process of its own that runs one epoch when it is called, and waits."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ class Turn:
     """One contestant, as the comparison sees it.
 
     Args:
-        run: A function of a module: trains epoch after epoch; calls `begin` of the `Course` it is given before each and
+        run: A function of a module: runs epoch after epoch; calls `begin` of the `Course` it is given before each and
             `end` after it.
         arguments: What it is given before the `Course`.
     """
@@ -28,7 +28,7 @@ class Turn:
         other.close()
 
     def epoch(self) -> float:
-        """Lets it train one epoch; returns the seconds from its first batch to its end.
+        """Lets it run one epoch; returns the seconds from its first batch to its end.
 
         Raises:
             RuntimeError: It has failed.

@@ -7,9 +7,11 @@ import posixpath
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -138,34 +140,64 @@ def read_csv(file: Path, needed: set[str], found: Findings, tidy: bool = False) 
         UserError: It cannot be read, a needed column or value is missing, or a path comes twice.
     """
     found.read.append(str(file))
-    try:
-        with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
-            lines = csv.reader(stream, skipinitialspace=tidy)
-            names = [name.strip().casefold() for name in next(lines, [])]
-            if missing := needed - set(names):
-                raise UserError(
-                    f"{file} has no column {', '.join(sorted(missing))}; it has {', '.join(names) or 'nothing'}."
-                )
-            places = [names.index(name) if name in names else None for name in Row._fields]
-            read = []
-            for line in lines:
-                if line:
-                    row = Row(*("" if p is None or p >= len(line) else line[p] for p in places))
-                    row = _tidied(row) if tidy else row
-                    if lacking := [name for name in sorted(needed) if not getattr(row, name)]:
-                        raise UserError(f"{file}, line {lines.line_num}, has no {lacking[0]}; fill it in.")
-                    read.append(row._replace(split=_split_name(row.split.strip(), file)))
-    except (OSError, csv.Error) as error:
-        raise UserError(f"Cannot read {file}: {getattr(error, 'strerror', None) or error}.") from error
+    rows = map(Row._make, columns(file, Row._fields, needed, tidy))
+    read = [row._replace(split=_split_name(row.split.strip(), file)) for row in rows]
     twice = [path for path, count in Counter(row.path for row in read).items() if count > 1]
     if twice and "label" in needed:
         raise UserError(f"{file} lists {twice[0]} more than once; a picture has one label and belongs to one split.")
     return read
 
 
-def _tidied(row: Row) -> Row:
-    values = [value.strip() for value in row]
-    return Row(posixpath.normpath(values[0].replace("\\", "/")) if values[0] else "", *values[1:])
+def columns(file: Path, wanted: Sequence[str], needed: set[str], tidy: bool = False) -> Iterator[list[str]]:
+    """Yields some columns of each row of a CSV file; see `read_csv`.
+
+    Args:
+        file: Is read as far as it is asked for.
+        wanted: Names of columns, the first of which is a path; one that is not there is empty.
+        needed: Those that must be there and filled.
+        tidy: As for `read_csv`.
+
+    Raises:
+        UserError: It cannot be read, or a needed column or value is missing.
+    """
+    with _opened(file, tidy) as (names, lines):
+        if missing := needed - set(names):
+            raise UserError(
+                f"{file} has no column {', '.join(sorted(missing))}; it has {', '.join(names) or 'nothing'}."
+            )
+        places = [names.index(name) if name in names else None for name in wanted]
+        for line in lines:
+            if line:
+                values = ["" if p is None or p >= len(line) else line[p] for p in places]
+                values = _tidied(values) if tidy else values
+                if lacking := [name for name in sorted(needed) if not values[wanted.index(name)]]:
+                    raise UserError(f"{file}, line {lines.line_num}, has no {lacking[0]}; fill it in.")
+                yield values
+
+
+def column_names(file: Path) -> list[str]:
+    """Names of a CSV file's columns, in lower case.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    with _opened(file, tidy=True) as (names, _):
+        return names
+
+
+@contextmanager
+def _opened(file: Path, tidy: bool) -> Iterator[tuple[list[str], Any]]:
+    try:
+        with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
+            lines = csv.reader(stream, skipinitialspace=tidy)
+            yield [name.strip().casefold() for name in next(lines, [])], lines
+    except (OSError, csv.Error) as error:
+        raise UserError(f"Cannot read {file}: {getattr(error, 'strerror', None) or error}.") from error
+
+
+def _tidied(values: Sequence[str]) -> list[str]:
+    path, *others = (value.strip() for value in values)
+    return [posixpath.normpath(path.replace("\\", "/")) if path else "", *others]
 
 
 def _split_name(name: str, file: Path) -> str:
@@ -193,7 +225,7 @@ def _grouped(read: list[Row], pattern: str, found: Findings) -> list[Row]:
 def _excluded(read: list[Row], source: Source, found: Findings) -> list[Row]:
     assert source.exclude is not None
     listed = read_csv(source.exclude, {"path"}, found)
-    unwanted = {row.path for row in listed} | {_tidied(row).path for row in listed}
+    unwanted = {row.path for row in listed} | {_tidied(row)[0] for row in listed}
     base = source.root.parent if source.root.is_file() else source.root
     kept = [row for row in read if not {row.path, posixpath.normpath(f"{base}/{row.path}")} & unwanted]
     found.say(f"left out, listed in {source.exclude}: {len(read) - len(kept):,} of {len(listed):,} paths")

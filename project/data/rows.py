@@ -2,9 +2,9 @@
 
 import json
 import os
+from array import array as integers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
 
@@ -40,10 +40,12 @@ class Texts(Sequence[str]):
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> "Texts":
-        """From strings."""
-        encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
-        ends = np.fromiter(accumulate(map(len, encoded)), dtype=np.int64, count=len(encoded))
-        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
+        """From strings, which are not held as such meanwhile."""
+        buffer, ends = bytearray(), integers("q")
+        for text in texts:
+            buffer += text.encode("utf-8", "surrogateescape")
+            ends.append(len(buffer))
+        return cls(np.frombuffer(buffer, dtype=np.uint8), np.frombuffer(ends, dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.ends)
