@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from project import figures
+from project import figures, lettering
 from project.board import show
 from project.callbacks import data_of, gather, point, tensorboard
 from project.metrics import positive_index
@@ -119,8 +119,8 @@ class Answers(Callback):
         said, right = probabilities[places].argmax(axis=1), true[places]
         titles = []
         for place, answer, label in zip(places, said, right, strict=True):
-            title = f"{figures.shortened(names[answer], 11)} {probabilities[place, answer]:.0%}"
-            titles.append(f"{title}\nnot {figures.shortened(names[label], 12)}" if answer != label else title)
+            title = f"{lettering.shortened(names[answer], 11)} {probabilities[place, answer]:.0%}"
+            titles.append(f"{title}\nnot {lettering.shortened(names[label], 12)}" if answer != label else title)
         images = np.stack([self._pictures[int(rows[place])] for place in places])
         grid = figures.image_grid(images, titles, wrong=(said != right).tolist())
         show(tensorboard(trainer), "val/samples", grid, step)

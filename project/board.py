@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from project import figures
+from project import figures, lettering
 from project.callbacks import data_of, point, tensorboard
 
 
@@ -33,7 +33,7 @@ class FirstBatch(Callback):
             rows = batch.row[:32].tolist()
             pictures = data_of(trainer).dataset("train").__getitems__([(0, row) for row in rows]).image
         images = pictures.permute(0, 2, 3, 1).cpu().numpy()
-        titles = [figures.shortened(names[label], 12) for label in batch.label[:32].tolist()]
+        titles = [lettering.shortened(names[label], 12) for label in batch.label[:32].tolist()]
         show(writer, "train/first_batch", figures.image_grid(images, titles), 0)
         if pl_module.compiled:  # it cannot be traced
             return

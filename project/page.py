@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from project import figures
+from project import figures, lettering
 from project.data.images import Pixels
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -53,7 +53,7 @@ def render(template: str, **content: Any) -> str:
 def drawing(draw: Callable[[], Figure], alt: str, caption: str) -> dict[str, Any]:
     """A figure as the template wants it: SVG in a data address."""
     stream = io.StringIO()
-    with mpl.rc_context(STYLE | {"font.family": figures.font_families()}), warnings.catch_warnings():
+    with mpl.rc_context(STYLE | {"font.family": lettering.font_families()}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's system will have it
         figure = draw()
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})

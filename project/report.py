@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from project import calibration, comparison, figures, files, gallery, page, results, runs, scores
+from project import calibration, comparison, figures, files, gallery, lettering, page, results, runs, scores
 from project.data import check, manifest
 from project.data.splits import SPLITS, Row
 from project.errors import UserError
@@ -78,7 +78,7 @@ def _content(found: Results, predictor: Predictor, others: Sequence[comparison.O
         "title": f"{found.run.parent.name}: {found.metadata['model']}, {len(names)} classes",
         "subtitle": f"{found.checkpoint}, {datetime.now().astimezone():%Y-%m-%d %H:%M}",
         "headline": _headline(found, sample),
-        "majority": figures.shortened(names[found.majority], 24),
+        "majority": lettering.shortened(names[found.majority], 24),
         "measured_on": f"Measured on {count:,} test pictures."
         + ("" if found.positive is None else f" Precision, recall, F1 and AUROC are of “{names[found.positive]}”."),
         "errors": errors,

@@ -84,6 +84,7 @@ def test_every_module_has_its_test_file():
         "comparison": "report",
         "results": "report",
         "attribution": "explain",
+        "lettering": "explain",
         "curves": "logs",
         "__init__": "cli",
         "__main__": "cli",

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 from torch.nn.functional import cross_entropy, interpolate
 
-from project import attribution, cli, explain, figures, load, models
+from project import attribution, cli, explain, figures, lettering, load, models
 from project.checkpoint import Network
 from project.models.normalize import Normalize
 from tests.conftest import COLOURS, full_disk
@@ -387,25 +387,25 @@ def font_with_a_cat(tmp_path, monkeypatch):
     font.save(tmp_path / "two.ttf")
     monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
     font_manager.fontManager.addfont(tmp_path / "two.ttf")
-    figures._fonts.cache_clear()
+    lettering._fonts.cache_clear()
     yield
-    figures._fonts.cache_clear()
+    lettering._fonts.cache_clear()
 
 
 def test_letters_are_drawn_by_a_font_that_has_them(font_with_a_cat):
-    assert "Two Letters" in figures.font_families()
-    assert figures.font_families()[0] == "DejaVu Sans"
-    assert figures.drawable("猫 中 Größe κόσμος мир") == "猫 中 Größe κόσμος мир"
+    assert "Two Letters" in lettering.font_families()
+    assert lettering.font_families()[0] == "DejaVu Sans"
+    assert lettering.drawable("猫 中 Größe κόσμος мир") == "猫 中 Größe κόσμος мир"
     draw("猫 中 größe")
 
 
 def test_letters_that_no_font_has_are_written_as_their_number(monkeypatch):
     ours = [e for e in font_manager.fontManager.ttflist if e.name.startswith(("DejaVu", "Last"))]
     monkeypatch.setattr(font_manager.fontManager, "ttflist", ours)
-    figures._fonts.cache_clear()
-    assert figures.drawable("a\n猫\u200d$\udcff$\x07") == r"a \u732b$\udcff$\x07"
+    lettering._fonts.cache_clear()
+    assert lettering.drawable("a\n猫\u200d$\udcff$\x07") == r"a \u732b$\udcff$\x07"
     draw(r"猫 $\frac{$ " + 300 * "long name " + "\n" + 200 * "猫")
-    figures._fonts.cache_clear()
+    lettering._fonts.cache_clear()
 
 
 def draw(text):
@@ -415,9 +415,9 @@ def draw(text):
 
 
 def test_long_texts_lose_their_middle_and_stay_in_their_lines():
-    assert figures.fitted("a name\nsecond", 40) == "a name\nsecond"
+    assert lettering.fitted("a name\nsecond", 40) == "a name\nsecond"
     for text in (50 * "many words " + "end", 300 * "x" + "end", 20 * "longer, lengthy words " + "end"):
-        lines = figures.fitted(f"start {text}", 20).split("\n")
+        lines = lettering.fitted(f"start {text}", 20).split("\n")
         assert len(lines) <= 3
         assert max(map(len, lines)) <= 20
         assert lines[0].startswith("start")
