@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -89,14 +90,16 @@ class Answers(Callback):
         began = time.monotonic()
         writer, names = tensorboard(trainer), data_of(trainer).class_names
         (step, rows, true, probabilities), self._waiting = self._waiting, None
-        if len(names) ** 2 <= MOST_CELLS:
-            counts = np.zeros((len(names), len(names)), dtype=np.int64)
-            np.add.at(counts, (true, probabilities.argmax(axis=1)), 1)
-            show(writer, "val/confusion_matrix", figures.confusion_matrix(counts, names), step)
         positive = positive_index(names, pl_module.hparams["positive"])
-        show(writer, "val/roc", figures.roc(true, probabilities, names, positive), step)
-        show(writer, "val/precision_recall", figures.precision_recall(true, probabilities, names, positive), step)
-        show(writer, "val/reliability", figures.reliability(true, probabilities), step)
+        drawn = [lettering.drawable(name) for name in names]
+        with mpl.rc_context({"font.family": lettering.font_families()}):
+            if len(names) ** 2 <= MOST_CELLS:
+                counts = np.zeros((len(names), len(names)), dtype=np.int64)
+                np.add.at(counts, (true, probabilities.argmax(axis=1)), 1)
+                show(writer, "val/confusion_matrix", figures.confusion_matrix(counts, drawn), step)
+            show(writer, "val/roc", figures.roc(true, probabilities, drawn, positive), step)
+            show(writer, "val/precision_recall", figures.precision_recall(true, probabilities, drawn, positive), step)
+            show(writer, "val/reliability", figures.reliability(true, probabilities), step)
         for place, tag in shown_classes(true, names).items():
             writer.add_pr_curve(f"val_class/{tag}", true == place, probabilities[:, place], step)
         self._draw_samples(trainer, step, rows, true, probabilities)
