@@ -93,20 +93,23 @@ class Projector(Callback):
 
     def _write(self, points: npt.NDArray[np.floating[Any]], lines: list[str], images: npt.NDArray[np.uint8]) -> None:
         side = min(THUMBNAIL, images.shape[1])
-        png = io.BytesIO()
+        table, png = io.StringIO(), io.BytesIO()
+        np.savetxt(table, points, "%.5g", "\t")
         Image.fromarray(thumbnails(images, side)).save(png, "PNG", compress_level=1)  # in two thirds of the time
-        with files.replacing(self.run / POINTS) as stream:
-            np.savetxt(stream, points, "%.5g", "\t")
-        with files.replacing(self.run / LABELS) as stream:
-            stream.write("\n".join(lines) + "\n")
-        with files.replacing_bytes(self.run / THUMBNAILS) as stream:
-            stream.write(png.getvalue())
-        with files.replacing(self.run / CONFIG) as stream:  # the last one: it names the others
-            sprite = f'image_path: "{THUMBNAILS}" single_image_dim: {side} single_image_dim: {side}'
-            stream.write(
-                f'embeddings {{\n  tensor_name: "validation" tensor_path: "{POINTS}" metadata_path: "{LABELS}"\n'
-                f"  sprite {{ {sprite} }}\n}}\n"
-            )
+        config = (
+            f'embeddings {{\n  tensor_name: "validation" tensor_path: "{POINTS}" metadata_path: "{LABELS}"\n'
+            f'  sprite {{ image_path: "{THUMBNAILS}" single_image_dim: {side} single_image_dim: {side} }}\n}}\n'
+        )
+        texts = {POINTS: table.getvalue(), LABELS: "\n".join(lines) + "\n", CONFIG: config}
+        contents = {name: text.encode("utf-8", "surrogateescape") for name, text in texts.items()}
+        for name in (POINTS, LABELS, THUMBNAILS, CONFIG):  # the last one names the others
+            # not brought to the disk at once: that would wait for last.ckpt, which is being written meanwhile
+            unfinished = files.beside(self.run / name)
+            try:
+                unfinished.write_bytes(contents.get(name, png.getvalue()))
+                unfinished.replace(self.run / name)
+            finally:
+                unfinished.unlink(missing_ok=True)
 
 
 def principal(features: npt.NDArray[np.floating[Any]], components: int) -> npt.NDArray[np.floating[Any]]:
