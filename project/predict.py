@@ -88,6 +88,7 @@ def predict(
             with _standard_output() as output:
                 predictions.write_into(output, rows, names, min_confidence)
         else:
+            files.sweep(Path(out).absolute().parent)  # what a killed one has left
             predictions.write(Path(out), rows, names, min_confidence)
         sys.stdout.flush()
     print(f"{counts}: {out}", file=sys.stderr if speaks else sys.stdout)

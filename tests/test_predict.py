@@ -1,6 +1,8 @@
+import contextlib
 import csv
 import errno
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -83,6 +85,14 @@ def test_existing_output_is_not_overwritten(at_trained, tmp_path, refused):
     assert out.read_text() == "mine"
 
 
+def test_what_a_killed_one_has_left_is_taken_away(at_trained, tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / f".o.csv.{ended.pid}@{platform.node()}.0.tmp").write_text("path,true\n")
+    assert cli.main(["predict", str(at_trained), "photos/red/000.png", "--out", str(tmp_path / "o.csv")]) == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["o.csv"]
+
+
 def test_mistakes_are_told_in_a_sentence(at_trained, tmp_path, refused):
     assert "no file or folder nowhere" in refused("predict", str(at_trained), "nowhere")
     assert "no pictures in" in refused("predict", str(at_trained), str(tmp_path))
@@ -111,16 +121,17 @@ def test_mistakes_are_told_in_a_sentence(at_trained, tmp_path, refused):
         (["--out", "x" * 300], "File name too long"),
         (["--out", "x" * 240 + ".csv"], "cannot be written: File name too long"),
         (["--out", "photos", "--overwrite"], "photos is not a file, which --overwrite could replace"),
-        (["--out", os.devnull, "--overwrite"], f"{os.devnull} is not a file"),
+        (["--out", "pipe", "--overwrite"], "pipe is not a file"),  # stands for every device; never name a real one
         (["--out", "photos"], "photos exists"),
     ],
 )
 def test_options_that_cannot_be_are_told_in_a_sentence(at_trained, monkeypatch, tmp_path, refused, options, said):
     (tmp_path / "photos").symlink_to(Path("photos").resolve())
     (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")
     monkeypatch.chdir(tmp_path)
     assert said in refused("predict", str(at_trained.resolve()), "photos", *options)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "photos"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "photos", "pipe"]
 
 
 def test_other_files_than_checkpoints_and_broken_lists_are_told_in_a_sentence(at_trained, tmp_path, refused):
@@ -163,21 +174,20 @@ def test_progress_goes_to_the_terminal_and_the_results_where_they_are_sent(train
     pty = pytest.importorskip("pty")
     main, other = pty.openpty()
     words = ["predict", str(trained / "runs" / "latest"), str(trained / "photos" / "red"), "--top", "1"]
-    made = subprocess.run(
-        [sys.executable, "-m", "project.cli", *words, "--out", str(tmp_path / "o.csv")],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=other,
-        text=True,
-        check=True,
-    )
-    os.close(other)
-    assert len(made.stdout.splitlines()) == 40
-    assert all("photos/red/" in line for line in made.stdout.splitlines())
-    shown = os.read(main, 100_000).decode()
+    command = [sys.executable, "-m", "project.cli", *words, "--out", str(tmp_path / "o.csv")]
+    shown = b""
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=other, text=True) as process:
+        os.close(other)
+        with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
+            while read := os.read(main, 4096):  # all along: a terminal that nobody reads from makes its writers wait
+                shown += read
+        printed = process.stdout.read().splitlines()
     os.close(main)
-    assert "predict" in shown
-    assert "photos/red" not in shown
+    assert process.returncode == 0, shown.decode()
+    assert len(printed) == 40
+    assert all("photos/red/" in line for line in printed)
+    assert b"predict" in shown, shown
+    assert b"photos/red" not in shown
 
 
 @pytest.mark.slow
