@@ -143,7 +143,8 @@ def _drawings(found: Results, sample: scores.Sample) -> dict[str, Any]:
     warm = None if found.temperature is None else calibration.at_temperature(sample.probabilities, found.temperature)
     value = sample.figures()
     of = "each class against the rest" if found.positive is None else f"“{names[found.positive]}”"
-    made = {
+    made: dict[str, Any] = {
+        "curves": None,
         "confusion": page.drawing(
             lambda: figures.confusion_matrix(sample.confusion(), names),
             f"Confusion matrix of {len(names)} classes; {value['accuracy']:.1%} of the pictures are on its diagonal.",

@@ -197,7 +197,7 @@ def test_near_groups_link_through_others_and_take_many_alike():
 def test_preview_shows_three_draws_of_each_way_and_validation_pictures_as_they_are(photos):
     assert cli.main(["check", str(photos), "--preview", "preview.png", "--augment", "crop", "--image_size", "64"]) == 0
     with Image.open("preview.png") as picture:
-        assert picture.size == (1188, round(1.35 * 7 * 120))
+        assert picture.size == (1188, round(1.3 * 7 * 120))
         assert len(picture.convert("RGB").getcolors(10**7)) > 1000
 
 

@@ -14,7 +14,7 @@ from sklearn import metrics as reference
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from project import cli, runs
+from project import callbacks, cli, runs
 from project.classifier import Classifier, lr_factor
 from project.data import manifest
 from project.data.dataset import Batch
@@ -36,11 +36,14 @@ def checkpoint_of(run, name="best"):
 
 
 def test_a_run_leaves_what_the_readme_names(at_trained):
-    names = {p.name for p in at_trained.iterdir()} - {"predictions.csv", "test_metrics.json"}
+    names = {p.name for p in at_trained.iterdir()} - set(callbacks.TestResults.FILES)
     events = {n for n in names if n.startswith("events.out.tfevents")}
-    assert names - events == {"checkpoints", "config.yaml", "hparams.yaml", "metrics.csv", "split.csv", "status.json"}
+    projector = {"projector.png", "projector.tsv", "projector_config.pbtxt", "projector_labels.tsv"}
+    fit = {"checkpoints", "config.yaml", "hparams.yaml", "metrics.csv", "split.csv", "status.json"}
+    assert names - events == fit | projector
     assert len(events) == 1
-    assert {p.name for p in (at_trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
+    checkpoints = {p.name for p in (at_trained / "checkpoints").iterdir()} - {"best.temperature.json"}
+    assert checkpoints == {"best.ckpt", "last.ckpt", "previous.ckpt"}
     assert (at_trained.parent.parent / "latest").resolve() == at_trained.resolve()
 
 
@@ -80,7 +83,10 @@ def test_tensorboard_holds_the_named_scalars_pictures_graph_and_hparams(at_train
     tags = events.Tags()
     validation = {f"val/{name}" for name in ("loss", "accuracy", "precision", "recall", "f1", "auroc")}
     assert validation | {"train/loss", "train/accuracy", "lr-Adam"} <= set(tags["scalars"])
-    assert tags["images"] == ["train/first_batch"]
+    of_validation = {
+        f"val/{name}" for name in ("confusion_matrix", "precision_recall", "reliability", "roc", "samples")
+    }
+    assert set(tags["images"]) == {"train/first_batch"} | of_validation
     assert tags["graph"]
     assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
     best = min((r for r in read_csv(at_trained / "metrics.csv") if r["val/loss"]), key=lambda r: float(r["val/loss"]))
@@ -393,7 +399,8 @@ def test_checkpoint_outside_its_run_overwrites_nothing(at_trained, tmp_path, ref
     assert (tmp_path / "predictions.csv").read_text() == "mine"
     (tmp_path / "predictions.csv").unlink()
     assert cli.main(["test", "--ckpt_path", str(tmp_path / "best.ckpt")]) == 0
-    assert (tmp_path / "test_metrics.json").exists()
+    made = {"predictions.csv", "test_metrics.json", "report.html"}  # the run alone knows the validation pictures
+    assert {path.name for path in tmp_path.iterdir()} == {"best.ckpt", *made}
 
 
 def test_checkpoint_cannot_choose_what_code_runs(at_trained, tmp_path, monkeypatch):
