@@ -24,7 +24,7 @@ check: dev  ## format, lint, types
 	.venv/bin/mypy
 
 test: check  ## check, then the fast tests
-	$(VENV) -m pytest -m "not slow" $(ARGS)
+	$(VENV) -m pytest -m "not slow" -n auto --dist loadfile $(ARGS)
 
 test-slow: dev  ## the tests with many processes, a browser and notebooks
 	$(VENV) -m pytest -m slow $(ARGS)

@@ -34,6 +34,7 @@ def as_in_the_readme(photos):
     assert cli.main(["fit", "--data.root", "DIR", *SMALL, "--trainer.max_epochs", "1"]) == 0
 
 
+@pytest.mark.slow
 def test_commands_run(as_in_the_readme):
     found = commands("python -m project.cli")
     assert {command[3] for command in found} == {
