@@ -52,7 +52,8 @@ def traced(network: nn.Module, temperature: float, image_size: int) -> torch.exp
     size = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
     if size > LARGEST:
         raise UserError(f"The network has {size / 1e9:.1f} GB of weights; an ONNX file holds at most 2.")
-    whole = Whole(network, temperature).eval()
+    # weights in the usual order of memory, as the formats to come have them
+    whole = Whole(network.to(memory_format=torch.contiguous_format), temperature).eval()
     example = torch.zeros(2, image_size, image_size, 3, dtype=torch.uint8)  # a batch of one would stay one
     batch = torch.export.Dim("batch")
     try:
@@ -95,7 +96,7 @@ def write_int8(source: Path, file: Path, metadata: dict[str, str]) -> None:
 
     model = onnx.load(source)
     # shapes are known and constants folded since it was exported; quantize_dynamic warns where it does not read so
-    model.metadata_props.add(key="onnx.quant.pre_process", value="torch.onnx")
+    model.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
     quantize_dynamic(model, file, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QUInt8)
     _save(onnx.load(file), file, metadata)
 
@@ -104,11 +105,8 @@ def write_safetensors(network: nn.Module, file: Path) -> None:
     """Writes the weights, by the names of the network's state dict."""
     from safetensors.torch import save_file
 
-    # copies: the format has no two names for one memory, and no order of memory but the usual one
-    tensors = {
-        key: tensor.detach().clone(memory_format=torch.contiguous_format)
-        for key, tensor in network.state_dict().items()
-    }
+    # copies: the format has no two names for one memory
+    tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in network.state_dict().items()}
     save_file(tensors, file, metadata={"format": "pt"})
     file.chmod(file.parent.stat().st_mode & 0o666)  # it comes as a temporary file does, for its owner alone
 

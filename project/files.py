@@ -143,21 +143,3 @@ def _placed(file: Path) -> Iterator[Path]:
         settle(unfinished, file)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Gives an empty folder, which takes the name `folder`, not yet taken, when the block ends well."""
-    unfinished = beside(folder)
-    sweep(unfinished.parent)
-    try:
-        unfinished.mkdir()
-        yield unfinished
-        for file in unfinished.iterdir():
-            with file.open("rb+") as stream:
-                os.fsync(stream.fileno())
-        folder_to_disk(unfinished)
-        unfinished.rename(folder)
-        folder_to_disk(folder.parent)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
