@@ -16,30 +16,18 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from project import bundle, checkpoint, cli, convert, export, load, models, parity
+from project import bundle, calibration, checkpoint, cli, convert, export, load, models, parity
 from project.errors import FailedRun, UserError
 from tests.conftest import full_disk
-
-
-@pytest.fixture(scope="session")
-def packed(trained, tmp_path_factory):
-    """A bundle of the finished run; copy what you change."""
-    place = tmp_path_factory.mktemp("packed") / "bundle"
-    before = Path.cwd()
-    os.chdir(trained)
-    try:
-        assert cli.main(["export", "runs/photos/version_0", "--out", str(place)]) == 0
-    finally:
-        os.chdir(before)
-    return place
 
 
 def pictures(count=9):
     return sorted(map(str, Path("photos").rglob("*.png")))[:: 120 // count]
 
 
-def test_bundle_answers_as_the_checkpoint_from_files_in_batches_of_any_size(at_trained, packed):
-    expected = load(at_trained).predict(pictures())
+def test_bundle_answers_as_the_checkpoint_from_files_in_batches_of_any_size(lively, packed, at_trained):
+    expected = load(lively).predict(pictures())
+    assert {one.label for one in expected} == {"blue", "green", "red"}
     made = load(packed)
     assert isinstance(made, bundle.Bundle)
     for batch_size in (1, 2, 7):
@@ -61,11 +49,11 @@ def test_model_says_what_it_needs_of_a_picture(packed):
     assert str(Path(torch.__file__).parent).encode() not in (packed / "model.onnx").read_bytes()
 
 
-def test_network_is_rebuilt_from_the_bundle_alone(at_trained, packed):
-    expected, made = checkpoint.load(at_trained).network.state_dict(), checkpoint.load(packed)
+def test_network_is_rebuilt_from_the_bundle_alone(lively, packed):
+    expected, made = checkpoint.load(lively).network.state_dict(), checkpoint.load(packed)
     assert all(torch.equal(expected[key], value) for key, value in made.network.state_dict().items())
     config = json.loads((packed / "config.json").read_text())
-    own = checkpoint.load(at_trained).metadata
+    own = checkpoint.load(lively).metadata
     assert {key: config[key] for key in own if key != "metrics"} == {k: own[k] for k in own if k != "metrics"}
     weights = safetensors.torch.load_file(packed / "model.safetensors")
     network = models.build(config["model"], len(config["class_names"]), config["mean"], config["std"])
@@ -90,11 +78,8 @@ def test_program_for_torch_is_written_where_it_is_asked_for(at_trained, tmp_path
     assert "model.pt2" in (tmp_path / "b" / "README.md").read_text()
 
 
-def test_temperature_beside_the_checkpoint_is_built_in(trained, tmp_path, monkeypatch):
-    monkeypatch.chdir(trained)
-    shutil.copytree(trained / "runs" / "photos" / "version_0", tmp_path / "run")
-    from project import calibration
-
+def test_temperature_beside_the_checkpoint_is_built_in(lively, at_trained, tmp_path):
+    shutil.copytree(lively, tmp_path / "run")
     file = tmp_path / "run" / "checkpoints" / "best.ckpt"
     calibration.write(file, 2.5, {})
     assert cli.main(["export", str(file)]) == 0
@@ -112,14 +97,14 @@ def test_calibrated_needs_a_bundle_with_a_temperature(packed):
             way(packed, calibrated=True)
 
 
-def test_bundle_that_answers_otherwise_is_not_made(at_trained, tmp_path, monkeypatch, capsys):
+def test_bundle_that_answers_otherwise_is_not_made(lively, at_trained, tmp_path, monkeypatch, capsys):
     right = convert.traced
 
     def wrong(network, temperature, image_size):
         return right(network, 1.1 * temperature, image_size)
 
     monkeypatch.setattr(convert, "traced", wrong)
-    assert cli.main(["export", str(at_trained), "--out", str(tmp_path / "b")]) == 1
+    assert cli.main(["export", str(lively), "--out", str(tmp_path / "b")]) == 1
     said = capsys.readouterr().err
     assert re.search(r"failed: .* of 12 validation pictures of photos, 0 get another label, .* by up to 0\.", said)
     assert list(tmp_path.iterdir()) == []
@@ -163,7 +148,9 @@ def test_int8_is_kept_where_it_is_smaller_and_as_accurate(trained, tmp_path, mon
     monkeypatch.setattr(parity, "ask", lambda *a, **k: asked(*a, **k)._replace(accuracy=0.9))
     arguments = ["export", str(tmp_path / "best.ckpt"), "--quantize", "int8"]
     assert cli.main([*arguments, "--out", str(tmp_path / "small")]) == 0
-    assert re.search(r"int8: accuracy 90.00% becomes 90.00%, 228\.\d MB become 64\.\d .*: kept", capsys.readouterr().out)
+    assert re.search(
+        r"int8: accuracy 90.00% becomes 90.00%, 228\.\d MB become 64\.\d .*: kept", capsys.readouterr().out
+    )
     assert (tmp_path / "small" / "model.onnx").stat().st_size < 65e6
     made = load(tmp_path / "small")
     assert made.metadata["precision"] == "int8"
@@ -174,17 +161,17 @@ def test_int8_is_kept_where_it_is_smaller_and_as_accurate(trained, tmp_path, mon
     assert "8 bits are in `model.onnx`" in (tmp_path / "small" / "README.md").read_text()
 
 
-def test_int8_is_not_kept_where_it_gains_nothing(at_trained, tmp_path, monkeypatch, capsys):
+def test_int8_is_not_kept_where_it_gains_nothing(lively, at_trained, tmp_path, monkeypatch, capsys):
     """The network is all convolutions."""
     monkeypatch.setattr(parity, "side_by_side", lambda *runs: [1.0, 1.0])
-    assert cli.main(["export", str(at_trained), "--quantize", "int8", "--out", str(tmp_path / "b")]) == 0
+    assert cli.main(["export", str(lively), "--quantize", "int8", "--out", str(tmp_path / "b")]) == 0
     assert re.search(r"int8: .*\(1\.0 x smaller\).*not worth it", capsys.readouterr().out)
     made = load(tmp_path / "b")
     assert (made.metadata["precision"], made.metadata["int8"]["kept"]) == ("float32", False)
     assert {file.name for file in (tmp_path / "b").iterdir()} == {
         *("model.onnx", "model.safetensors", "config.json", "README.md", "SHA256SUMS")
     }
-    for one, other in zip(made.predict(pictures()), load(at_trained).predict(pictures()), strict=True):
+    for one, other in zip(made.predict(pictures()), load(lively).predict(pictures()), strict=True):
         assert np.allclose(one.probabilities, other.probabilities, atol=1e-5)
 
 
@@ -217,9 +204,9 @@ def test_networks_of_all_kinds_are_exported_for_any_batch(workplace, name):
 
 
 @pytest.mark.slow
-def test_cards_snippet_gives_the_same_answer_without_torch(at_trained, tmp_path):
+def test_cards_snippet_gives_the_same_answer_without_torch(lively, at_trained, tmp_path):
     for resize in ("stretch", "crop", "pad"):
-        content = torch.load(at_trained / "checkpoints" / "best.ckpt", weights_only=True)
+        content = torch.load(lively / "checkpoints" / "best.ckpt", weights_only=True)
         content["metadata"]["resize"] = resize
         torch.save(content, tmp_path / f"{resize}.ckpt")
         folder = tmp_path / resize
