@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from project import bundle, page, results, runs, scores
+from project import bundle, calibration, page, results, runs, scores
 from project.data import manifest
 from project.data.folders import Findings
 from project.data.splits import SPLITS
@@ -51,7 +51,9 @@ def _figures(checkpoint: Path, names: list[str], config: dict[str, Any]) -> dict
     table = results.read(runs.folder_of(checkpoint) / results.TEST)
     chosen = config["config"]["model"].get("positive")
     positive = None if len(names) != 2 else names.index(chosen) if chosen in names else 1
-    sample = table.sample(positive)
+    # as model.onnx gives them, temperature included
+    probabilities = calibration.at_temperature(table.probabilities, config["temperature"])
+    sample = scores.Sample(table.true, probabilities, positive)
     intervals = scores.intervals(sample)
     measured = [
         (page.NAMES.get(name, name), page.figure(name, value), page.interval(name, *intervals[name]))

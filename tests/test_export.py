@@ -1,5 +1,6 @@
 """A bundle says what its checkpoint says, from file to answer, or it is not made."""
 
+import csv
 import hashlib
 import json
 import os
@@ -229,16 +230,33 @@ def _turned():
     return exif
 
 
-def test_card_has_the_runs_figures_with_intervals(at_trained, tmp_path):
-    assert cli.main(["test", "--ckpt_path", str(at_trained)]) == 0
-    assert cli.main(["export", str(at_trained), "--out", str(tmp_path / "b")]) == 0
-    text = (tmp_path / "b" / "README.md").read_text()
-    measured = json.loads((at_trained / "test_metrics.json").read_text())
+def test_card_has_the_runs_figures_with_intervals(lively, trained, tmp_path, monkeypatch):
+    run = shutil.copytree(lively, tmp_path / "runs" / "photos" / "version_0")
+    shutil.copytree(trained / "photos", tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["test", "--ckpt_path", str(run)]) == 0
+    assert cli.main(["export", str(run)]) == 0
+    text = (run / "bundle" / "README.md").read_text()
+    measured = json.loads((run / "test_metrics.json").read_text())
     assert f"| accuracy | {100 * measured['test/accuracy']:.1f} % |" in text
+    assert f"| AUROC | {measured['test/auroc']:.3f} |" in text
+    # test has found a temperature, which is in the bundle, and in the loss
+    assert f"divided by {calibration.read(run / 'checkpoints' / 'best.ckpt'):.3f}" in text
+    made = load(run / "bundle").predict([str(file) for file, _ in _tested(run)])
+    own = [
+        one.probabilities[["blue", "green", "red"].index(label)]
+        for one, (_, label) in zip(made, _tested(run), strict=True)
+    ]
+    assert f"| loss | {-np.mean(np.log(own)):.3f} |" in text
     assert re.search(r"\| accuracy \| [\d.]+ % \| [\d.]+ to [\d.]+ % \|", text)
     assert "On 24 test pictures" in text
     assert "| red | 28 | 4 | 8 |" in text
     assert "| all classes | 84 | 12 | 24 |" in text
+
+
+def _tested(run):
+    with (run / "split.csv").open() as stream:
+        return [(Path("photos", row["path"]), row["label"]) for row in csv.DictReader(stream) if row["split"] == "test"]
 
 
 def test_card_without_a_test_or_a_run_says_so(at_trained, tmp_path):
