@@ -46,16 +46,20 @@ class Bundle(Predictor):
 
     def __init__(self, path: str | os.PathLike[str], threads: int | None = None) -> None:
         folder = Path(path)
-        with ThreadPoolExecutor(1) as pool:  # both take a tenth of a second
+        self._file = folder / MODEL
+        _require_files(folder, MODEL)
+        with ThreadPoolExecutor(1) as pool:  # sums are computed while the model is read
             verified = pool.submit(verify, folder, MODEL)
-            runtime = _import_runtime()
+            try:
+                self._session = _session(self._file, threads or usable_cores())
+            except UserError:
+                verified.result()  # if the file is damaged, that is the reason
+                raise
             self.metadata: dict[str, Any] = verified.result()
         self.class_names: list[str] = self.metadata["class_names"]
         self.image_size: int = self.metadata["image_size"]
         self.resize: images.Resize = self.metadata["resize"]
         self.temperature: float = self.metadata["temperature"]
-        self._file = folder / MODEL
-        self._session = _session(runtime, self._file, threads or usable_cores())
         _require_fit(self._session, self._file, self.metadata)
 
     def probabilities(self, image: images.Pixels) -> npt.NDArray[np.float32]:
@@ -94,9 +98,7 @@ def verify(folder: Path, needed: str) -> dict[str, Any]:
     Raises:
         UserError: One is missing or damaged, or config.json is not a bundle's.
     """
-    for name in (SUMS, CONFIG, needed):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}; copy the whole bundle, or {ANEW}.")
+    _require_files(folder, needed)
     try:
         sums = (folder / SUMS).read_text(encoding="utf-8").splitlines()
         listed = {line[66:]: line[:64] for line in sums if re.fullmatch(r"[0-9a-f]{64}  [\w.]+", line)}
@@ -132,20 +134,22 @@ def require_calibrated(folder: Path, metadata: dict[str, Any]) -> None:
         )
 
 
+def _require_files(folder: Path, needed: str) -> None:
+    for name in (SUMS, CONFIG, needed):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name}; copy the whole bundle, or {ANEW}.")
+
+
 def _sum(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _import_runtime() -> Any:
+def _session(file: Path, threads: int) -> Any:
     try:
-        import onnxruntime
+        import onnxruntime as runtime
     except ImportError as error:
         raise UserError("A bundle needs the library onnxruntime; install it: pip install -e .[export]") from error
-    return onnxruntime
-
-
-def _session(runtime: Any, file: Path, threads: int) -> Any:
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4  # what goes wrong is raised
