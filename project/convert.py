@@ -1,6 +1,7 @@
 """A network of PyTorch becomes files that others read: ONNX, in 32 or 8 bits, and safetensors."""
 
 import importlib.util
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -103,12 +104,18 @@ def write_int8(source: Path, file: Path, metadata: dict[str, str]) -> None:
 
 def write_safetensors(network: nn.Module, file: Path) -> None:
     """Writes the weights, by the names of the network's state dict."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     # copies: the format has no two names for one memory
     tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in network.state_dict().items()}
-    save_file(tensors, file, metadata={"format": "pt"})
-    file.chmod(file.parent.stat().st_mode & 0o666)  # it comes as a temporary file does, for its owner alone
+    file.write_bytes(save(tensors, metadata={"format": "pt"}))  # not save_file, which has its own error for a full disk
+
+
+def write_program(program: torch.export.ExportedProgram, file: Path) -> None:
+    """Writes a graph for torch.export.load, which runs code from such a file: never read back here."""
+    content = io.BytesIO()  # as above
+    torch.export.save(program, content)
+    file.write_bytes(content.getvalue())
 
 
 def described(metadata: dict[str, Any], temperature: float, precision: str) -> dict[str, str]:

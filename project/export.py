@@ -60,9 +60,7 @@ def export(
             convert.write_onnx(program, folder / bundle.MODEL, convert.described(config, network.temperature, FULL))
             convert.write_safetensors(network.network, folder / bundle.WEIGHTS)
             if pt2:
-                import torch
-
-                torch.export.save(program, folder / bundle.PROGRAM)
+                convert.write_program(program, folder / bundle.PROGRAM)
             del program
             bundle.seal(folder, config)
             config["compared"] = parity.compare(network, bundle.Bundle(folder), pictures)
