@@ -5,51 +5,25 @@ tensors and plain types. Nothing is ever unpickled: `torch.load(weights_only=Tru
 """
 
 import importlib.metadata
-import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from project import calibration, models, runs
+from project import bundle, calibration, expected, models, runs
 from project.data import images, workers
 from project.errors import UserError
+from project.models.weights import from_file
 from project.models.weights import read as read_file
 from project.predictor import Predictor
 
 METADATA = "metadata"  # the key under which a checkpoint says what it is
-LARGEST = 16_384  # side of a picture, in pixels: a foreign file must not decide how much memory is taken
-
-
-def _numbers(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(isinstance(n, float) and math.isfinite(n) for n in value)
-
-
-def _names(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 1 and all(isinstance(n, str) for n in value)
-
-
-def _sections(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(name), dict) for name in ("data", "model", "trainer"))
-
-
-# what a checkpoint must say of itself: a test, and the words for it
-EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "model": (lambda value: isinstance(value, str), "a name"),
-    "class_names": (lambda value: _names(value) and len(set(value)) == len(value), "a list of different names"),
-    "image_size": (lambda value: type(value) is int and 0 < value <= LARGEST, f"a number of pixels up to {LARGEST}"),
-    "resize": (lambda value: value in get_args(images.Resize), f"one of {', '.join(get_args(images.Resize))}"),
-    "mean": (_numbers, "three numbers"),
-    "std": (lambda value: _numbers(value) and all(n > 0 for n in value), "three numbers above 0"),
-    "config": (_sections, "a configuration"),
-}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -62,9 +36,8 @@ def read(path: Path) -> dict[str, Any]:
     metadata = content.get(METADATA) if isinstance(content, dict) else None
     if not isinstance(metadata, dict):
         raise UserError(f"{path} was not written by this project: it has no {METADATA}; give a best.ckpt of a run.")
-    for key, (is_right, expected) in EXPECTED.items():
-        if not is_right(metadata.get(key)):
-            raise UserError(f"{path} is not a checkpoint of this project: its {key} is not {expected}.")
+    if fault := expected.fault(metadata):
+        raise UserError(f"{path} is not a checkpoint of this project: {fault}.")
     weights = content.get("state_dict")
     if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise UserError(f"{path} is not a checkpoint of this project: it has no weights by name.")
@@ -100,22 +73,27 @@ def load(
     """Loads a trained network.
 
     Args:
-        path: A checkpoint or a run's folder; None means the newest run's best.ckpt.
-        calibrated: Divide the logits by the temperature kept beside the checkpoint.
+        path: A checkpoint, a run's folder or a bundle; None means the newest run's best.ckpt.
+        calibrated: Divide the logits by the temperature kept beside the checkpoint. A bundle has it built in, if it was
+            known.
         device: Where it computes; by default the accelerator, where there is one.
 
     Raises:
         UserError: There is no such checkpoint, it cannot be used, or no temperature is kept beside it.
     """
-    file = runs.find(path)
-    content = read(file)
-    temperature = calibration.require(file) if calibrated else 1.0
-    metadata = content[METADATA]
+    if path is not None and bundle.is_bundle(path):
+        file = Path(path)
+        metadata = bundle.verify(file, bundle.WEIGHTS)
+        if calibrated:
+            bundle.require_calibrated(file, metadata)
+        temperature, weights = metadata["temperature"], dict(from_file(file / bundle.WEIGHTS).tensors)
+    else:
+        file = runs.find(path)
+        content = read(file)
+        metadata, prefix = content[METADATA], "network."
+        temperature = calibration.require(file) if calibrated else 1.0
+        weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
     network = models.build(metadata["model"], len(metadata["class_names"]), metadata["mean"], metadata["std"])
-    prefix = "network."
-    weights = {
-        key.removeprefix(prefix): value for key, value in content["state_dict"].items() if key.startswith(prefix)
-    }
     try:
         network.load_state_dict(weights, assign=True)
     except RuntimeError as error:

@@ -22,6 +22,7 @@ COMMANDS = {
     "predict": ("predict", "label pictures with a checkpoint"),
     "report": ("report", "one page on what a checkpoint has learned"),
     "explain": ("explain", "draw over pictures where the network sees a class"),
+    "export": ("export", "pack a checkpoint as ONNX and safetensors, checked, with a model card"),
     "models": ("models.listing", "list the networks, their size and published accuracy"),
     "check": ("check", "look through a folder of pictures before training on it"),
     "bench": ("bench", "measure how fast this machine trains and reads, beside the usual ways"),

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from project import files, predictions, runs
+from project import bundle, files, predictions, runs
 from project.data import folders, manifest
 from project.data.rows import Texts
 from project.errors import FailedRun, UserError
@@ -44,7 +44,7 @@ def predict(
     An unreadable picture gets a row with its error; where all are unreadable, the exit code is 1.
 
     Args:
-        checkpoint: A best.ckpt or last.ckpt, or a run's folder.
+        checkpoint: A best.ckpt or last.ckpt, a run's folder, or a bundle that `export` has made.
         pictures: Files, folders (all pictures in them and below), patterns like "photos/*.jpg", CSV files with a column
             path, and perhaps true or label, which says what the pictures are, and - for a list on standard input; in
             any mix.
@@ -68,7 +68,8 @@ def predict(
         raise UserError("--top prints on standard output, where --out - writes; give --out a file.")
     if out != STREAM:
         files.require_new(Path(out), "out", overwrite)
-    runs.find(checkpoint)
+    if not bundle.is_bundle(checkpoint):
+        runs.find(checkpoint)
     paths, true = gather(pictures)
     if devices > 1:
         from project import spread  # Lightning: only where its Trainer is needed

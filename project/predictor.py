@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from project.data import images
 from project.data.workers import usable_cores
+from project.errors import UserError
 from project.predictions import Prediction
 
 AHEAD = 2  # batches that are read while another is computed
@@ -136,14 +137,23 @@ def load(path: str | os.PathLike[str] | None = None, calibrated: bool = False, d
     """Loads a trained classifier.
 
     Args:
-        path: A checkpoint or a run's folder; None means the newest run's best.ckpt.
+        path: A checkpoint, a run's folder or a bundle that `export` has made; None means the newest run's best.ckpt.
         calibrated: Divide the logits by the temperature that `report` has found, so that probabilities mean what they
-            say.
-        device: Where it computes; by default the accelerator, where there is one.
+            say. A bundle has it built in, if it was known.
+        device: Where it computes; by default the accelerator, where there is one. A bundle computes on the CPU.
 
     Raises:
         UserError: There is no such thing, it cannot be used, or no temperature has been found for it.
     """
+    from project import bundle
+
+    if path is not None and bundle.is_bundle(path):
+        if device not in (None, "cpu"):
+            raise UserError(f"{path} is a bundle, which computes on the CPU, not on {device}; give its checkpoint.")
+        made = bundle.Bundle(path)
+        if calibrated:
+            bundle.require_calibrated(Path(path), made.metadata)
+        return made
     from project import checkpoint  # torch: not before it is needed
 
     return checkpoint.load(path if path is None else Path(path), calibrated, device)

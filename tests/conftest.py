@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import sys
 import urllib.request
 from pathlib import Path
@@ -71,6 +72,33 @@ def at_trained(trained, monkeypatch):
     """The current folder is the one with the finished run; its newest run is photos/version_0."""
     monkeypatch.chdir(trained)
     return trained / "runs" / "photos" / "version_0"
+
+
+@pytest.fixture(scope="session")
+def lively(trained, tmp_path_factory):
+    """A copy of the finished run with a last layer by which its answers are right, and differ between pictures."""
+    run = tmp_path_factory.mktemp("lively") / "runs" / "photos" / "version_0"
+    shutil.copytree(trained / "runs" / "photos" / "version_0", run)
+    content = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    head = "network.1.classifier.1.weight"
+    shape = content["state_dict"][head].shape
+    random = torch.randn(shape, generator=torch.Generator().manual_seed(9)) / 20
+    content["state_dict"][head] = random[[1, 0, 2]]
+    torch.save(content, run / "checkpoints" / "best.ckpt")
+    return run
+
+
+@pytest.fixture(scope="session")
+def packed(lively, trained, tmp_path_factory):
+    """A bundle of it; copy what you change."""
+    place = tmp_path_factory.mktemp("packed") / "bundle"
+    before = Path.cwd()
+    os.chdir(trained)
+    try:
+        assert cli.main(["export", str(lively), "--out", str(place)]) == 0
+    finally:
+        os.chdir(before)
+    return place
 
 
 @pytest.fixture

@@ -86,6 +86,10 @@ def test_every_module_has_its_test_file():
         "attribution": "explain",
         "lettering": "explain",
         "curves": "logs",
+        "card": "export",
+        "convert": "export",
+        "parity": "export",
+        "expected": "bundle",
         "__init__": "cli",
         "__main__": "cli",
     }

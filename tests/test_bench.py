@@ -166,8 +166,25 @@ def test_usual_readers_give_what_torchvision_gives(workplace):
     assert label == 1
 
 
+@pytest.mark.slow
+def test_table_of_answers_has_torch_and_both_bundles(workplace, capsys):
+    small = ["--image_size", "64", "--count", "64", "--rounds", "1", "--json", "bench.json"]
+    assert cli.main(["bench", "bundle", *small]) == 0
+    out = capsys.readouterr().out
+    result = json.loads(Path("bench.json").read_text())
+    assert list(result) == ["PyTorch", "ONNX Runtime, float32", "ONNX Runtime, int8"]
+    for name, sizes in result.items():
+        assert {size: entry["batches"] for size, entry in sizes.items()} == {"1": 64, "8": 8, "64": 1}
+        for size, entry in sizes.items():
+            assert 0 < entry["p50_seconds"] <= entry["p99_seconds"]
+            ratio = entry["pictures_per_second"] / result["PyTorch"][size]["pictures_per_second"]
+            assert re.search(
+                rf"^{re.escape(name)} +{size} .* {entry['pictures_per_second']:,.0f} +{ratio:.2f}$", out, re.M
+            )
+
+
 def test_unknown_subject_and_existing_output_are_refused(workplace, refused):
-    assert "it takes training or data or predict or accuracy" in refused("bench", "dat")
+    assert "it takes training or data or predict or accuracy or bundle" in refused("bench", "dat")
     assert "--rounds is 0" in refused("bench", "data", "--rounds", "0")
     assert "--rounds is 0" in refused("bench", "--full", "--rounds", "0")
     assert "--count is 0" in refused("bench", "data", "--count", "0")

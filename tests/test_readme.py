@@ -46,6 +46,7 @@ def test_commands_run(as_in_the_readme):
         "models",
         "report",
         "explain",
+        "export",
     }
     for _, _, _, verb, *options in found:
         small = {"fit": [*SMALL, "--trainer.max_epochs", "1"], "bench": ["--count", "8", "--rounds", "1"]}

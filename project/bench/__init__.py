@@ -1,4 +1,4 @@
-"""Measures, side by side in one run: python -m project.cli bench [training|data|predict|accuracy]."""
+"""Measures, side by side in one run: python -m project.cli bench [training|data|predict|accuracy|bundle]."""
 
 import json as json_format
 import tempfile
@@ -11,7 +11,7 @@ from project.errors import UserError
 
 
 def bench(
-    what: Literal["training", "data", "predict", "accuracy"] = "training",
+    what: Literal["training", "data", "predict", "accuracy", "bundle"] = "training",
     /,
     root: str | None = None,
     count: int | None = None,
@@ -30,14 +30,15 @@ def bench(
         what: `training`: AlexNet's training steps beside the article's loop, a usual Lightning loop and tuned plain
             PyTorch, then what a step of ours consists of. `data`: reading, on one core, with workers, from the cache.
             `predict`: labelling files, beside plain loops over torchvision's network and transforms. `accuracy`:
-            seconds to a validation accuracy, beside a usual Lightning loop with its default recipe.
+            seconds to a validation accuracy, beside a usual Lightning loop with its default recipe. `bundle`: AlexNet's
+            answers in PyTorch, and from a bundle in 32 and in 8 bits, for batches of 1, 8 and 64.
         root: The pictures, as fit takes them; by default made ones of 475 x 404 pixels, for accuracy the digits.
-        count: How many of them; by default 192 for training, 256 for data and predict. (Accuracy takes all.)
-        rounds: How often each is run; by default 3 for training, 5 for data and predict.
+        count: How many of them; by default 192 for training and bundle, 256 for data and predict. (Accuracy takes all.)
+        rounds: How often each is run; by default 3 for training and bundle, 5 for data and predict.
         full: Training: what a step costs at other batch and picture sizes, too.
         target: Accuracy: the validation accuracy to reach, 0 to 1.
         epochs: Accuracy: how many each may take.
-        image_size: Accuracy: side of the pictures, in pixels; by default as in fit.
+        image_size: Accuracy and bundle: side of the pictures, in pixels; by default as in fit, and 224.
         json: Write the figures into this file too; must not exist.
     """
     if json is not None:
@@ -53,6 +54,10 @@ def bench(
 
             assert target is not None
             result = accuracy.measure(root, target, epochs, image_size, Path(folder))
+        elif what == "bundle":
+            from project.bench import bundle
+
+            result = bundle.measure(image_size or 224, count or 192, rounds or 3, Path(folder))
         else:
             many = count or (192 if what == "training" else 256)
             place = Path(root) if root else make_photographs(Path(folder) / "photos", many)

@@ -226,7 +226,7 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
     try:
         from safetensors.torch import load_file
     except ImportError as error:
-        raise UserError(f"{file} needs the library safetensors; install it: pip install -e .[timm]") from error
+        raise UserError(f"{file} needs the library safetensors; install it: pip install -e .[export]") from error
     try:
         tensors: dict[str, Tensor] = load_file(file)
     except Exception as error:  # its own kind of error, which the package does not export in every version

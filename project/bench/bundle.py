@@ -1,0 +1,84 @@
+"""How fast a bundle answers, beside PyTorch: python -m project.cli bench bundle."""
+
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from project import bundle, checkpoint, convert, models
+from project.data.workers import usable_cores
+from project.predictor import Predictor
+
+MODEL, CLASSES = "alexnet", 10
+BATCHES = (1, 8, 64)
+WARM_UP = 3  # batches of each size
+
+
+def measure(image_size: int, count: int, rounds: int, scratch: Path) -> dict[str, Any]:
+    """Lets all answer in turn, round after round; prints the table and returns it.
+
+    Args:
+        image_size: Side of the pictures, in pixels.
+        count: Pictures that each answers in a round, of each batch size.
+        rounds: How many.
+        scratch: A folder for the bundles.
+    """
+    convert.require_libraries()
+    contestants = _contestants(image_size, scratch)
+    print(
+        f"{MODEL}, {image_size} px, pixels to probabilities, {usable_cores()} threads; in turn, {rounds} rounds of "
+        f"{count} pictures (p99 of fewer than 100 batches is nearly the slowest)\n"
+    )
+    result: dict[str, Any] = {}
+    random = np.random.default_rng(0)
+    print(f"{'':24}  batch   p50 ms   p99 ms  pictures/s   ratio")
+    for size in BATCHES:
+        image = random.integers(0, 256, (size, image_size, image_size, 3), np.uint8)
+        seconds: dict[str, list[float]] = {name: [] for name in contestants}
+        for number, (name, one) in itertools.product(range(rounds + 1), contestants.items()):
+            for _ in range(max(1, count // size) if number else WARM_UP):
+                start = time.perf_counter()
+                one.probabilities(image)
+                if number:
+                    seconds[name].append(time.perf_counter() - start)
+        for name, times in seconds.items():
+            middle, slow = np.percentile(times, (50, 99)).tolist()
+            speed = size * len(times) / sum(times)
+            entry = {"p50_seconds": middle, "p99_seconds": slow, "pictures_per_second": speed, "batches": len(times)}
+            result.setdefault(name, {})[str(size)] = entry
+            ratio = speed / result["PyTorch"][str(size)]["pictures_per_second"]
+            print(f"{name:24}  {size:5}  {1e3 * middle:7.1f}  {1e3 * slow:7.1f}  {speed:10,.0f}  {ratio:6.2f}")
+        print()
+    return result
+
+
+def _contestants(image_size: int, scratch: Path) -> dict[str, Predictor]:
+    """The same network of random weights three times: how long an answer takes does not depend on them."""
+    half = [0.5, 0.5, 0.5]
+    metadata = {
+        "model": MODEL,
+        "class_names": [str(number) for number in range(CLASSES)],
+        "image_size": image_size,
+        "resize": "stretch",
+        "mean": half,
+        "std": half,
+        "config": {"data": {}, "model": {}, "trainer": {}},
+    }
+    config = metadata | {"temperature": 1.0, "calibrated": False}
+    folders = {name: scratch / name for name in ("float32", "int8")}
+    for folder in folders.values():
+        folder.mkdir()
+    files = {name: folder / bundle.MODEL for name, folder in folders.items()}
+    network = models.build(MODEL, CLASSES).eval()
+    program = convert.traced(network, 1.0, image_size)
+    convert.write_onnx(program, files["float32"], convert.described(metadata, 1.0, "float32"))
+    convert.write_int8(files["float32"], files["int8"], convert.described(metadata, 1.0, "int8"))
+    network.to(memory_format=torch.channels_last)  # as checkpoint.load has it
+    made: dict[str, Predictor] = {"PyTorch": checkpoint.Network(network, metadata)}
+    for name, folder in folders.items():
+        bundle.seal(folder, config)
+        made[f"ONNX Runtime, {name}"] = bundle.Bundle(folder)
+    return made

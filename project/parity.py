@@ -1,0 +1,119 @@
+"""Whether two predictors say the same of the same files: what a bundle must pass before anyone gets it."""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from project.data import manifest
+from project.data.folders import Findings
+from project.errors import FailedRun, UserError
+from project.predictor import Predictor
+
+PICTURES = 512  # at most so many are compared: 0.2 points of accuracy each
+CLOSE = 1e-4  # how far two probabilities may be apart that should be the same
+
+
+class Labelled(NamedTuple):
+    """Pictures to compare on: their files, classes, and where they are from, in words."""
+
+    paths: list[str]
+    labels: list[str]
+    source: str
+
+
+class Answers(NamedTuple):
+    """What a predictor says: probabilities (N, K) of the pictures it could read, and its accuracy on them, 0 to 1."""
+
+    probabilities: npt.NDArray[np.float64]
+    accuracy: float
+
+
+def validation(run: Path, metadata: dict[str, Any], data: str | None) -> Labelled:
+    """A run's validation pictures that are there, `PICTURES` at most, mixed.
+
+    Args:
+        run: Its folder; where it has no split.csv, the pictures are those that a new fit would validate on.
+        metadata: Of its checkpoint.
+        data: The data set's folder or table; None means where the run had it.
+
+    Raises:
+        UserError: There are none.
+    """
+    root = Path(data or metadata["config"]["data"].get("root") or "")
+    split, advice = run / "split.csv", "give the folder of the run's pictures by --data."
+    if split.is_file():
+        rows = manifest.read_csv(split, {"path", "label", "split"}, Findings())
+        pairs = [(row.path, row.label) for row in rows if row.split == "val"]
+    elif root.exists():
+        found = manifest.load(root)
+        pairs = [(found.paths[row], found.class_names[found.labels[row]]) for row in found.rows("val").tolist()]
+    else:
+        raise UserError(f"The bundle must be compared with the checkpoint, but there is no folder {root}; {advice}")
+    folder = root.parent if root.is_file() else root
+    mixed = [pairs[place] for place in np.random.default_rng(0).permutation(len(pairs)).tolist()]
+    there = [(str(folder / path), label) for path, label in mixed if (folder / path).is_file()][:PICTURES]
+    if not there:
+        raise UserError(
+            f"The bundle must be compared with the checkpoint, but none of the {len(pairs):,} validation pictures of "
+            f"{run} is in {root}; {advice}"
+        )
+    return Labelled([path for path, _ in there], [label for _, label in there], f"validation pictures of {root}")
+
+
+def compare(network: Predictor, made: Predictor, pictures: Labelled) -> dict[str, Any]:
+    """Asks both for the same files, each reading them in its own way, and says how far they are apart.
+
+    A label counts as another one only where the first predictor has more than `CLOSE` between the two classes: which
+    of two equal probabilities is the larger is chance.
+
+    Raises:
+        FailedRun: The answers differ.
+        UserError: No picture can be read.
+    """
+    # batches of different size, so that neither can depend on it
+    expected, found = ask(network, pictures, batch_size=64), ask(made, pictures, batch_size=7)
+    rows = np.arange(len(expected.probabilities))
+    own, other = (answers.probabilities.argmax(axis=1) for answers in (expected, found))
+    gap = expected.probabilities[rows, own] - expected.probabilities[rows, other]
+    flips, largest = int((gap > CLOSE).sum()), float(np.abs(expected.probabilities - found.probabilities).max())
+    if flips or not largest <= CLOSE:  # nan, too
+        raise FailedRun(
+            f"model.onnx does not answer as the checkpoint does: of {len(rows):,} {pictures.source}, {flips:,} get "
+            f"another label, and probabilities differ by up to {largest:.2g}, where {CLOSE:g} is allowed; no bundle "
+            "was made."
+        )
+    print(
+        f"compared on {len(rows):,} {pictures.source}, from file to answer: the same labels, probabilities differ by "
+        f"at most {largest:.2g}"
+    )
+    return {"pictures": len(rows), "of": pictures.source, "largest_difference": largest, "accuracy": expected.accuracy}
+
+
+def ask(predictor: Predictor, pictures: Labelled, batch_size: int) -> Answers:
+    """Predicts pictures, leaving out those that cannot be read.
+
+    Raises:
+        UserError: None can be read.
+    """
+    made = predictor.predict(pictures.paths, batch_size)
+    answered = [(one, label) for one, label in zip(made, pictures.labels, strict=True) if not one.error]
+    if not answered:
+        raise UserError(f"None of the {len(made):,} {pictures.source} can be read: {made[0].path}: {made[0].error}.")
+    right = [one.label == label for one, label in answered]
+    return Answers(np.array([one.probabilities for one, _ in answered]), sum(right) / len(right))
+
+
+def side_by_side(*runs: Callable[[], Any], rounds: int = 20) -> list[float]:
+    """Seconds that each takes, the median of so many rounds in which they take turns, after three that warm up."""
+    seconds: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds + 3):
+        for run, mine in zip(runs, seconds, strict=True):
+            start = time.perf_counter()
+            run()
+            mine.append(time.perf_counter() - start)
+    return [statistics.median(mine[3:]) for mine in seconds]
