@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from project.data import manifest
-from project.data.folders import Findings
+from project import results
 from project.errors import FailedRun, UserError
 from project.predictor import Predictor
 
@@ -45,22 +44,13 @@ def validation(run: Path, metadata: dict[str, Any], data: str | None) -> Labelle
         UserError: There are none.
     """
     root = Path(data or metadata["config"]["data"].get("root") or "")
-    split, advice = run / "split.csv", "give the folder of the run's pictures by --data."
-    if split.is_file():
-        rows = manifest.read_csv(split, {"path", "label", "split"}, Findings())
-        pairs = [(row.path, row.label) for row in rows if row.split == "val"]
-    elif root.exists():
-        found = manifest.load(root)
-        pairs = [(found.paths[row], found.class_names[found.labels[row]]) for row in found.rows("val").tolist()]
-    else:
-        raise UserError(f"The bundle must be compared with the checkpoint, but there is no folder {root}; {advice}")
-    folder = root.parent if root.is_file() else root
+    pairs = results.pictures(run, "val", root)
     mixed = [pairs[place] for place in np.random.default_rng(0).permutation(len(pairs)).tolist()]
-    there = [(str(folder / path), label) for path, label in mixed if (folder / path).is_file()][:PICTURES]
+    there = [(path, label) for path, label in mixed if Path(path).is_file()][:PICTURES]
     if not there:
         raise UserError(
             f"The bundle must be compared with the checkpoint, but none of the {len(pairs):,} validation pictures of "
-            f"{run} is in {root}; {advice}"
+            f"{run} is in {root}; give the folder of the run's pictures by --data."
         )
     return Labelled([path for path, _ in there], [label for _, label in there], f"validation pictures of {root}")
 

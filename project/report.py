@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from project import calibration, comparison, figures, files, gallery, lettering, page, results, runs, scores
+from project import bundle, calibration, comparison, figures, files, gallery, lettering, page, results, runs, scores
 from project.data import check, manifest
 from project.data.splits import SPLITS, Row
 from project.errors import UserError
@@ -19,26 +19,42 @@ from project.results import Results
 PAGE = "report.html"
 
 
-def report(checkpoint: str | None = None, /, out: str | None = None, compare: list[str] | None = None) -> int:
+def report(
+    checkpoint: str | None = None,
+    /,
+    out: str | None = None,
+    compare: list[str] | None = None,
+    data: str | None = None,
+) -> int:
     """Writes one HTML page about a checkpoint.
 
     How good it is and how sure that is, what it confuses, whether its probabilities mean what they say, its worst
-    errors, and how it was made. The page needs no network. Where the checkpoint has not been tested yet, it is now.
+    errors, and how it was made. The page needs no network. Where the checkpoint has not been tested yet, it is now; a
+    bundle is asked for its answers each time.
 
     Args:
-        checkpoint: A checkpoint or a run's folder; by default the newest run's best.ckpt.
-        out: The HTML file to write; must not exist. By default report.html in the run.
+        checkpoint: A checkpoint, a run's folder or a bundle; by default the newest run's best.ckpt.
+        out: The HTML file to write; must not exist. By default report.html in the run, or in the bundle.
         compare: Runs to put beside it, which have been tested on the same pictures.
+        data: Where the pictures of a bundle are; by default where those of its run were.
     """
-    path = runs.find(checkpoint)
-    if out is not None:
-        files.require_new(Path(out), "out")
+    target = None if out is None else Path(out)
+    if target is not None:
+        files.require_new(target, "out")
     others = [comparison.Other.of(name) for name in compare or []]
+    if checkpoint is not None and bundle.is_bundle(checkpoint):
+        predictor = load(checkpoint)
+        found = results.of_bundle(Path(checkpoint), predictor, data)
+        print(f"report: {_write(found, predictor, target, others)}")
+        return 0
+    path = runs.find(checkpoint)
+    if data is not None:
+        raise UserError(f"--data is for bundles; run: python -m project.cli test --ckpt_path {path} --data.root {data}")
     if not results.is_tested(path):
         from project import training  # Lightning: only where its Trainer is needed
 
         training.run("test", ["--ckpt_path", str(path), "--report", "false"])
-    print(f"report: {write(path, None if out is None else Path(out), others)}")
+    print(f"report: {write(path, target, others)}")
     return 0
 
 
@@ -57,7 +73,10 @@ def write(checkpoint: Path, out: Path | None = None, others: Sequence[comparison
         UserError: Predictions are missing or damaged, or the page cannot be written.
     """
     predictor = load(checkpoint)
-    found = results.gather(checkpoint, predictor)
+    return _write(results.gather(checkpoint, predictor), predictor, out, others)
+
+
+def _write(found: Results, predictor: Predictor, out: Path | None, others: Sequence[comparison.Other]) -> Path:
     target = out or found.run / PAGE
     text = page.render("report.html", **_content(found, predictor, others))
     try:
@@ -71,11 +90,12 @@ def write(checkpoint: Path, out: Path | None = None, others: Sequence[comparison
 def _content(found: Results, predictor: Predictor, others: Sequence[comparison.Other]) -> dict[str, Any]:
     sample = found.test.sample(found.positive)
     names, count = found.test.class_names, len(sample.true)
+    name = found.run.parent.name if runs.is_inside(found.checkpoint) else found.run.name
     errors = ""
     if found.test.errors:
         errors = f"{len(found.test.errors):,} test pictures could not be read and are not counted."
     return {
-        "title": f"{found.run.parent.name}: {found.metadata['model']}, {len(names)} classes",
+        "title": f"{name}: {found.metadata['model']}, {len(names)} classes",
         "subtitle": f"{found.checkpoint}, {datetime.now().astimezone():%Y-%m-%d %H:%M}",
         "headline": _headline(found, sample),
         "majority": lettering.shortened(names[found.majority], 24),
@@ -189,6 +209,9 @@ def _calibration(found: Results, sample: scores.Sample) -> str:
         f"On average it gives its answer {sure:.1%} and is right {right:.1%} of the time; "
         f"the expected calibration error is {sample.ece():.3f} (15 bins)."
     )
+    if "calibrated" in found.metadata:  # a bundle
+        built_in = f"The temperature {found.metadata['temperature']:.3f} is built in."
+        return f"{text} {built_in if found.metadata['calibrated'] else 'No temperature is built in.'}"
     if found.temperature is None:
         return f"{text} No temperature was fitted: the validation pictures are not there."
     warm = scores.Sample(sample.true, calibration.at_temperature(sample.probabilities, found.temperature))

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from project import calibration, curves, predictions, runs
+from project.data import manifest
 from project.data.splits import SPLITS
 from project.errors import UserError
 from project.predictor import Predictor
@@ -80,8 +81,8 @@ class Results:
     """A run's checkpoint, and how good it is.
 
     Attributes:
-        run: Its folder.
-        checkpoint: The file.
+        run: Its folder; of a bundle, the bundle's.
+        checkpoint: The file, or the bundle.
         metadata: What the checkpoint says of itself.
         test: Predictions on the test pictures.
         val: On the validation pictures; None where these are not there any more.
@@ -136,8 +137,7 @@ def gather(checkpoint: Path, predictor: Predictor) -> Results:
             f"{', '.join(predictor.class_names)}; run: python -m project.cli test --ckpt_path {checkpoint}"
         )
     measured = json.loads((run / MEASURED).read_text(encoding="utf-8")) if (run / MEASURED).exists() else {}
-    rows = _split(run)
-    val = _validation(checkpoint, predictor, rows, measured)
+    val = _validation(checkpoint, predictor, measured)
     return Results(
         run,
         checkpoint,
@@ -146,10 +146,63 @@ def gather(checkpoint: Path, predictor: Predictor) -> Results:
         val,
         _temperature(checkpoint, val),
         curves.curves(run / curves.METRICS) if (run / curves.METRICS).exists() else {},
-        {split: dict(Counter(row["label"] for row in rows if row["split"] == split)) for split in SPLITS},
+        _counts(_split(run)),
         measured,
         runs.status(run),
     )
+
+
+def of_bundle(folder: Path, predictor: Predictor, data: str | None) -> Results:
+    """What a bundle answers on the test pictures; the rest is from the run that it lies in, if it does.
+
+    Args:
+        folder: The bundle; its predictions are written into it.
+        predictor: It, loaded.
+        data: The data set's folder or table; None means where the run had it.
+
+    Raises:
+        UserError: There are no test pictures.
+    """
+    run, root = folder.absolute().parent, Path(data or predictor.metadata["config"]["data"].get("root") or "")
+    pairs = pictures(run, "test", root)
+    there = [(path, label) for path, label in pairs if Path(path).is_file()]
+    if not there:
+        raise UserError(
+            f"None of the {len(pairs):,} test pictures of {folder} is in {root}; give a data set's folder by --data."
+        )
+    _predict(folder / TEST, predictor, there)
+    rows = _split(run)
+    return Results(
+        folder,
+        folder,
+        predictor.metadata,
+        read(folder / TEST),
+        None,
+        None,
+        curves.curves(run / curves.METRICS) if (run / curves.METRICS).exists() else {},
+        _counts(rows),
+        {"data": str(root)},
+        runs.status(run),
+    )
+
+
+def pictures(run: Path, split: str, root: Path) -> list[tuple[str, str]]:
+    """Path and class of the pictures of one split.
+
+    Args:
+        run: Where its split.csv may be; without it, the pictures are those that a new fit would take.
+        split: train, val or test.
+        root: The data set's folder or table.
+    """
+    if (run / SPLIT).is_file():
+        pairs = [(row["path"], row["label"]) for row in _split(run) if row["split"] == split]
+    elif root.exists() and str(root) != ".":
+        found = manifest.load(root)
+        pairs = [(found.paths[row], found.class_names[found.labels[row]]) for row in found.rows(split).tolist()]
+    else:
+        pairs = []
+    folder = root.parent if root.is_file() else root
+    return [(str(folder / path), label) for path, label in pairs]
 
 
 def is_tested(checkpoint: Path) -> bool:
@@ -175,23 +228,27 @@ def _split(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def _validation(
-    checkpoint: Path, predictor: Predictor, rows: list[dict[str, str]], measured: dict[str, Any]
-) -> Table | None:
+def _counts(rows: list[dict[str, str]]) -> dict[str, dict[str, int]]:
+    return {split: dict(Counter(row["label"] for row in rows if row["split"] == split)) for split in SPLITS}
+
+
+def _predict(file: Path, predictor: Predictor, pairs: list[tuple[str, str]]) -> None:
+    stream = predictor.stream(path for path, _ in pairs)
+    labelled = (prediction.labelled(label) for prediction, (_, label) in zip(stream, pairs, strict=True))
+    predictions.write(file, labelled, predictor.class_names)
+
+
+def _validation(checkpoint: Path, predictor: Predictor, measured: dict[str, Any]) -> Table | None:
     """Predictions on the validation pictures: kept in the run, or made now; None without the pictures."""
-    file = runs.folder_of(checkpoint) / VALIDATION
+    run = runs.folder_of(checkpoint)
+    file = run / VALIDATION
     if checkpoint.name == "best.ckpt" and _is_newer(file, checkpoint):
         return read(file)
     root = Path(measured.get("data") or predictor.metadata["config"]["data"].get("root", ""))
-    folder = root.parent if root.is_file() else root
-    mine = [row for row in rows if row["split"] == "val"]
-    paths = [str(folder / row["path"]) for row in mine]
-    if not paths or not all(map(Path.exists, map(Path, paths))):
+    pairs = pictures(run, "val", root) if (run / SPLIT).is_file() else []
+    if not pairs or not all(Path(path).exists() for path, _ in pairs):
         return None
-    labelled = (
-        prediction.labelled(row["label"]) for prediction, row in zip(predictor.stream(paths), mine, strict=True)
-    )
-    predictions.write(file, labelled, predictor.class_names)
+    _predict(file, predictor, pairs)
     return read(file)
 
 

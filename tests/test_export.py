@@ -288,7 +288,7 @@ def test_pictures_that_are_gone_or_elsewhere(at_trained, tmp_path, monkeypatch, 
     assert "--data" in said
     assert "none of the 12" in refused("export", str(run), "--out", "b", "--data", "nowhere")
     shutil.copy(run / "checkpoints" / "best.ckpt", "alone.ckpt")
-    assert "no folder photos" in refused("export", "alone.ckpt", "--out", "b")
+    assert "validation pictures of . is in photos" in refused("export", "alone.ckpt", "--out", "b")
     for file in Path("moved").rglob("*.png"):
         file.write_bytes(b"no picture")
     assert "None of the 12" in refused("export", str(run), "--out", "b", "--data", "moved")

@@ -212,6 +212,21 @@ def test_runs_side_by_side_show_differences_of_pairs(run):
     assert "photos/version_1" in text
 
 
+def test_bundle_is_reported_by_its_own_answers(packed, at_trained, tmp_path, refused):
+    shutil.copytree(packed, tmp_path / "bundle")
+    assert cli.main(["report", str(tmp_path / "bundle"), "--data", "photos", "--out", str(tmp_path / "page.html")]) == 0
+    table = results.read(tmp_path / "bundle" / "predictions.csv")
+    assert len(table.paths) == 24
+    (made,) = load(tmp_path / "bundle").predict(table.paths[3:4])
+    assert made.probabilities == pytest.approx(tuple(table.probabilities[3]), abs=1e-8)
+    text = Page(tmp_path / "page.html").text
+    assert f"{100 * table.sample(None).figures()['accuracy']:.1f} %" in text
+    calibrated = load(tmp_path / "bundle").metadata["calibrated"]
+    assert ("The temperature" if calibrated else "No temperature is built in") in text
+    assert "test pictures of" in refused("report", str(tmp_path / "bundle"), "--data", "nowhere")
+    assert "--data is for bundles" in refused("report", str(at_trained), "--data", "photos")
+
+
 def test_runs_that_cannot_be_compared_are_refused(run, refused):
     other = second_run()
     (other / "predictions.csv").unlink()
