@@ -23,6 +23,7 @@ COMMANDS = {
     "report": ("report", "one page on what a checkpoint has learned"),
     "explain": ("explain", "draw over pictures where the network sees a class"),
     "export": ("export", "pack a checkpoint as ONNX and safetensors, checked, with a model card"),
+    "serve": ("serve", "answer over HTTP what is on pictures, with a page for people"),
     "models": ("models.listing", "list the networks, their size and published accuracy"),
     "check": ("check", "look through a folder of pictures before training on it"),
     "bench": ("bench", "measure how fast this machine trains and reads, beside the usual ways"),

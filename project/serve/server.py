@@ -1,0 +1,121 @@
+"""The server around the application: patience with connections, signals, and an orderly end."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Generator
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from project.serve import Settings
+from project.serve.limits import Guard
+
+LARGEST_HEAD = 16_384  # bytes of a request's line and headers
+PATIENCE = 10  # seconds until the head of a request must be there, and that an unused connection is kept
+MOST_CONNECTIONS = 500
+LINGER = 0.5  # seconds in which connections that are open at the end may still ask
+
+
+class Protocol(H11Protocol):
+    """HTTP/1.1 that does not wait for ever, and not for any number of connections."""
+
+    _hurry: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Starts the clock."""
+        super().connection_made(transport)
+        if len(self.connections) > MOST_CONNECTIONS:
+            transport.abort()
+        self._expect()
+
+    def on_response_complete(self) -> None:
+        """Starts it again."""
+        self._expect()
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stops it."""
+        if self._hurry is not None:
+            self._hurry.cancel()
+        super().connection_lost(exc)
+
+    def _expect(self) -> None:
+        if self._hurry is not None:
+            self._hurry.cancel()
+        self._hurry = self.loop.call_later(PATIENCE, self._give_up)
+
+    def _give_up(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.abort()
+
+
+class Server(uvicorn.Server):
+    """Ends by a signal when every request that has begun is answered.
+
+    Attributes:
+        exit_code: 130 after SIGINT, 143 after SIGTERM.
+    """
+
+    exit_code = 0
+
+    def __init__(self, config: uvicorn.Config, guard: Guard) -> None:
+        super().__init__(config)
+        self._guard = guard
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Notes signals; unlike uvicorn's, they do not end the process a second time afterwards."""
+        if threading.current_thread() is not threading.main_thread():  # no other may set a handler
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal ends it in order, a second Ctrl-C at once."""
+        self.exit_code = self.exit_code or 128 + sig
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Takes no new connections; those that are open get their answers, and are told that these are the last."""
+        self._guard.is_ending = True
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # connections that have arrived are taken in
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(LINGER)
+        await super().shutdown(sockets)
+
+
+def run(app: FastAPI, listening: socket.socket, settings: Settings) -> int:
+    """Serves until a signal comes; returns the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    logging.getLogger("project.serve").setLevel(logging.INFO)
+    guard = Guard(app, settings)
+    config = uvicorn.Config(
+        guard,
+        http=Protocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=PATIENCE,
+        timeout_graceful_shutdown=int(settings.timeout) + 1,
+        h11_max_incomplete_event_size=LARGEST_HEAD,
+    )
+    server = Server(config, guard)
+    server.run([listening])
+    return server.exit_code
