@@ -138,6 +138,35 @@ def full_disk(monkeypatch, times=10**9):
 
 
 @pytest.fixture
+def browser(tmp_path):
+    """A real Chromium without a window."""
+    binary, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if not binary or not driver:
+        pytest.skip("needs chromium and chromedriver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-unsafe-swiftshader",  # WebGL without a graphics card, for the projector
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path}/profile",
+        "--window-size=1500,1100",
+    ):
+        options.add_argument(flag)
+    made = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield made
+    made.quit()
+
+
+@pytest.fixture
 def refused(capsys):
     """Runs a command that must end with exit code 2 and one sentence, which is returned."""
 

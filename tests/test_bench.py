@@ -184,7 +184,7 @@ def test_table_of_answers_has_torch_and_both_bundles(workplace, capsys):
 
 
 def test_unknown_subject_and_existing_output_are_refused(workplace, refused):
-    assert "it takes training or data or predict or accuracy or bundle" in refused("bench", "dat")
+    assert "it takes training or data or predict or accuracy or bundle or serve" in refused("bench", "dat")
     assert "--rounds is 0" in refused("bench", "data", "--rounds", "0")
     assert "--rounds is 0" in refused("bench", "--full", "--rounds", "0")
     assert "--count is 0" in refused("bench", "data", "--count", "0")

@@ -27,8 +27,6 @@ FIT = ["fit", "--data.root", "photos", *SMALL, "--trainer.max_epochs", "2"]
 RUN = Path("runs/photos/version_0")
 DRAWN = ("confusion_matrix", "precision_recall", "reliability", "roc", "samples")
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
 
 def test_image_grid_has_a_title_over_each_picture():
     images = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
@@ -232,34 +230,8 @@ def board(photos):
     process.wait(20)
 
 
-@pytest.fixture
-def browser(tmp_path):
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--enable-unsafe-swiftshader",  # WebGL without a graphics card, for the projector
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        f"--user-data-dir={tmp_path}/profile",
-        "--window-size=1500,1100",
-    ):
-        options.add_argument(flag)
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-@pytest.mark.skipif(not CHROMIUM or not shutil.which("chromedriver"), reason="needs chromium and chromedriver")
 def test_every_tab_of_tensorboard_has_what_belongs_there(board, browser):
     from selenium.common.exceptions import WebDriverException
 

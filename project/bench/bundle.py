@@ -56,7 +56,12 @@ def measure(image_size: int, count: int, rounds: int, scratch: Path) -> dict[str
 
 
 def _contestants(image_size: int, scratch: Path) -> dict[str, Predictor]:
-    """The same network of random weights three times: how long an answer takes does not depend on them."""
+    network, folders = make(image_size, scratch)
+    return {"PyTorch": network} | {f"ONNX Runtime, {name}": bundle.Bundle(place) for name, place in folders.items()}
+
+
+def make(image_size: int, scratch: Path) -> tuple[Predictor, dict[str, Path]]:
+    """A network of random weights and its bundles by precision: how long an answer takes does not depend on them."""
     half = [0.5, 0.5, 0.5]
     metadata = {
         "model": MODEL,
@@ -77,8 +82,6 @@ def _contestants(image_size: int, scratch: Path) -> dict[str, Predictor]:
     convert.write_onnx(program, files["float32"], convert.described(metadata, 1.0, "float32"))
     convert.write_int8(files["float32"], files["int8"], convert.described(metadata, 1.0, "int8"))
     network.to(memory_format=torch.channels_last)  # as checkpoint.load has it
-    made: dict[str, Predictor] = {"PyTorch": checkpoint.Network(network, metadata)}
-    for name, folder in folders.items():
+    for folder in folders.values():
         bundle.seal(folder, config)
-        made[f"ONNX Runtime, {name}"] = bundle.Bundle(folder)
-    return made
+    return checkpoint.Network(network, metadata), folders

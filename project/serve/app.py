@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
 
 from project.data.images import ImageError
 from project.errors import UserError
@@ -21,6 +22,7 @@ from project.serve.model import Model
 from project.serve.uploads import Upload
 
 STATIC = Path(__file__).with_name("static")
+GONE = 499  # nginx's number for it
 EXPLANATION = 16  # places in the queue: it takes as long as so many pictures
 
 
@@ -81,10 +83,12 @@ REFUSALS = EVERY | _refusals(
     _415="Neither a picture nor a form",
     _503="Too many wait; Retry-After says when to come back",
 )
-UNREADABLE = {422: {"model": Answers | Failure, "description": "There is no picture, or none that can be read"}}
-NO_MAP = {
-    422: {"model": Failure, "description": "There is no picture, it cannot be read, or no such class"}
-} | _refusals(_501="This server draws no heat maps")
+UNREADABLE: dict[int | str, dict[str, Any]] = {
+    422: {"model": Answers | Failure, "description": "There is no picture, or none that can be read"}
+}
+NO_MAP = _refusals(
+    _422="There is no picture, it cannot be read, or there is no such class", _501="This server draws no heat maps"
+)
 PICTURE = {"type": "string", "format": "binary"}
 
 
@@ -205,6 +209,10 @@ def build(model: Model, settings: Settings) -> FastAPI:
     async def full(_: Request, error: Full) -> Response:
         detail = "As many pictures wait as may; come back."
         return JSONResponse({"detail": detail}, 503, {"Retry-After": "1"})
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(_: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=GONE)  # for the log: nobody is there to read it
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:

@@ -8,7 +8,6 @@ from urllib.parse import urlsplit
 
 from fastapi import HTTPException
 from starlette.datastructures import Headers
-from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -60,7 +59,7 @@ class Guard:
                 if not is_whole and status != TOO_SLOW:
                     await _discard(receive, DISCARDED * self._settings.max_body)
                 closing = [(b"connection", b"close")] if self.is_ending else []
-                message = message | {"headers": [*message["headers"], *HEADERS, *closing]}
+                message = {**message, "headers": [*message["headers"], *HEADERS, *closing]}
             await send(message)
 
         async def limited() -> Message:
@@ -81,8 +80,6 @@ class Guard:
                 await error(scope, receive, answer)
             else:
                 await self._app(scope, limited, answer)
-        except ClientDisconnect:
-            status = status or 499  # nobody is there to be told
         except Exception:  # a defect of ours, of which the client has been told without its place
             log.exception("A request has failed")
         finally:

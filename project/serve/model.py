@@ -36,7 +36,8 @@ class Model:
     """
 
     def __init__(self, path: str, calibrated: bool, threads: int) -> None:
-        self._path, self._threads, self._network = path, threads, None
+        self._path, self._threads = path, threads
+        self._network: Network | None = None
         self._loading = threading.Lock()
         self.predictor: Predictor
         if bundle.is_bundle(path):

@@ -30,6 +30,8 @@ class Protocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Starts the clock."""
         super().connection_made(transport)
+        # head and body of an answer are two packets, of which the second must not wait for news of the first
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if len(self.connections) > MOST_CONNECTIONS:
             transport.abort()
         self._expect()
@@ -97,10 +99,8 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def run(app: FastAPI, listening: socket.socket, settings: Settings) -> int:
-    """Serves until a signal comes; returns the exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    logging.getLogger("project.serve").setLevel(logging.INFO)
+def make(app: FastAPI, settings: Settings) -> Server:
+    """The server of an application, with all its limits; its `run` takes a list with the socket."""
     guard = Guard(app, settings)
     config = uvicorn.Config(
         guard,
@@ -116,6 +116,13 @@ def run(app: FastAPI, listening: socket.socket, settings: Settings) -> int:
         timeout_graceful_shutdown=int(settings.timeout) + 1,
         h11_max_incomplete_event_size=LARGEST_HEAD,
     )
-    server = Server(config, guard)
+    return Server(config, guard)
+
+
+def run(app: FastAPI, listening: socket.socket, settings: Settings) -> int:
+    """Serves until a signal comes; returns the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    logging.getLogger("project.serve").setLevel(logging.INFO)
+    server = make(app, settings)
     server.run([listening])
     return server.exit_code

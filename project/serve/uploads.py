@@ -1,14 +1,23 @@
 """From a request to the pictures that it brings."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from fastapi import HTTPException, Request
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
 
 RAW = ("application/octet-stream", "image/")  # what a body that is one picture says of itself
 FORM = "multipart/form-data"
 LONGEST_NAME = 255
+CALLBACKS = (
+    "on_part_begin",
+    "on_header_field",
+    "on_header_value",
+    "on_header_end",
+    "on_part_data",
+    "on_part_end",
+    "on_end",
+)
 FIELDS = 16  # of a form, besides its files: none is needed
 
 
@@ -44,28 +53,63 @@ async def received(request: Request, most: int) -> list[Upload]:
     return found
 
 
-class _Form(MultiPartParser):
-    """Keeps files in memory: a request has a largest size, and nothing is written to a disk."""
+class _Files:
+    """The files of a form, as it comes; kept in memory, since a request has a largest size.
 
-    spool_max_size = 0
-    is_whole = False
+    Args:
+        boundary: What is between its parts.
+        most: Files that it may have.
+    """
 
-    def on_end(self) -> None:
+    def __init__(self, boundary: bytes, most: int) -> None:
+        self.found: list[Upload] = []
+        self.is_whole = False
+        self._most, self._parts = most, 0
+        self._header = self._disposition = b""
+        self._value, self._content = bytearray(), bytearray()
+        callbacks = {name: getattr(self, f"_{name}") for name in CALLBACKS}
+        self.parser = MultipartParser(boundary, cast(Any, callbacks))
+
+    def _on_part_begin(self) -> None:
+        self._parts += 1
+        if self._parts > self._most + FIELDS:
+            raise HTTPException(413, "The form has too many parts.")
+        self._disposition, self._content = b"", bytearray()
+
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _on_header_end(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            self._disposition = bytes(self._value)
+        self._header, self._value = b"", bytearray()
+
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        self._content += data[start:end]
+
+    def _on_part_end(self) -> None:
+        name = parse_options_header(self._disposition)[1].get(b"filename")
+        if name is None:  # a field, of which none is needed
+            return
+        if len(self.found) == self._most:
+            raise HTTPException(413, f"At most {self._most} pictures in a request.")
+        self.found.append(Upload(name.decode(errors="replace")[-LONGEST_NAME:], bytes(self._content)))
+
+    def _on_end(self) -> None:
         self.is_whole = True
 
 
 async def _files(request: Request, most: int) -> list[Upload]:
-    parser: Any = _Form(request.headers, request.stream(), max_files=most, max_fields=FIELDS)
+    boundary = parse_options_header(request.headers["content-type"])[1].get(b"boundary")
     try:
-        form = await parser.parse()
-    except MultiPartException as error:
-        is_many = error.message.startswith("Too many files")
-        raise HTTPException(413 if is_many else 400, _told(error.message, most)) from error
-    if not parser.is_whole:
+        files = _Files(boundary or b"", most)
+        async for chunk in request.stream():
+            files.parser.write(chunk)
+    except FormParserError as error:
+        raise HTTPException(400, "The form is damaged.") from error
+    if not files.is_whole:
         raise HTTPException(400, "The form ends before its last boundary.")
-    parts = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
-    return [Upload((part.filename or "")[-LONGEST_NAME:], await part.read()) for part in parts]
-
-
-def _told(message: str, most: int) -> str:
-    return f"At most {most} pictures in a request." if "files" in message else "The form is damaged."
+    return files.found
