@@ -25,6 +25,7 @@ from project.predictor import Predictor
 MODEL, WEIGHTS, CONFIG, CARD, PROGRAM = "model.onnx", "model.safetensors", "config.json", "README.md", "model.pt2"
 SUMS = "SHA256SUMS"
 LAYOUT = "NHWC"  # (B, H, W, 3), as Pillow and browsers have pictures
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # from 1.29 on it tells its maker which models are used
 ANEW = "make the bundle anew by python -m project.cli export"
 
 

@@ -4,7 +4,6 @@ import csv
 import math
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys

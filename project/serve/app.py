@@ -59,12 +59,6 @@ class Health(BaseModel):
     status: str
 
 
-class Png(Response):
-    """A picture."""
-
-    media_type = "image/png"
-
-
 class Failure(BaseModel):
     """Why a request was refused, in a sentence."""
 
@@ -86,10 +80,10 @@ REFUSALS = EVERY | _refusals(
 UNREADABLE: dict[int | str, dict[str, Any]] = {
     422: {"model": Answers | Failure, "description": "There is no picture, or none that can be read"}
 }
-NO_MAP = _refusals(
-    _422="There is no picture, it cannot be read, or there is no such class", _501="This server draws no heat maps"
-)
 PICTURE = {"type": "string", "format": "binary"}
+MAP = _refusals(
+    _422="There is no picture, it cannot be read, or there is no such class", _501="This server draws no heat maps"
+) | {200: {"description": "A PNG", "content": {"image/png": {"schema": PICTURE}}}}
 
 
 def _body(many: bool) -> dict[str, Any]:
@@ -165,7 +159,7 @@ def build(model: Model, settings: Settings) -> FastAPI:
             pictures = await uploads.received(request, settings.max_images)
             return await clock.answer(request, labelled(pictures))
 
-    @app.post("/explain", responses=REFUSALS | NO_MAP, openapi_extra=_body(many=False), response_class=Png)
+    @app.post("/explain", responses=REFUSALS | MAP, openapi_extra=_body(many=False), response_class=Response)
     async def explain(
         request: Request, target: Annotated[str | None, Query(description="A class; by default the likeliest")] = None
     ) -> Response:
