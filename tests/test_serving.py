@@ -3,9 +3,11 @@
 import contextlib
 import http.client
 import io
+import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,9 +22,10 @@ import pytest
 from PIL import Image
 
 from project.bench import serving as bench
-from tests.test_serve import form, post
+from tests.test_serve import ask, form, post
 
 ROOT = Path(__file__).parent.parent
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
 ABUSES = 250 * int(os.environ.get("TORTURE", "2"))
 SERVE = [sys.executable, "-m", "project.cli", "serve"]
 
@@ -276,3 +279,179 @@ def test_server_does_what_its_own_description_says(served, tmp_path):
     options = ["--exclude-checks", "positive_data_acceptance", "--max-examples", "50", "--seed", "1", "--no-color"]
     made = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path)
     assert made.returncode == 0, made.stdout[-5000:] + made.stderr
+
+
+@pytest.fixture
+def page(served, browser):
+    """The page of a server in a browser, and functions that wait and keep a picture of it."""
+    browser.set_window_size(1280, 1000)
+    browser.get(f"http://127.0.0.1:{served[0]}/")
+    return browser
+
+
+def until(browser, script):
+    deadline = time.monotonic() + 60
+    while not (found := browser.execute_script(f"return {script}")):
+        assert time.monotonic() < deadline, (script, browser.execute_script("return document.body.innerText"))
+        time.sleep(0.1)
+    return found
+
+
+def keep(browser, name):
+    if target := os.environ.get("KEEP_SCREENSHOTS"):  # to look at
+        time.sleep(0.3)
+        browser.save_screenshot(str(Path(target, f"{name}.png")))
+
+
+def choose(browser, files):
+    browser.find_element("id", "files").send_keys("\n".join(map(str, files)))
+
+
+VERDICTS = "[...document.querySelectorAll('.verdict')].map((one) => one.textContent)"
+DONE = f"{VERDICTS}.every((text) => text !== '…') && {VERDICTS}"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_page_labels_pictures_that_are_chosen_dropped_or_pasted_and_names_bad_ones(page, served, trained, tmp_path):
+    keep(page, "empty")
+    assert "Nothing yet" in page.find_element("id", "empty").text
+    photos = [sorted((trained / "photos" / name).iterdir())[0] for name in ("red", "green", "blue")]
+    choose(page, photos)
+    verdicts = until(page, DONE)
+    expected = post(served[0], "/predict", *form([(file.name, file.read_bytes()) for file in photos]))[1]["predictions"]
+    assert verdicts == [f"{one['label']}, {100 * one['probability']:.1f} %" for one in expected]
+    widths = page.execute_script(
+        "return [...document.querySelectorAll('li:first-child .track div')].map((b) => b.style.width)"
+    )
+    assert [float(width.rstrip("%")) for width in widths[:3]] == pytest.approx(
+        [100 * one["probability"] for one in expected[0]["top"]], abs=0.01
+    )
+    assert page.find_element("id", "model").text.startswith("squeezenet1_1-")
+    page.find_element("id", "explain").click()
+    until(page, "[...document.images].every((one) => one.alt.includes('what speaks for') && one.naturalWidth === 32)")
+    keep(page, "heat")
+    page.find_element("id", "explain").click()
+    until(page, "[...document.images].every((one) => one.naturalWidth === 40)")
+
+    bad = tmp_path / "notes.txt"
+    bad.write_text("no picture")
+    choose(page, [bad])
+    (*_, verdict) = until(page, DONE)
+    assert verdict == "Not labelled: not a picture, or of an unknown format"
+    assert page.find_element("id", "status").text == "4 of 4 pictures done, 1 not labelled"
+    keep(page, "bad")
+    for kind in ("drop", "paste"):  # as a browser tells it
+        page.execute_async_script(
+            """
+            const [kind, done] = arguments;
+            const canvas = document.createElement("canvas");
+            [canvas.width, canvas.height] = [40, 30];
+            canvas.getContext("2d").drawImage(document.images[0], 0, 0);
+            canvas.toBlob((blob) => {
+              const data = new DataTransfer();
+              data.items.add(new File([blob], `${kind}.png`, {type: "image/png"}));
+              const event = kind === "drop" ? new DragEvent(kind, {dataTransfer: data, bubbles: true, cancelable: true})
+                : new ClipboardEvent(kind, {clipboardData: data, bubbles: true});
+              document.body.dispatchEvent(event);
+              done();
+            });
+            """,
+            kind,
+        )
+    assert until(page, DONE)[-2:] == [verdicts[0]] * 2
+    page.find_element("id", "clear").click()
+    assert until(page, "document.querySelectorAll('#results > li').length === 0")
+    assert page.find_element("id", "empty").is_displayed()
+    assert page.switch_to.active_element.get_attribute("id") == "files"
+    assert not page.get_log("browser")  # neither a refusal by the content-security policy nor an error
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_page_takes_twenty_pictures_at_once_on_a_phone_and_in_the_dark_and_says_when_nobody_answers(
+    page, served, trained
+):
+    page.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    )
+    phone = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    photos = sorted((trained / "photos").rglob("*.png"))[:20]
+    choose(page, photos)
+    assert len(until(page, DONE)) == 20
+    assert page.find_element("id", "status").text == "20 of 20 pictures done"
+    captions = page.execute_script("return [...document.querySelectorAll('figcaption')].map((one) => one.textContent)")
+    assert captions == [file.name for file in photos]
+    assert page.execute_script("return document.documentElement.scrollWidth") <= 360
+    small = page.execute_script(
+        "return [...document.querySelectorAll('button, .button, #heat')].filter((o) => o.offsetHeight && o.offsetHeight < 44).length"
+    )
+    assert small == 0
+    keep(page, "phone")
+    served[1].kill()
+    served[1].wait()
+    choose(page, photos[:1])
+    assert until(page, DONE)[-1] == "The server cannot be reached."
+    assert page.find_element("css selector", "li:last-child .again").is_displayed()
+    page.execute_script("window.scrollTo(0, document.body.scrollHeight)")
+    keep(page, "gone")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_page_is_usable_with_the_keyboard_alone(page):
+    from selenium.webdriver import ActionChains, Keys
+
+    seen = []
+    for _ in range(3):
+        ActionChains(page).send_keys(Keys.TAB).perform()
+        seen.append(page.switch_to.active_element.get_attribute("id") or page.switch_to.active_element.text)
+    assert seen[:2] == ["files", "For programs"]
+    unnamed = "[...document.querySelectorAll('input, button')].filter((o) => !o.labels.length && !o.textContent)"
+    assert not page.execute_script(f"return {unnamed}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_what_the_dockerfile_installs_serves_a_bundle(packed, picture, tmp_path):
+    """In a fresh environment with the packages of its RUN line, and this project without those it depends on."""
+    (line,) = re.findall(
+        r"^RUN pip install .*?\n((?:.*\\\n)*?)    && pip install (.*) \. \\$", DOCKERFILE, re.MULTILINE
+    )
+    packages = line[0].replace("\\", "").split()
+    assert {"onnxruntime", "uvicorn"} < set(packages)
+    assert "torch" not in packages
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    install = [str(venv / "bin" / "pip"), "install", "--quiet"]
+    for place in re.findall(r"^COPY (.*) \S+$", DOCKERFILE, re.MULTILINE):
+        for name in place.split():
+            source, target = ROOT / name, tmp_path / "app" / name
+            target.parent.mkdir(exist_ok=True)
+            shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    app = tmp_path / "app"
+    subprocess.run([*install, "--constraint", str(app / "constraints.txt"), *packages], check=True)
+    subprocess.run([*install, *line[1].split(), str(app)], check=True)
+    words = json.loads(re.search(r"^ENTRYPOINT (.*)$", DOCKERFILE, re.MULTILINE)[1])
+    assert words[:4] == ["python", "-m", "project.cli", "serve"]
+    words[words.index("/bundle")] = str(packed)
+    plain = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    with subprocess.Popen(
+        [str(venv / "bin" / "python"), *words[1:], "--port", "0"],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=plain | {"SERVE_TOKEN": "long enough"},
+    ) as process:
+        try:
+            port = next(int(found[1]) for line in process.stdout if (found := re.match(r"http://\S+:(\d+)", line)))
+            assert post(port, "/predict", picture)[0] == 401
+            status, answer = post(port, "/predict", picture, Authorization="Bearer long enough")
+            assert (status, answer["predictions"][0]["error"]) == (200, None)
+            status, answer = post(port, "/explain", picture, Authorization="Bearer long enough")
+            assert (status, answer["detail"]) == (501, "This server has no torch, which heat maps need.")
+            assert ask(port, "GET", "/static/page.js")[0] == 200
+        finally:
+            process.terminate()
+        assert process.wait() == 143

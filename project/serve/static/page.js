@@ -62,12 +62,14 @@ function percent(probability) {
 
 function fail(one, text) {
   one.card.classList.add("bad");
+  one.card.querySelector(".again").hidden = false;
   one.card.querySelector(".verdict").textContent = text;
 }
 
 async function predict(one) {
   one.card.querySelector(".verdict").textContent = "…";
   one.card.classList.remove("bad");
+  one.card.querySelector(".again").hidden = true;
   try {
     if (one.file.size > settings.megabytes * 1e6) throw new Error(`Larger than ${settings.megabytes} MB.`);
     const response = await ask("/predict", one.file);
@@ -137,6 +139,7 @@ function add(files) {
       card.querySelector(".nothing").hidden = false;
     });
     image.src = one.address;
+    card.querySelector(".again").addEventListener("click", () => schedule(() => predict(one)));
     card.querySelector("figcaption").textContent = file.name;
     byId("results").append(card);
     shown.push(one);

@@ -1,0 +1,18 @@
+# Serves a bundle that `export` has made, without torch:
+#   docker build -t classifier .
+#   docker run --rm -p 127.0.0.1:8000:8000 -v ./runs/latest/bundle:/bundle:ro -e SERVE_TOKEN classifier
+FROM python:3.11-slim
+
+WORKDIR /app
+COPY constraints.txt pyproject.toml README.md LICENSE ./
+COPY project project
+RUN pip install --no-cache-dir --constraint constraints.txt \
+        fastapi jsonargparse[signatures] numpy onnxruntime pillow python-multipart uvicorn \
+    && pip install --no-cache-dir --no-deps . \
+    && useradd --no-create-home --uid 10001 server
+
+USER server
+EXPOSE 8000
+HEALTHCHECK --interval=30s --timeout=5s --start-period=30s \
+    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/healthz', timeout=4)"]
+ENTRYPOINT ["python", "-m", "project.cli", "serve", "/bundle", "--host", "0.0.0.0"]
