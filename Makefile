@@ -29,8 +29,8 @@ test: check  ## check, then the fast tests
 test-slow: dev  ## the tests with many processes, a browser and notebooks
 	$(VENV) -m pytest -m slow $(ARGS)
 
-torture: dev  ## forty fits killed at random instants, each resumed until it is done (a quarter of an hour)
-	TORTURE=40 $(VENV) -m pytest tests/test_torture.py -s $(ARGS)
+torture: dev  ## forty fits killed at random and resumed until done; 10,000 malformed requests (a quarter of an hour)
+	TORTURE=40 $(VENV) -m pytest tests/test_torture.py tests/test_serving.py -k "killed or abuse" -s $(ARGS)
 
 board: core  ## TensorBoard on runs/; a run of a new name needs a restart
 	@sh scripts/board.sh $(ARGS)

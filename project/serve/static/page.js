@@ -60,10 +60,12 @@ function percent(probability) {
   return `${(100 * probability).toFixed(1)} %`;
 }
 
-function fail(one, text) {
+class Refused extends Error {} // asking again would not help
+
+function fail(one, error) {
   one.card.classList.add("bad");
-  one.card.querySelector(".again").hidden = false;
-  one.card.querySelector(".verdict").textContent = text;
+  one.card.querySelector(".again").hidden = error instanceof Refused;
+  one.card.querySelector(".verdict").textContent = error.message;
 }
 
 async function predict(one) {
@@ -71,16 +73,17 @@ async function predict(one) {
   one.card.classList.remove("bad");
   one.card.querySelector(".again").hidden = true;
   try {
-    if (one.file.size > settings.megabytes * 1e6) throw new Error(`Larger than ${settings.megabytes} MB.`);
+    if (one.file.size > settings.megabytes * 1e6) throw new Refused(`Larger than ${settings.megabytes} MB.`);
     const response = await ask("/predict", one.file);
-    if (!response.ok) throw new Error(`Not labelled: ${await failure(response)}`);
+    if (response.status === 422) throw new Refused(`Not labelled: ${await failure(response)}`);
+    if (!response.ok) throw new Error(await failure(response));
     const body = await response.json();
     one.answer = body.predictions[0];
     byId("model").textContent = body.model;
     show(one);
     if (byId("explain").checked) await explain(one);
   } catch (error) {
-    fail(one, error.message);
+    fail(one, error);
   }
 }
 
