@@ -183,6 +183,22 @@ def test_table_of_answers_has_torch_and_both_bundles(workplace, capsys):
             )
 
 
+@pytest.mark.slow
+def test_table_of_serving_has_all_numbers_of_clients_and_both_bundles(workplace, capsys):
+    assert cli.main(["bench", "serve", "--image_size", "64", "--seconds", "1", "--json", "bench.json"]) == 0
+    out = capsys.readouterr().out
+    result = json.loads(Path("bench.json").read_text())
+    assert list(result) == ["float32", "int8"]
+    for found in result.values():
+        assert list(found) == ["1", "8", "64", "memory", "batches", "one by one", "crowded"]
+        for name, figures in found.items():
+            if name != "memory":
+                assert 0 < figures["p50_seconds"] <= figures["p99_seconds"]
+                assert f"{figures['requests_per_second']:,.1f}  " in out
+                assert set(figures["others"]) == ({"503"} if name == "crowded" else set())
+    assert {path.name for path in Path().iterdir()} == {"bench.json"}
+
+
 def test_unknown_subject_and_existing_output_are_refused(workplace, refused):
     assert "it takes training or data or predict or accuracy or bundle or serve" in refused("bench", "dat")
     assert "--rounds is 0" in refused("bench", "data", "--rounds", "0")

@@ -1,6 +1,7 @@
 """A server in this process, asked over real connections; tests/test_serving.py has those with processes."""
 
 import asyncio
+import contextlib
 import http.client
 import io
 import json
@@ -236,6 +237,10 @@ def test_other_sites_and_other_names_of_this_machine_are_refused(port, pictures)
     assert post(port, "/predict", good, Host="rebound.example.org")[0] == 400
     assert post(port, "/predict", good, Origin="https://example.org")[0] == 403
     assert post(port, "/predict", good, Origin="null")[0] == 403
+    assert post(port, "/predict", good, Origin="http://[")[0] == 403
+    for host in ("[::1", "", "127.0.0.1.example.org", "127.0.0.1@example.org"):
+        assert post(port, "/predict", good, Host=host)[0] == 400
+    assert post(port, "/predict", good, Host="LOCALHOST")[0] == 200
     assert post(port, "/predict", good, Origin=f"http://{own}")[0] == 200
     status, told, _ = ask(port, "OPTIONS", "/predict", Origin=f"http://{own}", Access_Control_Request_Method="POST")
     assert status == 405
@@ -258,6 +263,43 @@ def test_pages_need_nothing_from_elsewhere_and_no_inline_code(port):
     assert ask(port, "GET", "/healthz")[2] == b'{"status":"ok"}'
     description = json.loads(ask(port, "GET", "/openapi.json")[2])
     assert set(description["paths"]) == {"/predict", "/explain", "/healthz"}
+
+
+def test_answers_come_without_a_pause_between_their_packets(port):
+    connection, took = http.client.HTTPConnection("127.0.0.1", port), []
+    for _ in range(30):
+        started = time.monotonic()
+        connection.request("GET", "/healthz")
+        connection.getresponse().read()
+        took.append(time.monotonic() - started)
+    connection.close()
+    assert np.median(took) < 0.03  # 0.04 is what a system waits for more to acknowledge
+
+
+def test_slow_talkers_and_those_who_do_not_read_are_cut_off(model, monkeypatch):
+    monkeypatch.setattr(server, "PATIENCE", 0.3)
+    with serving(model) as number:
+        with socket.create_connection(("127.0.0.1", number)) as connection:
+            connection.settimeout(5)
+            with contextlib.suppress(ConnectionError):
+                for _ in range(10):
+                    connection.sendall(b"GET")
+                    time.sleep(0.1)
+                assert connection.recv(100) == b""
+        asked = b"GET /static/page.js HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", number)) as connection:
+            connection.settimeout(10)
+            with pytest.raises(ConnectionError):
+                connection.sendall(asked * 200_000)
+        assert ask(number, "GET", "/healthz")[0] == 200
+
+
+def test_whoever_asks_before_sending_is_refused_before_sending(port):
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.settimeout(2)
+        head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 9000000\r\n\r\n"
+        connection.sendall(head)
+        assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
 class Slow:
@@ -442,6 +484,7 @@ def test_a_batch_that_fails_does_not_end_the_next():
         return await made.probabilities(b"")
 
     assert run(made, work) == [1.0]
+    assert made.has_ended
 
 
 def test_places_are_given_back_whatever_happens():

@@ -179,7 +179,7 @@ def abuse(chance, samples, port):
     body, kind = form(
         [(chance.choice(["a", "../../x", "/etc/passwd", "C:\\x", "\\\\h\\x", "%00", "n" * 3000]), sample)]
     )
-    what = chance.randrange(17)
+    what = chance.randrange(18)
     if what == 0:
         made = spoilt(body, chance)
         return send(port, head(len(made), path, kind) + made)
@@ -232,6 +232,10 @@ def abuse(chance, samples, port):
         return send(port, head(length, path) + bytes(chance.randrange(100_000)) + b"\n\n")
     if what == 15:
         return send(port, (head(len(sample), path) + sample) * 3)  # asks again before it is answered
+    if what == 16:
+        host = chance.choice(["[", "[::1", "a b", "\\", "localhost:99999999", "\xff", "@", ""])
+        made = head(len(sample), path, more=f"Origin: {host}\r\n").replace(b": localhost", f": {host}".encode(), 1)
+        return send(port, made + sample)
     edge = chance.choice(["", "x" * 300, '"', "edge; boundary=other", "\x00"])
     return send(port, head(len(body), path, f"multipart/form-data; boundary={edge}") + body)
 

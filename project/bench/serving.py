@@ -71,7 +71,7 @@ def measure(image_size: int, seconds: float, scratch: Path) -> dict[str, Any]:
         print(f"{name:28}  clients  requests/s   p50 ms   p99 ms  others")
         found = result[name] = {}
         with server(folder) as (port, process):
-            load(port, requests, BESIDE, WARM_UP)
+            load(port, requests, CLIENTS[-1], 2 * WARM_UP)  # memory grows until the first full batches
             before = resident(process)
             for clients in CLIENTS:
                 found[str(clients)] = _told("", clients, load(port, requests, clients, seconds))

@@ -114,7 +114,7 @@ def serve(
             )
         from project.data.workers import usable_cores
 
-        own_names = {host, "localhost", "127.0.0.1", "[::1]"} if is_loopback and token is None else ()
+        own_names = {host, "localhost", "127.0.0.1", "::1"} if is_loopback and token is None else ()
         settings = Settings(
             token=token,
             hosts=frozenset(own_names),

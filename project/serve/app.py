@@ -172,9 +172,11 @@ def build(model: Model, settings: Settings) -> FastAPI:
             (picture,) = await uploads.received(request, 1)
             return await clock.answer(request, explained(picture, target))
 
-    @app.get("/healthz", responses=EVERY)
+    @app.get("/healthz", responses=EVERY | _refusals(_503="It answers no more"))
     async def healthz() -> Health:
         """Says that it answers."""
+        if batcher.has_ended:
+            raise HTTPException(503, "Nothing computes any more; start this server again.", {"Retry-After": "60"})
         return Health(status="ok")
 
     files = {file.name: file.read_bytes() for file in STATIC.iterdir()}

@@ -3,9 +3,10 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -33,7 +34,12 @@ class Batcher:
         batch_size: Largest B.
         wait: Seconds that pictures wait for those that are being read, at most.
         room: Pictures that may be here at once.
+
+    Attributes:
+        has_ended: Nothing is computed any more.
     """
+
+    has_ended = False
 
     def __init__(
         self,
@@ -83,7 +89,8 @@ class Batcher:
         self._reading += 1
         answer: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
         try:
-            self._ready.append((await self.pixels(picture), answer))
+            pixels = await self.pixels(picture)
+            self._ready.append((pixels, answer))
         finally:
             self._reading -= 1
             self._news.set()
@@ -95,11 +102,17 @@ class Batcher:
 
     async def run(self) -> None:
         """Computes batches until it is cancelled."""
+        try:
+            await self._work()
+        finally:
+            self.has_ended = True
+
+    async def _work(self) -> None:
         while True:
             batch = await self._next()
             pixels, answers = zip(*batch, strict=True)
             try:
-                rows = await self.alone(lambda pixels=pixels: self._compute(np.stack(pixels)).tolist())  # type: ignore[misc]
+                rows = await self.alone(partial(self._rows, pixels))
             except Exception as error:  # whatever it is, it belongs to those who asked; the next batch may do
                 for answer in answers:
                     if not answer.done():
@@ -109,16 +122,18 @@ class Batcher:
                     if not answer.done():
                         answer.set_result(row)
 
+    def _rows(self, pixels: Sequence[Pixels]) -> list[list[float]]:
+        rows: list[list[float]] = self._compute(np.stack(pixels)).tolist()
+        assert len(rows) == len(pixels), f"{len(rows)} answers for {len(pixels)} pictures"
+        return rows
+
     async def _next(self) -> list[tuple[Pixels, asyncio.Future[list[float]]]]:
         deadline: float | None = None
         while True:
-            while self._ready and self._ready[0][1].done():  # whoever asked has gone
-                self._ready.popleft()
+            self._ready = deque(one for one in self._ready if not one[1].done())  # the others' clients have gone
             is_late = deadline is not None and time.monotonic() >= deadline
             if self._ready and (len(self._ready) >= self._batch_size or not self._reading or is_late):
-                count = min(len(self._ready), self._batch_size)
-                taken = [self._ready.popleft() for _ in range(count)]
-                return [one for one in taken if not one[1].done()] or await self._next()
+                return [self._ready.popleft() for _ in range(min(len(self._ready), self._batch_size))]
             if self._ready and deadline is None:
                 deadline = time.monotonic() + self._wait
             self._news.clear()

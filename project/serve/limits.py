@@ -51,12 +51,13 @@ class Guard:
             await self._app(scope, receive, send)
             return
         started, status, taken, is_whole = time.perf_counter(), 0, 0, False
+        waits = "expect" in Headers(scope=scope)  # it sends nothing before it is told to
 
         async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if not is_whole and status != TOO_SLOW:
+                if not (is_whole or status == TOO_SLOW or waits):
                     await _discard(receive, DISCARDED * self._settings.max_body)
                 closing = [(b"connection", b"close")] if self.is_ending else []
                 message = {**message, "headers": [*message["headers"], *HEADERS, *closing]}
@@ -87,24 +88,32 @@ class Guard:
             place = getattr(scope.get("route"), "path", "-")  # what the client wrote may be anything
             client = scope["client"][0] if scope.get("client") else "-"
             took = 1000 * (time.perf_counter() - started)
-            log.info("%s %s %s %d, %d bytes, %.0f ms", client, scope["method"], place, status, taken, took)
+            log.info("%s %s %s %d, %d bytes, %.0f ms", client, scope["method"][:8], place, status, taken, took)
 
     def _refusal(self, scope: Scope) -> HTTPException | None:
         headers, settings = Headers(scope=scope), self._settings
         host, origin = headers.get("host", ""), headers.get("origin")
-        if settings.hosts and (urlsplit(f"//{host}").hostname or "").lower() not in settings.hosts:
+        if settings.hosts and _name(f"//{host}") not in settings.hosts:
             return HTTPException(400, "This server does not answer to that host name.")  # rebinding of names
-        if origin is not None and settings.token is None and urlsplit(origin).netloc.lower() != host.lower():
+        is_foreign = origin is not None and origin.lower() not in (f"http://{host.lower()}", f"https://{host.lower()}")
+        if is_foreign and settings.token is None:
             return HTTPException(403, "Pages of other sites may not ask this server.")
         if settings.token is not None and not (scope["path"] in OPEN or scope["path"].startswith("/static/")):
             kind, _, given = headers.get("authorization", "").partition(" ")
             if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), settings.token.encode()):
                 return HTTPException(401, "This server asks for a token.", {"WWW-Authenticate": "Bearer"})
         length = headers.get("content-length", "0")
-        return self._too_large() if length.isdigit() and int(length[:20]) > settings.max_body else None
+        return self._too_large() if length.isdecimal() and int(length[:20]) > settings.max_body else None
 
     def _too_large(self) -> HTTPException:
         return HTTPException(413, f"A request may have at most {self._settings.max_body // 1_000_000} MB.")
+
+
+def _name(address: str) -> str:
+    try:
+        return urlsplit(address).hostname or ""
+    except ValueError:  # a bracket too few
+        return ""
 
 
 async def _discard(receive: Receive, most: int) -> None:

@@ -17,7 +17,7 @@ from project.serve import Settings
 from project.serve.limits import Guard
 
 LARGEST_HEAD = 16_384  # bytes of a request's line and headers
-PATIENCE = 10  # seconds until the head of a request must be there, and that an unused connection is kept
+PATIENCE = 10  # seconds until the head of a request must be there, and that an unused or unread connection is kept
 MOST_CONNECTIONS = 500
 LINGER = 0.5  # seconds in which connections that are open at the end may still ask
 
@@ -26,6 +26,7 @@ class Protocol(H11Protocol):
     """HTTP/1.1 that does not wait for ever, and not for any number of connections."""
 
     _hurry: asyncio.TimerHandle | None = None
+    _stuck: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Starts the clock."""
@@ -43,9 +44,21 @@ class Protocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stops it."""
-        if self._hurry is not None:
-            self._hurry.cancel()
+        for timer in (self._hurry, self._stuck):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client does not read what it has asked for."""
+        self._stuck = self.loop.call_later(PATIENCE, self.transport.abort)
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        """It does."""
+        if self._stuck is not None:
+            self._stuck.cancel()
+        super().resume_writing()
 
     def _expect(self) -> None:
         if self._hurry is not None:
@@ -105,6 +118,7 @@ def make(app: FastAPI, settings: Settings) -> Server:
     config = uvicorn.Config(
         guard,
         http=Protocol,
+        loop="asyncio",
         ws="none",
         lifespan="on",
         log_config=None,
