@@ -352,7 +352,8 @@ def test_what_comes_or_takes_too_long_is_ended_and_the_next_is_answered(slow, pi
         assert post(number, "/predict", good)[0] == 200
 
 
-def test_pictures_of_a_client_that_has_gone_are_not_computed(slow, pictures):
+def test_pictures_of_a_client_that_has_gone_are_not_computed(slow, pictures, caplog):
+    caplog.set_level(logging.INFO, "project.serve")
     good = pictures["red-000.png"]
     with serving(slow, batch_size=1) as number, ThreadPoolExecutor(1) as pool:
         first = pool.submit(post, number, "/predict", good)
@@ -368,6 +369,8 @@ def test_pictures_of_a_client_that_has_gone_are_not_computed(slow, pictures):
         assert first.result()[0] == 200
         assert post(number, "/predict", good)[0] == 200
     assert slow.slow.sizes == [1, 1]
+    assert len(re.findall("POST /predict 499", caplog.text)) == 3
+    assert "A request has failed" not in caplog.text
 
 
 def test_defect_of_ours_is_told_without_its_place(packed, pictures, monkeypatch, caplog):
