@@ -7,11 +7,10 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from string import Template
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
 from project.data.images import ImageError
@@ -19,78 +18,12 @@ from project.errors import UserError
 from project.serve import Settings, timing, uploads
 from project.serve.batching import Batcher, Full
 from project.serve.model import Model
+from project.serve.schema import EVERY, MAP, REFUSALS, UNREADABLE, Answer, Answers, Health, Likely, body, refusals
 from project.serve.uploads import Upload
 
 STATIC = Path(__file__).with_name("static")
 GONE = 499  # nginx's number for it
 EXPLANATION = 16  # places in the queue: it takes as long as so many pictures
-
-
-class Likely(BaseModel):
-    """A class and its probability."""
-
-    label: str
-    probability: float
-
-
-class Answer(BaseModel):
-    """What is said of one picture; all but name and error is null where it cannot be read."""
-
-    name: str
-    error: str | None = None
-    label: str | None = None
-    probability: float | None = None
-    abstained: bool | None = None
-    top: list[Likely] | None = None
-    probabilities: list[float] | None = None
-
-
-class Answers(BaseModel):
-    """What is said of a request's pictures, in their order; probabilities are in the order of class_names."""
-
-    model: str
-    class_names: list[str]
-    predictions: list[Answer]
-
-
-class Health(BaseModel):
-    """That the server answers."""
-
-    status: str
-
-
-class Failure(BaseModel):
-    """Why a request was refused, in a sentence."""
-
-    detail: str
-
-
-def _refusals(**reasons: str) -> dict[int | str, dict[str, Any]]:
-    return {int(status[1:]): {"model": Failure, "description": reason} for status, reason in reasons.items()}
-
-
-EVERY = _refusals(_400="The request is damaged, or for another host", _403="From a page of another site")
-REFUSALS = EVERY | _refusals(
-    _401="The token is missing or wrong",
-    _408="The request came too slowly",
-    _413="Too many bytes or pictures",
-    _415="Neither a picture nor a form",
-    _503="Too many wait; Retry-After says when to come back",
-)
-UNREADABLE: dict[int | str, dict[str, Any]] = {
-    422: {"model": Answers | Failure, "description": "There is no picture, or none that can be read"}
-}
-PICTURE = {"type": "string", "format": "binary"}
-MAP = _refusals(
-    _422="There is no picture, it cannot be read, or there is no such class", _501="This server draws no heat maps"
-) | {200: {"description": "A PNG", "content": {"image/png": {"schema": PICTURE}}}}
-
-
-def _body(many: bool) -> dict[str, Any]:
-    files = {"type": "array", "items": PICTURE, "minItems": 1} if many else PICTURE
-    form = {"type": "object", "properties": {"pictures": files}, "required": ["pictures"]}
-    content = {"multipart/form-data": {"schema": form}, "application/octet-stream": {"schema": PICTURE}}
-    return {"requestBody": {"required": True, "content": content | {"image/*": {"schema": PICTURE}}}}
 
 
 def build(model: Model, settings: Settings) -> FastAPI:
@@ -152,14 +85,14 @@ def build(model: Model, settings: Settings) -> FastAPI:
                 raise HTTPException(501, "Grad-CAM cannot explain this network: it has no maps at its end.") from error
         return Response(png, media_type="image/png")
 
-    @app.post("/predict", responses=REFUSALS | UNREADABLE, openapi_extra=_body(many=True), response_model=Answers)
+    @app.post("/predict", responses=REFUSALS | UNREADABLE, openapi_extra=body(many=True), response_model=Answers)
     async def predict(request: Request) -> Response:
         """Labels the pictures of a request: one as the body, or several as the files of a form."""
         async with timing.limited(settings.timeout) as clock:
             pictures = await uploads.received(request, settings.max_images)
             return await clock.answer(request, labelled(pictures))
 
-    @app.post("/explain", responses=REFUSALS | MAP, openapi_extra=_body(many=False), response_class=Response)
+    @app.post("/explain", responses=REFUSALS | MAP, openapi_extra=body(many=False), response_class=Response)
     async def explain(
         request: Request, target: Annotated[str | None, Query(description="A class; by default the likeliest")] = None
     ) -> Response:
@@ -172,7 +105,7 @@ def build(model: Model, settings: Settings) -> FastAPI:
             (picture,) = await uploads.received(request, 1)
             return await clock.answer(request, explained(picture, target))
 
-    @app.get("/healthz", responses=EVERY | _refusals(_503="It answers no more"))
+    @app.get("/healthz", responses=EVERY | refusals(_503="It answers no more"))
     async def healthz() -> Health:
         """Says that it answers."""
         if batcher.has_ended:
