@@ -75,7 +75,8 @@ def serve(
         calibrated: Use the temperature that `report` has found. (A bundle has it built in, if it was known.)
         top: So many likeliest classes in an answer.
         min_confidence: Answers whose likeliest class has a lower probability than this say "abstained": true.
-        threads: That the network computes with; by default as many as there are cores.
+        threads: That the network computes with, by default as many as there are cores: in a bundle a batch each, in a
+            checkpoint all of them one batch.
         batch_size: Pictures computed at once, at most.
         batch_wait: Milliseconds that a picture waits for others that are just being read.
         queue: Pictures that may wait; a request beyond that gets 503 and when to come back.

@@ -30,8 +30,9 @@ def build(model: Model, settings: Settings) -> FastAPI:
     """Makes the application."""
     names = model.predictor.class_names
     batcher = Batcher(
-        model.read, model.predictor.probabilities, settings.batch_size, settings.batch_wait, settings.queue
+        model.read, model.predictor.probabilities, settings.batch_size, settings.batch_wait, settings.queue, model.lanes
     )
+    explaining = asyncio.Lock()  # it hangs hooks into the network
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -80,7 +81,8 @@ def build(model: Model, settings: Settings) -> FastAPI:
                 raise HTTPException(422, f"This picture cannot be used: {error.reason}.") from error
             await asyncio.to_thread(model.network)
             try:
-                png = await batcher.alone(partial(model.explanation, pixels, target))
+                async with explaining:
+                    png = await batcher.alone(partial(model.explanation, pixels, target))
             except UserError as error:
                 raise HTTPException(501, "Grad-CAM cannot explain this network: it has no maps at its end.") from error
         return Response(png, media_type="image/png")

@@ -23,7 +23,7 @@ class Full(Exception):
 
 
 class Batcher:
-    """Reads pictures in threads, as many as there are cores, and computes them in one, several at once.
+    """Reads pictures in threads, as many as there are cores, and computes several at once in others.
 
     While a batch is computed the next one gathers. A batch that is not full waits only for pictures that are being read
     at that moment, so that a single client never waits.
@@ -34,6 +34,7 @@ class Batcher:
         batch_size: Largest B.
         wait: Seconds that pictures wait for those that are being read, at most.
         room: Pictures that may be here at once.
+        lanes: Batches that are computed at once.
 
     Attributes:
         has_ended: Nothing is computed any more.
@@ -48,11 +49,12 @@ class Batcher:
         batch_size: int,
         wait: float,
         room: int,
+        lanes: int = 1,
     ) -> None:
         self._read, self._compute = read, compute
         self._batch_size, self._wait, self._room = batch_size, wait, room
         self._readers = ThreadPoolExecutor(usable_cores(), thread_name_prefix="reader")
-        self._lane = ThreadPoolExecutor(1, thread_name_prefix="network")
+        self._lanes, self._lane = lanes, ThreadPoolExecutor(lanes, thread_name_prefix="network")
         self._here = self._reading = 0
         self._ready: deque[tuple[Pixels, asyncio.Future[list[float]]]] = deque()
         self._news = asyncio.Event()
@@ -97,13 +99,13 @@ class Batcher:
         return await answer
 
     async def alone(self, function: Callable[[], Result]) -> Result:
-        """Runs other work of the network, between batches."""
+        """Runs other work of the network, in the place of a batch."""
         return await asyncio.get_running_loop().run_in_executor(self._lane, function)
 
     async def run(self) -> None:
         """Computes batches until it is cancelled."""
         try:
-            await self._work()
+            await asyncio.gather(*(self._work() for _ in range(self._lanes)))
         finally:
             self.has_ended = True
 

@@ -28,6 +28,7 @@ class Model:
 
     Attributes:
         predictor: From pixels to probabilities.
+        lanes: Batches that may be computed at once.
         id: The network's name and what tells its weights from others.
         unexplained: Why there are no heat maps; None where there are.
 
@@ -41,12 +42,13 @@ class Model:
         self._loading = threading.Lock()
         self.predictor: Predictor
         if bundle.is_bundle(path):
-            self.predictor = bundle.Bundle(path, threads)
+            # two batches with a thread each are done sooner than one after the other with two threads
+            self.predictor, self.lanes = bundle.Bundle(path, 1), threads
             if calibrated:
                 bundle.require_calibrated(Path(path), self.predictor.metadata)
             mark = _listed(Path(path) / bundle.SUMS, bundle.MODEL)[:12]
         else:
-            self.predictor = load(path, calibrated)
+            self.predictor, self.lanes = load(path, calibrated), 1  # heat maps hang hooks into the same network
             _use_threads(threads)
             mark = calibration.fingerprint(runs.find(path))
         self.id = f"{self.predictor.metadata['model']}-{mark}"
