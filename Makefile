@@ -30,7 +30,7 @@ test-slow: dev  ## the tests with many processes, a browser and notebooks
 	$(VENV) -m pytest -m slow $(ARGS)
 
 torture: dev  ## forty fits killed at random and resumed until done; 10,000 malformed requests (a quarter of an hour)
-	TORTURE=40 $(VENV) -m pytest tests/test_torture.py tests/test_serving.py -k "killed or abuse" -s $(ARGS)
+	TORTURE=40 $(VENV) -m pytest tests/test_torture.py tests/test_serving.py tests/test_board.py -k "killed or abuse or cost_of" -s $(ARGS)
 
 board: core  ## TensorBoard on runs/; a run of a new name needs a restart
 	@sh scripts/board.sh $(ARGS)
