@@ -190,7 +190,7 @@ def test_table_of_serving_has_all_numbers_of_clients_and_both_bundles(workplace,
     result = json.loads(Path("bench.json").read_text())
     assert list(result) == ["float32", "int8"]
     for found in result.values():
-        assert list(found) == ["1", "8", "64", "memory", "batches", "one by one", "crowded"]
+        assert list(found) == ["1", "8", "64", "memory", "batches", "one by one", "one by one on each core", "crowded"]
         for name, figures in found.items():
             if name != "memory":
                 assert 0 < figures["p50_seconds"] <= figures["p99_seconds"]

@@ -20,6 +20,7 @@ from PIL import Image
 
 from project import attribution, load
 from project.data import images
+from project.errors import UserError
 from project.serve import Settings, app, server
 from project.serve.batching import Batcher, Full
 from project.serve.model import Model
@@ -500,6 +501,13 @@ def test_places_are_given_back_whatever_happens():
     made.close()
 
 
+def test_batches_share_the_threads(packed, lively):
+    assert [Model(str(packed), False, 4, parallel).lanes for parallel in (None, 1, 2)] == [4, 1, 2]
+    assert Model(str(lively), False, 1).lanes == 1
+    with pytest.raises(UserError, match="--parallel is 2, but a checkpoint computes one batch at a time"):
+        Model(str(lively), False, 2, 2)
+
+
 def test_mistakes_on_the_command_line_are_told_in_a_sentence(packed, workplace, refused, monkeypatch):
     bundle = str(packed)
     monkeypatch.delenv("SERVE_TOKEN", raising=False)
@@ -518,6 +526,7 @@ def test_mistakes_on_the_command_line_are_told_in_a_sentence(packed, workplace, 
     assert "--batch_wait is -1" in refused("serve", bundle, "--batch_wait", "-1")
     assert "--min_confidence is 2" in refused("serve", bundle, "--min_confidence", "2")
     assert "--threads is 0" in refused("serve", bundle, "--threads", "0")
+    assert "--parallel is 0" in refused("serve", bundle, "--parallel", "0")
     assert "nowhere" in refused("serve", "nowhere", "--port", "0")
     Path("bundle").mkdir()
     for file in packed.iterdir():

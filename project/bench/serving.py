@@ -19,7 +19,12 @@ from project.bench.pictures import make_photographs
 from project.data.workers import usable_cores
 
 CLIENTS = (1, 8, 64)  # each sends its next request when the last one is answered
-BESIDE = 32  # clients that ask a server with batches and one without
+BESIDE = 32  # clients that ask a server with batches and others without
+WAYS: dict[str, Sequence[str]] = {
+    "batches": (),
+    "one by one": ("--batch_size", "1", "--parallel", "1"),
+    "one by one on each core": ("--batch_size", "1"),
+}
 TURNS = 3
 CROWDED = ("--queue", "32")  # half as many places as there are clients
 PICTURES = 32
@@ -79,18 +84,20 @@ def measure(image_size: int, seconds: float, scratch: Path) -> dict[str, Any]:
         found |= _beside(folder, requests, seconds)
         with server(folder, *CROWDED) as (port, _):
             found["crowded"] = _told("a queue of 32", CLIENTS[-1], load(port, requests, CLIENTS[-1], seconds))
-        ratio = found["batches"]["requests_per_second"] / found["one by one"]["requests_per_second"]
+        rates = {way: found[way]["requests_per_second"] for way in WAYS}
+        ratios = ", ".join(
+            f"{rates['batches'] / rate:.2f} times {way}" for way, rate in rates.items() if way != "batches"
+        )
         growth = (found["memory"]["after"] - before) / 1e6
-        print(f"\nBatches: {ratio:.2f} times one by one. Memory: {before / 1e6:.0f} MB, then {growth:+.0f} MB\n")
+        print(f"\nBatches: {ratios}. Memory: {before / 1e6:.0f} MB, then {growth:+.0f} MB\n")
     return result
 
 
 def _beside(folder: Path, requests: list[bytes], seconds: float) -> dict[str, Any]:
-    """A server with batches and one without, in turn."""
-    options: dict[str, Sequence[str]] = {"batches": (), "one by one": ("--batch_size", "1")}
+    """A server with batches and others without, in turn."""
     with ExitStack() as stack:
-        ports = {name: stack.enter_context(server(folder, *options[name]))[0] for name in options}
-        loads: dict[str, list[Load]] = {name: [] for name in options}
+        ports = {name: stack.enter_context(server(folder, *WAYS[name]))[0] for name in WAYS}
+        loads: dict[str, list[Load]] = {name: [] for name in WAYS}
         for turn in range(TURNS + 1):
             for name, port in ports.items():
                 made = load(port, requests, BESIDE, seconds / TURNS if turn else WARM_UP)

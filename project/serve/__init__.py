@@ -53,6 +53,7 @@ def serve(
     top: int = 5,
     min_confidence: float | None = None,
     threads: int | None = None,
+    parallel: int | None = None,
     batch_size: int = 32,
     batch_wait: float = 5,
     queue: int = 256,
@@ -75,8 +76,9 @@ def serve(
         calibrated: Use the temperature that `report` has found. (A bundle has it built in, if it was known.)
         top: So many likeliest classes in an answer.
         min_confidence: Answers whose likeliest class has a lower probability than this say "abstained": true.
-        threads: That the network computes with, by default as many as there are cores: in a bundle a batch each, in a
-            checkpoint all of them one batch.
+        threads: That the network computes with, by default as many as there are cores.
+        parallel: Batches computed at once, which share the threads: in a bundle by default as many as there are
+            threads, which answers most requests; 1 answers a single client sooner. A checkpoint computes one.
         batch_size: Pictures computed at once, at most.
         batch_wait: Milliseconds that a picture waits for others that are just being read.
         queue: Pictures that may wait; a request beyond that gets 503 and when to come back.
@@ -84,7 +86,8 @@ def serve(
         max_images: Pictures in a request.
         max_body: Megabytes of a request.
     """
-    counts = {"port": (port, 0), "top": (top, 1), "threads": (threads, 1), "batch_size": (batch_size, 1)}
+    counts = {"port": (port, 0), "top": (top, 1), "threads": (threads, 1), "parallel": (parallel, 1)}
+    counts |= {"batch_size": (batch_size, 1)}
     counts |= {"queue": (queue, 1), "max_images": (max_images, 1), "max_body": (max_body, 1)}
     for option, (value, least) in counts.items():
         if value is not None and value < least:
@@ -131,7 +134,7 @@ def serve(
         )
         from project.serve.model import Model
 
-        served = Model(model, calibrated, settings.threads)
+        served = Model(model, calibrated, settings.threads, parallel)
         name = f"[{host}]" if ":" in host else host
         print(f"{served.id}, {len(served.predictor.class_names):,} classes")
         print(f"http://{name}:{listening.getsockname()[1]} (Ctrl-C ends it)", flush=True)

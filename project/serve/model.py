@@ -12,6 +12,7 @@ from PIL import Image
 from project import attribution, bundle, calibration, runs
 from project.data import images
 from project.data.images import Pixels
+from project.errors import UserError
 from project.predictor import Predictor, load
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Model:
         path: A bundle, a checkpoint or a run's folder.
         calibrated: As `predictor.load`.
         threads: That it computes with.
+        parallel: Batches that share them; by default as many as there are threads, of a checkpoint 1.
 
     Attributes:
         predictor: From pixels to probabilities.
@@ -36,19 +38,22 @@ class Model:
         UserError: It cannot be used.
     """
 
-    def __init__(self, path: str, calibrated: bool, threads: int) -> None:
+    def __init__(self, path: str, calibrated: bool, threads: int, parallel: int | None = None) -> None:
         self._path, self._threads = path, threads
         self._network: Network | None = None
         self._loading = threading.Lock()
         self.predictor: Predictor
         if bundle.is_bundle(path):
             # two batches with a thread each are done sooner than one after the other with two threads
-            self.predictor, self.lanes = bundle.Bundle(path, 1), threads
+            self.lanes = parallel or threads
+            self.predictor = bundle.Bundle(path, max(1, threads // self.lanes))
             if calibrated:
                 bundle.require_calibrated(Path(path), self.predictor.metadata)
             mark = _listed(Path(path) / bundle.SUMS, bundle.MODEL)[:12]
         else:
-            self.predictor, self.lanes = load(path, calibrated), 1  # heat maps hang hooks into the same network
+            if parallel not in (None, 1):  # heat maps hang hooks into the same network
+                raise UserError(f"--parallel is {parallel}, but a checkpoint computes one batch at a time; export it.")
+            self.predictor, self.lanes = load(path, calibrated), 1
             _use_threads(threads)
             mark = calibration.fingerprint(runs.find(path))
         self.id = f"{self.predictor.metadata['model']}-{mark}"
