@@ -83,7 +83,7 @@ class Figures(Callback):
         if now.get("val/loss", float("inf")) < self.best.get("val/loss", float("inf")):
             self.best = now | {"epoch": trainer.current_epoch + 1}
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes settings and figures together, as the HPARAMS tab wants them."""
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and self.best:

@@ -73,7 +73,7 @@ class Last(Callback):
         self._resumed = resumed = checkpoint.get(PLACE, {})
         if not resumed:
             return
-        data, place = data_of(trainer), Place(**resumed["at"])
+        data, place, self._seconds = data_of(trainer), Place(**resumed["at"]), resumed["seconds"]
         if resumed["loader"] != data.layout:
             place = place._replace(batch=0, validate=False)
             resumed |= {"at": place._asdict(), "sums": []}
@@ -94,7 +94,6 @@ class Last(Callback):
         if not self._resumed:
             return
         self._saved = place = Place(**self._resumed["at"])
-        self._seconds = self._resumed["seconds"]
         sums = self._resumed["sums"]
         if len(sums) == trainer.world_size:
             module.take_sums(sums[trainer.global_rank])
@@ -145,7 +144,7 @@ class Last(Callback):
         """Callbacks take the figures in: half done until the next place."""
         self._place = None
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the end."""
         self._pass(trainer, pl_module)
         self._place = self._before = self._before._replace(batch=0)
@@ -222,6 +221,21 @@ class Last(Callback):
             "figures": {key: float(value) for key, value in trainer.callback_metrics.items()},
             "seconds": self.seconds,
         }
+
+
+class End(Callback):
+    """Saves the end of a fit after what other callbacks make of it: a run whose end is saved is whole.
+
+    Args:
+        last: What saves.
+    """
+
+    def __init__(self, last: Last) -> None:
+        self._last = last
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves."""
+        self._last.finish(trainer, pl_module)
 
 
 def _require_fitting_moments(optimizers: list[Any]) -> None:

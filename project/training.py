@@ -153,7 +153,10 @@ class Cli(LightningCLI):
         self.origin = resumption.origin or (Origin(Path(options.ckpt_path)) if options.ckpt_path else None)
         if self.origin is not None:
             options.ckpt_path = options.model.weights = str(self.origin.path)
-            self.origin.require_more_to_do(options.trainer.max_epochs)
+            is_finished = (
+                runs.status(run).get("state") == "finished"
+            )  # else it may have been killed after its last save
+            self.origin.require_more_to_do(options.trainer.max_epochs if is_finished else None)
 
     def _options(self, config: Any) -> dict[str, Any]:
         """A fit's options as plain types, as a run records them."""
@@ -249,7 +252,11 @@ class Cli(LightningCLI):
         settings = {key: value for key, value in self.recorded.items() if key not in ("name", "ckpt_path", "resume")}
         self.model.metadata = {"config": settings, "resize": self.datamodule.resize, **checkpoint.provenance()}
         self.run = run = self._folder()
-        self._log_into(run)
+        shown = self._log_into(run)
+        listed = self.trainer.callbacks
+        # the average, which takes the place of the weights at the end, comes after what saves these
+        place = next((n for n, callback in enumerate(listed) if isinstance(callback, average.Average)), len(listed))
+        listed[place:place] = [*shown, saving.End(self.last)]
         for saver in self.trainer.checkpoint_callbacks:
             saver.dirpath = saver.dirpath or str(run / "checkpoints")
         if self.config.fit.trainer.enable_checkpointing is not False:
@@ -289,10 +296,14 @@ class Cli(LightningCLI):
             stream.write("# python -m project.cli fit --config THIS_FILE\n")
             yaml.safe_dump(self.recorded, stream, sort_keys=False, allow_unicode=True)
 
-    def _log_into(self, run: Path) -> None:
-        """TensorBoard's files and metrics.csv; those of a run that goes on end where it does."""
+    def _log_into(self, run: Path) -> list[Callback]:
+        """TensorBoard's files and metrics.csv; those of a run that goes on end where it does.
+
+        Returns:
+            What writes into them.
+        """
         if not self.log:
-            return
+            return []
         after = None
         if self.resumption is not None:
             at = self.resumption.place
@@ -303,8 +314,8 @@ class Cli(LightningCLI):
         shown = logs.Board(run, after)
         shown.log_hyperparams(self.figures.settings)
         self.trainer.loggers = [shown, logs.MetricsFile(run), *self.trainer.loggers]
-        self.trainer.callbacks += [LearningRateMonitor("step"), Answers(), Projector(run)]
-        self.trainer.callbacks += [board.Histograms()] if self.config.fit.histograms else []
+        histograms: list[Callback] = [board.Histograms()] if self.config.fit.histograms else []
+        return [LearningRateMonitor("step"), Answers(), Projector(run), *histograms]
 
     def fit(self, **kwargs: Any) -> None:
         """Trains."""

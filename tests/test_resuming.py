@@ -18,6 +18,7 @@ from project import callbacks, cli, runs
 from project.callbacks import StepSeed, Unreadable
 from project.classifier import Classifier
 from project.models.weights import is_whole
+from project.saving import Last
 from tests.conftest import COLOURS, SMALL, make_pictures
 from tests.same_run import assert_the_same, checkpoint, differences, logged
 
@@ -276,6 +277,33 @@ def test_last_checkpoint_goes_on_in_a_new_run_too(photos, interrupt):
     assert new["epoch"] == 2
     assert new["global_step"] == 15 + 2 * (84 // 6)
     assert os.path.lexists("runs/latest")
+
+
+@pytest.mark.parametrize("options", [[], ["--average", "0.9"]])
+def test_run_that_was_killed_after_its_last_save_is_whole_and_only_has_to_be_called_finished(photos, options):
+    assert cli.main([*FIT, *options]) == 0
+    before, shown = runs.status(RUN), logged(RUN)
+    runs.note(RUN, state="running")
+    assert cli.main(["fit", "--resume"]) == 0
+    assert logged(RUN) == shown
+    after = runs.status(RUN)
+    assert (after["state"], after["step"]) == ("finished", before["step"])
+    assert after["seconds"] == pytest.approx(before["seconds"], abs=1)
+
+
+def test_what_a_fit_shows_is_there_before_its_end_is_saved(photos, monkeypatch):
+    there = []
+    finish = Last.finish
+
+    def note(self, trainer, pl_module):
+        there.extend(path.name for path in RUN.iterdir())
+        finish(self, trainer, pl_module)
+        there.append(logged(RUN)[1]["val_best/loss"])
+
+    monkeypatch.setattr(Last, "finish", note)
+    assert cli.main(FIT) == 0
+    assert "projector.png" in there
+    assert len(there[-1]) == 1
 
 
 def test_reader_sees_whole_files_at_any_time(photos):
