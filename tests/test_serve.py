@@ -34,7 +34,8 @@ USUAL = Settings(
     queue=16,
     timeout=10.0,
     batch_size=4,
-    batch_wait=0.005,
+    batch_wait=0.05,
+    parallel=1,
     top=2,
     min_confidence=0.0,
     threads=1,
@@ -349,8 +350,11 @@ def test_what_comes_or_takes_too_long_is_ended_and_the_next_is_answered(slow, pi
             assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
         status, told, _ = ask(number, "POST", "/predict", good)
         assert (status, told["retry-after"]) == (503, "5")
+        status, told, _ = ask(number, "GET", "/healthz")
+        assert (status, told["retry-after"]) == (503, "60")  # its batch does not end
         slow.slow.go.set()
         assert post(number, "/predict", good)[0] == 200
+        assert ask(number, "GET", "/healthz")[0] == 200
 
 
 def test_pictures_of_a_client_that_has_gone_are_not_computed(slow, pictures, caplog):
@@ -405,16 +409,14 @@ def pixels(_):
 
 
 def batcher(compute, read=pixels, **changes):
-    return Batcher(read, compute, **{"batch_size": 4, "wait": 0.5, "room": 100} | changes)
+    return Batcher(read, compute, **{"batch_size": 4, "wait": 0.5, "room": 100, "cores": 2} | changes)
 
 
 def run(made, work):
     async def main():
-        task = asyncio.create_task(made.run())
         try:
             return await work()
         finally:
-            task.cancel()
             made.close()
 
     return asyncio.run(main())
@@ -472,6 +474,92 @@ def test_a_picture_that_is_slow_to_read_holds_others_up_for_the_wait_only():
     assert sizes == [1, 1]
 
 
+@pytest.mark.parametrize(("cores", "lanes", "most"), [(1, 1, 8), (2, 1, 8), (2, 2, 4), (4, 2, 4)])
+def test_reading_and_computing_share_the_cores_and_batches_fill(cores, lanes, most):
+    lock, share, used, peak, sizes = threading.Lock(), cores // lanes, 0, 0, []
+
+    @contextlib.contextmanager
+    def taking(count):
+        nonlocal used, peak
+        with lock:
+            used += count
+            peak = max(peak, used)
+        time.sleep(0.01)
+        yield
+        with lock:
+            used -= count
+
+    def read(_):
+        with taking(1):
+            return pixels(_)
+
+    def compute(batch):
+        with taking(share):
+            sizes.append(len(batch))
+            return np.zeros((len(batch), 1), np.float32)
+
+    made = batcher(compute, read, batch_size=16, wait=9.0, cores=cores, lanes=lanes)
+
+    async def client():
+        for _ in range(6):
+            await made.probabilities(b"")
+
+    async def work():
+        await asyncio.gather(*(client() for _ in range(8)))
+
+    run(made, work)
+    assert peak == cores
+    assert sum(sizes) == 48
+    assert sorted(sizes)[len(sizes) // 2] >= most / 2  # eight clients ask again when they are answered
+    assert max(sizes) <= 8
+
+
+def test_a_full_batch_begins_before_more_is_read():
+    order = []
+
+    def read(content):
+        order.append("read")
+        return pixels(content)
+
+    def compute(batch):
+        order.append(len(batch))
+        return np.zeros((len(batch), 1), np.float32)
+
+    made = batcher(compute, read, batch_size=2, wait=9.0, cores=1)
+
+    async def work():
+        await asyncio.gather(*(made.probabilities(b"") for _ in range(5)))
+
+    run(made, work)
+    assert order == ["read", "read", 2, "read", "read", 2, "read", 1]
+
+
+def test_other_work_has_its_turn_between_batches():
+    order, done = [], False
+
+    def compute(batch):
+        order.append("batch")
+        time.sleep(0.01)
+        return np.zeros((len(batch), 1), np.float32)
+
+    made = batcher(compute)
+
+    async def client():
+        while not done:
+            await made.probabilities(b"")
+
+    async def work():
+        nonlocal done
+        clients = [asyncio.create_task(client()) for _ in range(8)]
+        await asyncio.sleep(0.1)
+        await asyncio.wait_for(made.alone(lambda: order.append("other")), 5)
+        done = True
+        await asyncio.gather(*clients)
+
+    run(made, work)
+    assert order[0] == "batch" and "other" in order and order[-1] == "batch"
+
+
 def test_a_batch_that_fails_does_not_end_the_next():
     fails = [True, False]
 
@@ -488,7 +576,6 @@ def test_a_batch_that_fails_does_not_end_the_next():
         return await made.probabilities(b"")
 
     assert run(made, work) == [1.0]
-    assert made.has_ended
 
 
 def test_places_are_given_back_whatever_happens():
@@ -501,9 +588,7 @@ def test_places_are_given_back_whatever_happens():
     made.close()
 
 
-def test_batches_share_the_threads(packed, lively):
-    assert [Model(str(packed), False, 4, parallel).lanes for parallel in (None, 1, 2)] == [4, 1, 2]
-    assert Model(str(lively), False, 1).lanes == 1
+def test_a_checkpoint_computes_one_batch_at_a_time(lively):
     with pytest.raises(UserError, match="--parallel is 2, but a checkpoint computes one batch at a time"):
         Model(str(lively), False, 2, 2)
 

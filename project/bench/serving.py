@@ -22,8 +22,8 @@ CLIENTS = (1, 8, 64)  # each sends its next request when the last one is answere
 BESIDE = 32  # clients that ask a server with batches and others without
 WAYS: dict[str, Sequence[str]] = {
     "batches": (),
-    "one by one": ("--batch_size", "1", "--parallel", "1"),
-    "one by one on each core": ("--batch_size", "1"),
+    "one by one": ("--batch_size", "1"),
+    "one by one on each core": ("--batch_size", "1", "--parallel", str(usable_cores())),
 }
 TURNS = 3
 CROWDED = ("--queue", "32")  # half as many places as there are clients

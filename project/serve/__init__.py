@@ -23,10 +23,11 @@ class Settings:
         queue: Pictures that may wait for their answers.
         timeout: Seconds until a request must be answered.
         batch_size: Pictures that are computed at once, at most.
-        batch_wait: Seconds that a picture waits for others that are being read.
+        batch_wait: Seconds that a picture which is read waits for others to be read, at most.
         top: Likeliest classes in an answer.
         min_confidence: Probability below which an answer abstains.
-        threads: That the network computes with.
+        threads: That read pictures, or compute with the network.
+        parallel: Batches that are computed at once and share the threads.
     """
 
     token: str | None
@@ -40,6 +41,7 @@ class Settings:
     top: int
     min_confidence: float
     threads: int
+    parallel: int
 
 
 def serve(
@@ -53,9 +55,9 @@ def serve(
     top: int = 5,
     min_confidence: float | None = None,
     threads: int | None = None,
-    parallel: int | None = None,
+    parallel: int = 1,
     batch_size: int = 32,
-    batch_wait: float = 5,
+    batch_wait: float = 50,
     queue: int = 256,
     timeout: float = 30,
     max_images: int = 32,
@@ -76,11 +78,11 @@ def serve(
         calibrated: Use the temperature that `report` has found. (A bundle has it built in, if it was known.)
         top: So many likeliest classes in an answer.
         min_confidence: Answers whose likeliest class has a lower probability than this say "abstained": true.
-        threads: That the network computes with, by default as many as there are cores.
-        parallel: Batches computed at once, which share the threads: in a bundle by default as many as there are
-            threads, which answers most requests; 1 answers a single client sooner. A checkpoint computes one.
+        threads: That read pictures or compute, by default as many as there are cores.
+        parallel: Batches computed at once, which share the threads. More than one is for machines with so many cores
+            that one batch does not keep them busy; a checkpoint computes one.
         batch_size: Pictures computed at once, at most.
-        batch_wait: Milliseconds that a picture waits for others that are just being read.
+        batch_wait: Milliseconds that a picture which is read waits for others to be read, at most.
         queue: Pictures that may wait; a request beyond that gets 503 and when to come back.
         timeout: Seconds until a request must be answered.
         max_images: Pictures in a request.
@@ -131,10 +133,11 @@ def serve(
             top=top,
             min_confidence=min_confidence or 0.0,
             threads=threads or usable_cores(),
+            parallel=parallel,
         )
         from project.serve.model import Model
 
-        served = Model(model, calibrated, settings.threads, parallel)
+        served = Model(model, calibrated, settings.threads, settings.parallel)
         name = f"[{host}]" if ":" in host else host
         print(f"{served.id}, {len(served.predictor.class_names):,} classes")
         print(f"http://{name}:{listening.getsockname()[1]} (Ctrl-C ends it)", flush=True)

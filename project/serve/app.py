@@ -30,15 +30,19 @@ def build(model: Model, settings: Settings) -> FastAPI:
     """Makes the application."""
     names = model.predictor.class_names
     batcher = Batcher(
-        model.read, model.predictor.probabilities, settings.batch_size, settings.batch_wait, settings.queue, model.lanes
+        model.read,
+        model.predictor.probabilities,
+        settings.batch_size,
+        settings.batch_wait,
+        settings.queue,
+        settings.threads,
+        settings.parallel,
     )
     explaining = asyncio.Lock()  # it hangs hooks into the network
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        work = asyncio.create_task(batcher.run())
         yield
-        work.cancel()
         batcher.close()
 
     app = FastAPI(
@@ -75,14 +79,12 @@ def build(model: Model, settings: Settings) -> FastAPI:
 
     async def explained(picture: Upload, target: str | None) -> Response:
         with batcher.admitted(min(EXPLANATION, settings.queue)):
-            try:
-                pixels = await batcher.pixels(picture.content)
-            except ImageError as error:
-                raise HTTPException(422, f"This picture cannot be used: {error.reason}.") from error
             await asyncio.to_thread(model.network)
             try:
                 async with explaining:
-                    png = await batcher.alone(partial(model.explanation, pixels, target))
+                    png = await batcher.alone(partial(model.explanation, picture.content, target))
+            except ImageError as error:
+                raise HTTPException(422, f"This picture cannot be used: {error.reason}.") from error
             except UserError as error:
                 raise HTTPException(501, "Grad-CAM cannot explain this network: it has no maps at its end.") from error
         return Response(png, media_type="image/png")
@@ -110,8 +112,8 @@ def build(model: Model, settings: Settings) -> FastAPI:
     @app.get("/healthz", responses=EVERY | refusals(_503="It answers no more"))
     async def healthz() -> Health:
         """Says that it answers."""
-        if batcher.has_ended:
-            raise HTTPException(503, "Nothing computes any more; start this server again.", {"Retry-After": "60"})
+        if batcher.busy() > settings.timeout:
+            raise HTTPException(503, "A batch has taken longer than a request may.", {"Retry-After": "60"})
         return Health(status="ok")
 
     files = {file.name: file.read_bytes() for file in STATIC.iterdir()}

@@ -1,19 +1,17 @@
 """Pictures of requests that come at the same time are computed together."""
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from project.data.images import Pixels
-from project.data.workers import usable_cores
 
 Result = TypeVar("Result")
 
@@ -22,25 +20,36 @@ class Full(Exception):
     """As many pictures wait as may."""
 
 
-class Batcher:
-    """Reads pictures in threads, as many as there are cores, and computes several at once in others.
+class Waiting(NamedTuple):
+    """What waits for its turn.
 
-    While a batch is computed the next one gathers. A batch that is not full waits only for pictures that are being read
-    at that moment, so that a single client never waits.
+    Attributes:
+        what: A picture's bytes, its pixels, or other work.
+        answer: Whoever asked waits for it.
+        since: Seconds, by the clock of the event loop.
+    """
+
+    what: Any
+    answer: asyncio.Future[Any]
+    since: float
+
+
+class Batcher:
+    """Reads pictures in threads and computes several at once, without asking for more cores than there are.
+
+    Reading a picture takes one core, a batch takes its share of them all. A batch begins when it is full or when
+    everything that has come is read; while it is computed, the pictures of the next one gather. So batches grow with the
+    load, reading and computing do not get into each other's way, and a single client never waits.
 
     Args:
         read: From a picture's bytes to pixels (H, W, 3).
         compute: From pixels (B, H, W, 3) to probabilities (B, K).
         batch_size: Largest B.
-        wait: Seconds that pictures wait for those that are being read, at most.
+        wait: Seconds that a picture waits for others to be read, at most.
         room: Pictures that may be here at once.
+        cores: That are shared.
         lanes: Batches that are computed at once.
-
-    Attributes:
-        has_ended: Nothing is computed any more.
     """
-
-    has_ended = False
 
     def __init__(
         self,
@@ -49,15 +58,20 @@ class Batcher:
         batch_size: int,
         wait: float,
         room: int,
+        cores: int,
         lanes: int = 1,
     ) -> None:
         self._read, self._compute = read, compute
         self._batch_size, self._wait, self._room = batch_size, wait, room
-        self._readers = ThreadPoolExecutor(usable_cores(), thread_name_prefix="reader")
-        self._lanes, self._lane = lanes, ThreadPoolExecutor(lanes, thread_name_prefix="network")
+        self._cores, self._lanes, self._share = cores, lanes, max(1, cores // lanes)
+        self._free = cores
+        self._threads = ThreadPoolExecutor(cores + lanes, thread_name_prefix="batcher")
         self._here = self._reading = 0
-        self._ready: deque[tuple[Pixels, asyncio.Future[list[float]]]] = deque()
-        self._news = asyncio.Event()
+        self._encoded: deque[Waiting] = deque()
+        self._decoded: deque[Waiting] = deque()
+        self._other: deque[Waiting] = deque()
+        self._begun: list[float] = []  # for each lane that is taken, since when
+        self._alarm: asyncio.TimerHandle | None = None
 
     @contextmanager
     def admitted(self, count: int) -> Iterator[None]:
@@ -74,75 +88,122 @@ class Batcher:
         finally:
             self._here -= count
 
-    async def pixels(self, picture: bytes) -> Pixels:
-        """Reads a picture.
-
-        Raises:
-            ImageError: It cannot be read.
-        """
-        return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, picture)
-
     async def probabilities(self, picture: bytes) -> list[float]:
         """Reads a picture and computes its K probabilities.
 
         Raises:
             ImageError: It cannot be read.
         """
-        self._reading += 1
-        answer: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
-        try:
-            pixels = await self.pixels(picture)
-            self._ready.append((pixels, answer))
-        finally:
-            self._reading -= 1
-            self._news.set()
+        row: list[float] = await self._answer(self._encoded, picture)
+        return row
+
+    async def alone(self, work: Callable[[], Result]) -> Result:
+        """Runs other work of the network, in the place of a batch."""
+        result: Result = await self._answer(self._other, work)
+        return result
+
+    def busy(self) -> float:
+        """Seconds for which the oldest of the batches that are being computed has been; 0 where there is none."""
+        return asyncio.get_running_loop().time() - min(self._begun) if self._begun else 0.0
+
+    def close(self) -> None:
+        """Ends its threads; what waits is not computed any more."""
+        for line in (self._encoded, self._decoded, self._other):
+            line.clear()
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._threads.shutdown(cancel_futures=True)
+
+    async def _answer(self, line: deque[Waiting], what: Any) -> Any:
+        loop = asyncio.get_running_loop()
+        line.append(Waiting(what, answer := loop.create_future(), loop.time()))
+        self._go_on()
         return await answer
 
-    async def alone(self, function: Callable[[], Result]) -> Result:
-        """Runs other work of the network, in the place of a batch."""
-        return await asyncio.get_running_loop().run_in_executor(self._lane, function)
+    def _go_on(self) -> None:
+        """Begins whatever may begin now."""
+        for line in (self._encoded, self._decoded, self._other):
+            for one in [one for one in line if one.answer.done()]:  # its client has gone
+                line.remove(one)
+        while self._other and len(self._begun) < self._lanes and self._free >= self._share:
+            self._compute_other(self._other.popleft())
+        self._compute_what_is_gathered()
+        while self._encoded and self._free > 0 and not (self._is_late() or self._is_enough()):
+            self._decode(self._encoded.popleft())
+        self._compute_what_is_gathered()
+        if self._decoded and self._alarm is None and len(self._begun) < self._lanes:
+            self._alarm = asyncio.get_running_loop().call_at(self._decoded[0].since + self._wait, self._ring)
 
-    async def run(self) -> None:
-        """Computes batches until it is cancelled."""
-        try:
-            await asyncio.gather(*(self._work() for _ in range(self._lanes)))
-        finally:
-            self.has_ended = True
+    def _compute_what_is_gathered(self) -> None:
+        while self._decoded and len(self._begun) < self._lanes and (self._is_late() or self._is_gathered()):
+            # lanes that have nothing to do share what there is
+            count = min(self._batch_size, -(-len(self._decoded) // (self._lanes - len(self._begun))))
+            self._compute_batch([self._decoded.popleft() for _ in range(count)])
 
-    async def _work(self) -> None:
-        while True:
-            batch = await self._next()
-            pixels, answers = zip(*batch, strict=True)
-            try:
-                rows = await self.alone(partial(self._rows, pixels))
-            except Exception as error:  # whatever it is, it belongs to those who asked; the next batch may do
-                for answer in answers:
-                    if not answer.done():
-                        answer.set_exception(error)
+    def _ring(self) -> None:
+        self._alarm = None
+        self._go_on()
+
+    def _is_late(self) -> bool:
+        return bool(self._decoded) and asyncio.get_running_loop().time() >= self._decoded[0].since + self._wait
+
+    def _is_enough(self) -> bool:
+        return len(self._decoded) + self._reading >= max(self._batch_size, self._cores)
+
+    def _is_gathered(self) -> bool:
+        is_whole = len(self._decoded) >= self._batch_size or not (self._encoded or self._reading)
+        return is_whole and self._free >= self._share
+
+    def _decode(self, one: Waiting) -> None:
+        def done(future: asyncio.Future[Pixels]) -> None:
+            self._reading -= 1
+            if error := future.exception():
+                _tell(one, error)
             else:
-                for answer, row in zip(answers, rows, strict=True):
-                    if not answer.done():
-                        answer.set_result(row)
+                self._decoded.append(Waiting(future.result(), one.answer, asyncio.get_running_loop().time()))
+
+        self._reading += 1
+        self._run(1, partial(self._read, one.what), done)
+
+    def _compute_batch(self, batch: Sequence[Waiting]) -> None:
+        def done(future: asyncio.Future[list[list[float]]]) -> None:
+            error = future.exception()  # whatever it is, it belongs to those who asked; the next batch may do
+            for one, row in zip(batch, [error] * len(batch) if error else future.result(), strict=True):
+                _tell(one, row)
+
+        self._run_in_lane(partial(self._rows, [one.what for one in batch]), done)
+
+    def _compute_other(self, one: Waiting) -> None:
+        self._run_in_lane(one.what, lambda future: _tell(one, future.exception() or future.result()))
 
     def _rows(self, pixels: Sequence[Pixels]) -> list[list[float]]:
         rows: list[list[float]] = self._compute(np.stack(pixels)).tolist()
         assert len(rows) == len(pixels), f"{len(rows)} answers for {len(pixels)} pictures"
         return rows
 
-    async def _next(self) -> list[tuple[Pixels, asyncio.Future[list[float]]]]:
-        deadline: float | None = None
-        while True:
-            self._ready = deque(one for one in self._ready if not one[1].done())  # the others' clients have gone
-            is_late = deadline is not None and time.monotonic() >= deadline
-            if self._ready and (len(self._ready) >= self._batch_size or not self._reading or is_late):
-                return [self._ready.popleft() for _ in range(min(len(self._ready), self._batch_size))]
-            if self._ready and deadline is None:
-                deadline = time.monotonic() + self._wait
-            self._news.clear()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), deadline and max(0.0, deadline - time.monotonic()))
+    def _run_in_lane(self, work: Callable[[], Any], done: Callable[[asyncio.Future[Any]], None]) -> None:
+        def left(future: asyncio.Future[Any]) -> None:
+            self._begun.remove(now)
+            done(future)
 
-    def close(self) -> None:
-        """Ends its threads."""
-        self._readers.shutdown(cancel_futures=True)
-        self._lane.shutdown(cancel_futures=True)
+        self._begun.append(now := asyncio.get_running_loop().time())
+        self._run(self._share, work, left)
+
+    def _run(self, cores: int, work: Callable[[], Any], done: Callable[[asyncio.Future[Any]], None]) -> None:
+        def ended(future: asyncio.Future[Any]) -> None:
+            self._free += cores
+            if not future.cancelled():  # by close
+                done(future)
+                self._go_on()
+
+        self._free -= cores
+        asyncio.get_running_loop().run_in_executor(self._threads, work).add_done_callback(ended)
+
+
+def _tell(one: Waiting, result: Any) -> None:
+    if one.answer.done():  # cancelled: its client has gone
+        return
+    if isinstance(result, Exception):
+        one.answer.set_exception(result)
+    else:
+        one.answer.set_result(result)

@@ -26,11 +26,10 @@ class Model:
         path: A bundle, a checkpoint or a run's folder.
         calibrated: As `predictor.load`.
         threads: That it computes with.
-        parallel: Batches that share them; by default as many as there are threads, of a checkpoint 1.
+        parallel: Batches that share them.
 
     Attributes:
         predictor: From pixels to probabilities.
-        lanes: Batches that may be computed at once.
         id: The network's name and what tells its weights from others.
         unexplained: Why there are no heat maps; None where there are.
 
@@ -38,22 +37,20 @@ class Model:
         UserError: It cannot be used.
     """
 
-    def __init__(self, path: str, calibrated: bool, threads: int, parallel: int | None = None) -> None:
+    def __init__(self, path: str, calibrated: bool, threads: int, parallel: int = 1) -> None:
         self._path, self._threads = path, threads
         self._network: Network | None = None
         self._loading = threading.Lock()
         self.predictor: Predictor
         if bundle.is_bundle(path):
-            # two batches with a thread each are done sooner than one after the other with two threads
-            self.lanes = parallel or threads
-            self.predictor = bundle.Bundle(path, max(1, threads // self.lanes))
+            self.predictor = bundle.Bundle(path, max(1, threads // parallel))
             if calibrated:
                 bundle.require_calibrated(Path(path), self.predictor.metadata)
             mark = _listed(Path(path) / bundle.SUMS, bundle.MODEL)[:12]
         else:
-            if parallel not in (None, 1):  # heat maps hang hooks into the same network
+            if parallel > 1:  # heat maps hang hooks into the same network
                 raise UserError(f"--parallel is {parallel}, but a checkpoint computes one batch at a time; export it.")
-            self.predictor, self.lanes = load(path, calibrated), 1
+            self.predictor = load(path, calibrated)
             _use_threads(threads)
             mark = calibration.fingerprint(runs.find(path))
         self.id = f"{self.predictor.metadata['model']}-{mark}"
@@ -78,16 +75,18 @@ class Model:
                 _use_threads(self._threads)
             return self._network
 
-    def explanation(self, pixels: Pixels, target: str | None) -> bytes:
+    def explanation(self, picture: bytes, target: str | None) -> bytes:
         """A PNG of the picture with what speaks for a class, by default the likeliest.
 
         Raises:
+            ImageError: The picture cannot be read.
             UserError: The network has no maps that Grad-CAM could use.
         """
         import torch
 
         from project import figures
 
+        pixels = self.read(picture)
         names = self.predictor.class_names
         index = names.index(target) if target is not None else int(self.predictor.probabilities(pixels[None]).argmax())
         image = torch.from_numpy(pixels[None]).permute(0, 3, 1, 2)
