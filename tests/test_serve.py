@@ -557,7 +557,7 @@ def test_other_work_has_its_turn_between_batches():
         await asyncio.gather(*clients)
 
     run(made, work)
-    assert order[0] == "batch" and "other" in order and order[-1] == "batch"
+    assert "other" in order[1:-1]
 
 
 def test_a_batch_that_fails_does_not_end_the_next():

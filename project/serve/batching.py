@@ -37,9 +37,9 @@ class Waiting(NamedTuple):
 class Batcher:
     """Reads pictures in threads and computes several at once, without asking for more cores than there are.
 
-    Reading a picture takes one core, a batch takes its share of them all. A batch begins when it is full or when
-    everything that has come is read; while it is computed, the pictures of the next one gather. So batches grow with the
-    load, reading and computing do not get into each other's way, and a single client never waits.
+    Reading a picture takes one core, a batch its share of them all. A batch begins when it is full, or when all that has
+    come is read; the pictures of the next one gather while it is computed. So batches grow with the load, reading and
+    computing do not get into each other's way, and a client that is alone never waits.
 
     Args:
         read: From a picture's bytes to pixels (H, W, 3).
