@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from project import cli
-from project.bench import pictures, rivals, training
+from project.bench import pictures, rivals, serving, training
 from project.bench.turns import Course, Over, Turn
 from project.data import images
 
@@ -190,7 +190,7 @@ def test_table_of_serving_has_all_numbers_of_clients_and_both_bundles(workplace,
     result = json.loads(Path("bench.json").read_text())
     assert list(result) == ["float32", "int8"]
     for found in result.values():
-        assert list(found) == ["1", "8", "64", "memory", "batches", "one by one", "one by one on each core", "crowded"]
+        assert list(found) == ["1", "8", "64", "memory", *serving.WAYS, *serving.LITSERVE, "crowded"]
         for name, figures in found.items():
             if name != "memory":
                 assert 0 < figures["p50_seconds"] <= figures["p99_seconds"]

@@ -514,6 +514,34 @@ def test_reading_and_computing_share_the_cores_and_batches_fill(cores, lanes, mo
     assert max(sizes) <= 8
 
 
+def test_who_goes_while_pictures_wait_does_not_harm_the_others():
+    held, sizes = threading.Event(), []
+
+    def read(content):
+        if content == b"slow":
+            assert held.wait(10)
+        return pixels(content)
+
+    def compute(batch):
+        sizes.append(len(batch))
+        return np.zeros((len(batch), 1), np.float32)
+
+    made = batcher(compute, read, wait=9.0)
+
+    async def work():
+        slow, first, second = (asyncio.create_task(made.probabilities(content)) for content in (b"slow", b"1", b"2"))
+        await asyncio.sleep(0.1)  # two are read and wait for the third
+        second.cancel()
+        await asyncio.sleep(0)
+        third = asyncio.create_task(made.probabilities(b"3"))
+        await asyncio.sleep(0.1)
+        held.set()
+        return await asyncio.gather(slow, first, third)
+
+    assert run(made, work) == [[0.0]] * 3
+    assert sizes == [3]
+
+
 def test_a_full_batch_begins_before_more_is_read():
     order = []
 

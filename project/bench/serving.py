@@ -1,13 +1,18 @@
 """How many requests a server answers, and how soon: python -m project.cli bench serve."""
 
 import asyncio
+import http.client
+import importlib.util
+import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +24,15 @@ from project.bench.pictures import make_photographs
 from project.data.workers import usable_cores
 
 CLIENTS = (1, 8, 64)  # each sends its next request when the last one is answered
-BESIDE = 32  # clients that ask a server with batches and others without
+BESIDE = 32  # clients that ask a server with batches, others without, and LitServe
+CORES = usable_cores()
 WAYS: dict[str, Sequence[str]] = {
     "batches": (),
     "one by one": ("--batch_size", "1"),
-    "one by one on each core": ("--batch_size", "1", "--parallel", str(usable_cores())),
+    "one by one on each core": ("--batch_size", "1", "--parallel", str(CORES)),
 }
+LITSERVE = {"LitServe": (1, CORES), "LitServe on each core": (CORES, 1)}  # workers and the threads of each
+PATIENCE = 120  # seconds until it must answer
 TURNS = 3
 CROWDED = ("--queue", "32")  # half as many places as there are clients
 PICTURES = 32
@@ -66,10 +74,11 @@ def measure(image_size: int, seconds: float, scratch: Path) -> dict[str, Any]:
     convert.require_libraries()
     _, bundles = bundle.make(image_size, scratch)
     photographs = sorted(make_photographs(scratch / "photos", PICTURES).rglob("*.jpg"))
-    requests = [request(file.read_bytes()) for file in photographs]
+    pictures = [file.read_bytes() for file in photographs]
+    requests = [request(picture) for picture in pictures]
     print(
-        f"{bundle.MODEL}, {image_size} px, one JPEG of 475 x 404 pixels a request, {usable_cores()} cores for server "
-        f"and clients, {seconds:g} s each\n"
+        f"{bundle.MODEL}, {image_size} px, one JPEG of 475 x 404 pixels a request, {CORES} cores for server and "
+        f"clients, {seconds:g} s each\n"
     )
     result: dict[str, Any] = {}
     for name, folder in bundles.items():
@@ -81,10 +90,10 @@ def measure(image_size: int, seconds: float, scratch: Path) -> dict[str, Any]:
             for clients in CLIENTS:
                 found[str(clients)] = _told("", clients, load(port, requests, clients, seconds))
             found["memory"] = {"before": before, "after": resident(process)}
-        found |= _beside(folder, requests, seconds)
+        found |= _beside(folder, pictures, seconds)
         with server(folder, *CROWDED) as (port, _):
             found["crowded"] = _told("a queue of 32", CLIENTS[-1], load(port, requests, CLIENTS[-1], seconds))
-        rates = {way: found[way]["requests_per_second"] for way in WAYS}
+        rates = {way: found[way]["requests_per_second"] for way in (*WAYS, *LITSERVE) if way in found}
         ratios = ", ".join(
             f"{rates['batches'] / rate:.2f} times {way}" for way, rate in rates.items() if way != "batches"
         )
@@ -93,11 +102,16 @@ def measure(image_size: int, seconds: float, scratch: Path) -> dict[str, Any]:
     return result
 
 
-def _beside(folder: Path, requests: list[bytes], seconds: float) -> dict[str, Any]:
-    """A server with batches and others without, in turn."""
+def _beside(folder: Path, pictures: list[bytes], seconds: float) -> dict[str, Any]:
+    """A server with batches, others without, and LitServe, in turn."""
+    requests = [form(picture) for picture in pictures]  # LitServe takes no bare pictures
     with ExitStack() as stack:
         ports = {name: stack.enter_context(server(folder, *WAYS[name]))[0] for name in WAYS}
-        loads: dict[str, list[Load]] = {name: [] for name in WAYS}
+        if importlib.util.find_spec("litserve") is not None:
+            ports |= {name: stack.enter_context(_litserve(folder, *how)) for name, how in LITSERVE.items()}
+        else:
+            print("(LitServe is not installed here: pip install litserve)")
+        loads: dict[str, list[Load]] = {name: [] for name in ports}
         for turn in range(TURNS + 1):
             for name, port in ports.items():
                 made = load(port, requests, BESIDE, seconds / TURNS if turn else WARM_UP)
@@ -143,6 +157,33 @@ def server(model: Path, *options: str) -> Iterator[tuple[int, subprocess.Popen[s
             process.wait()
 
 
+@contextmanager
+def _litserve(folder: Path, workers: int, threads: int) -> Iterator[int]:
+    """LitServe in processes of its own; gives its port."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = int(probe.getsockname()[1])
+    command = [sys.executable, "-m", "project.bench.litserve", str(folder), *map(str, (port, workers, threads))]
+    devnull = subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=devnull, stderr=devnull, start_new_session=True) as process:
+        try:
+            started = time.monotonic()
+            while not _is_healthy(port):
+                if process.poll() is not None or time.monotonic() > started + PATIENCE:
+                    raise RuntimeError(f"LitServe has not started: {' '.join(command)}")
+                time.sleep(0.2)
+            yield port
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its workers too
+
+
+def _is_healthy(port: int) -> bool:
+    with suppress(OSError), closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    return False
+
+
 def resident(process: subprocess.Popen[str]) -> int:
     """Bytes of memory that a process has; 0 where the system does not say."""
     file = Path(f"/proc/{process.pid}/status")
@@ -152,8 +193,18 @@ def resident(process: subprocess.Popen[str]) -> int:
 
 def request(picture: bytes) -> bytes:
     """One picture as a request."""
-    head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\nContent-Length: {len(picture)}"
-    return head.encode() + b"\r\n\r\n" + picture
+    return _request("image/jpeg", picture)
+
+
+def form(picture: bytes) -> bytes:
+    """One picture as the file of a form, as a request."""
+    part = b'--X\r\nContent-Disposition: form-data; name="pictures"; filename="a.jpg"\r\n\r\n' + picture
+    return _request("multipart/form-data; boundary=X", part + b"\r\n--X--\r\n")
+
+
+def _request(kind: str, body: bytes) -> bytes:
+    head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}"
+    return head.encode() + b"\r\n\r\n" + body
 
 
 def load(port: int, requests: list[bytes], clients: int, seconds: float) -> Load:

@@ -37,9 +37,9 @@ class Waiting(NamedTuple):
 class Batcher:
     """Reads pictures in threads and computes several at once, without asking for more cores than there are.
 
-    Reading a picture takes one core, a batch its share of them all. A batch begins when it is full, or when all that has
-    come is read; the pictures of the next one gather while it is computed. So batches grow with the load, reading and
-    computing do not get into each other's way, and a client that is alone never waits.
+    Reading a picture takes one core, a batch its share of them all. A batch begins when it is full, or when all that
+    has come is read; the pictures of the next one gather while it is computed. So batches grow with the load, reading
+    and computing do not get into each other's way, and a client that is alone never waits.
 
     Args:
         read: From a picture's bytes to pixels (H, W, 3).
@@ -123,8 +123,9 @@ class Batcher:
     def _go_on(self) -> None:
         """Begins whatever may begin now."""
         for line in (self._encoded, self._decoded, self._other):
-            for one in [one for one in line if one.answer.done()]:  # its client has gone
-                line.remove(one)
+            kept = [one for one in line if not one.answer.done()]  # the others' clients have gone
+            line.clear()
+            line.extend(kept)
         while self._other and len(self._begun) < self._lanes and self._free >= self._share:
             self._compute_other(self._other.popleft())
         self._compute_what_is_gathered()
