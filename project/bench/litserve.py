@@ -8,6 +8,7 @@ from typing import Any
 
 import litserve
 import numpy as np
+from fastapi import Request
 
 from project.bundle import Bundle
 from project.data import images
@@ -30,9 +31,10 @@ class Classifier(litserve.LitAPI):  # type: ignore[misc]
         """Loads the bundle, in the worker's process."""
         self._network = Bundle(self._bundle, self._threads)
 
-    def decode_request(self, request: dict[str, Any]) -> Pixels:
-        """Reads the picture of a form."""
-        return images.read(request["pictures"].file.read(), self._network.image_size, self._network.resize)
+    def decode_request(self, request: Request) -> Pixels:
+        """Reads the picture of a form; that its annotation is a request tells LitServe to give the form."""
+        form: Any = request
+        return images.read(form["pictures"].file.read(), self._network.image_size, self._network.resize)
 
     def predict(self, x: Pixels) -> Any:
         """Computes (B, K) probabilities."""

@@ -167,7 +167,7 @@ def _litserve(folder: Path, workers: int, threads: int) -> Iterator[int]:
     with subprocess.Popen(command, stdout=devnull, stderr=devnull, start_new_session=True) as process:
         try:
             started = time.monotonic()
-            while not _is_healthy(port):
+            while not _is_up(port):
                 if process.poll() is not None or time.monotonic() > started + PATIENCE:
                     raise RuntimeError(f"LitServe has not started: {' '.join(command)}")
                 time.sleep(0.2)
@@ -177,7 +177,7 @@ def _litserve(folder: Path, workers: int, threads: int) -> Iterator[int]:
                 os.killpg(process.pid, signal.SIGKILL)  # its workers too
 
 
-def _is_healthy(port: int) -> bool:
+def _is_up(port: int) -> bool:
     with suppress(OSError), closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection:
         connection.request("GET", "/health")
         return connection.getresponse().status == 200
