@@ -109,7 +109,7 @@ def build(model: Model, settings: Settings) -> FastAPI:
             (picture,) = await uploads.received(request, 1)
             return await clock.answer(request, explained(picture, target))
 
-    @app.get("/healthz", responses=EVERY | refusals(_503="It answers no more"))
+    @app.get("/healthz", responses=EVERY | refusals(_503="A batch does not end"))
     async def healthz() -> Health:
         """Says that it answers."""
         if batcher.busy() > settings.timeout:
