@@ -153,9 +153,8 @@ class Cli(LightningCLI):
         self.origin = resumption.origin or (Origin(Path(options.ckpt_path)) if options.ckpt_path else None)
         if self.origin is not None:
             options.ckpt_path = options.model.weights = str(self.origin.path)
-            is_finished = (
-                runs.status(run).get("state") == "finished"
-            )  # else it may have been killed after its last save
+            # one that is not may have been killed after its last save
+            is_finished = runs.status(run).get("state") == "finished"
             self.origin.require_more_to_do(options.trainer.max_epochs if is_finished else None)
 
     def _options(self, config: Any) -> dict[str, Any]:

@@ -449,7 +449,8 @@ def test_a_lone_picture_does_not_wait_for_others():
     assert run(made, work) < 1
 
 
-def test_a_picture_that_is_slow_to_read_holds_others_up_for_the_wait_only():
+def with_a_slow_picture(wait):
+    """A batcher that reads b"slow" when the event is set, and the sizes of its batches."""
     held, sizes = threading.Event(), []
 
     def read(content):
@@ -461,7 +462,11 @@ def test_a_picture_that_is_slow_to_read_holds_others_up_for_the_wait_only():
         sizes.append(len(batch))
         return np.zeros((len(batch), 1), np.float32)
 
-    made = batcher(compute, read, wait=0.05)
+    return batcher(compute, read, wait=wait), held, sizes
+
+
+def test_a_picture_that_is_slow_to_read_holds_others_up_for_the_wait_only():
+    made, held, sizes = with_a_slow_picture(wait=0.05)
 
     async def work():
         late = asyncio.create_task(made.probabilities(b"slow"))
@@ -515,18 +520,7 @@ def test_reading_and_computing_share_the_cores_and_batches_fill(cores, lanes, mo
 
 
 def test_who_goes_while_pictures_wait_does_not_harm_the_others():
-    held, sizes = threading.Event(), []
-
-    def read(content):
-        if content == b"slow":
-            assert held.wait(10)
-        return pixels(content)
-
-    def compute(batch):
-        sizes.append(len(batch))
-        return np.zeros((len(batch), 1), np.float32)
-
-    made = batcher(compute, read, wait=9.0)
+    made, held, sizes = with_a_slow_picture(wait=9.0)
 
     async def work():
         slow, first, second = (asyncio.create_task(made.probabilities(content)) for content in (b"slow", b"1", b"2"))

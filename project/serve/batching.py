@@ -204,7 +204,7 @@ class Batcher:
 def _tell(one: Waiting, result: Any) -> None:
     if one.answer.done():  # cancelled: its client has gone
         return
-    if isinstance(result, Exception):
+    if isinstance(result, BaseException):
         one.answer.set_exception(result)
     else:
         one.answer.set_result(result)
