@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import gc
 import http.client
 import io
 import json
 import logging
 import re
 import socket
+import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -294,6 +296,32 @@ def test_slow_talkers_and_those_who_do_not_read_are_cut_off(model, monkeypatch):
             with pytest.raises(ConnectionError):
                 connection.sendall(asked * 200_000)
         assert ask(number, "GET", "/healthz")[0] == 200
+
+
+@pytest.mark.parametrize("resets", [False, True], ids=["closed", "reset"])
+@pytest.mark.parametrize("sent", ["part", "whole", "answered"])
+def test_nothing_of_a_connection_is_kept_when_it_is_gone(port, pictures, resets, sent):
+    good = pictures["red-000.png"]
+    whole = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(good) + good
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        name = connection.getsockname()
+        connection.sendall(whole[:-1] if sent == "part" else whole)
+        if sent == "answered":
+            assert connection.recv(4096)
+        else:
+            time.sleep(0.1)  # in which it is taken in
+        if resets:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    def kept():
+        assert ask(port, "GET", "/healthz")[0] == 200
+        gc.collect()
+        return [one for one in gc.get_objects() if type(one) is server.Protocol and one.client == name]
+
+    deadline = time.monotonic() + server.PATIENCE / 2
+    while kept():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_whoever_asks_before_sending_is_refused_before_sending(port):

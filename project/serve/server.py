@@ -48,6 +48,7 @@ class Protocol(H11Protocol):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # which would keep a broken connection, and its request, in memory
 
     def pause_writing(self) -> None:
         """The client does not read what it has asked for."""
@@ -63,7 +64,8 @@ class Protocol(H11Protocol):
     def _expect(self) -> None:
         if self._hurry is not None:
             self._hurry.cancel()
-        self._hurry = self.loop.call_later(PATIENCE, self._give_up)
+        if not self.transport.is_closing():
+            self._hurry = self.loop.call_later(PATIENCE, self._give_up)
 
     def _give_up(self) -> None:
         if self.cycle is None or self.cycle.response_complete:
