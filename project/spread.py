@@ -17,12 +17,14 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.strategies import DDPStrategy
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from project import checkpoint, predictions
+from project import predictions
+from project.bundle import is_bundle
+from project.checkpoint import Network
 from project.data.rows import Texts
 from project.data.workers import usable_cores
 from project.errors import FailedRun, UserError
 from project.predictions import Prediction
-from project.predictor import Batch
+from project.predictor import Batch, load
 
 for name in ("lightning.pytorch", "lightning.fabric"):  # here, so that it holds in the processes that are started, too
     logging.getLogger(name).setLevel(logging.WARNING)
@@ -33,8 +35,8 @@ class Share(LightningModule):
     """What one process labels: of N processes, every Nth batch. It loads the checkpoint where it runs.
 
     Args:
-        file: A checkpoint or a run's folder.
-        calibrated: As for `checkpoint.load`.
+        file: A checkpoint, a run's folder or a bundle.
+        calibrated: As for `predictor.load`.
         paths: All pictures.
         batch_size: Pictures at a time.
         workers: Threads that read them.
@@ -50,9 +52,9 @@ class Share(LightningModule):
         self.paths, self.batch_size, self.workers, self.folder = paths, batch_size, workers, folder
 
     def setup(self, stage: str) -> None:
-        """Loads the network, which Lightning then brings to this process's device."""
-        self.predictor = checkpoint.load(self.file, self.calibrated, "cpu")
-        self.network = self.predictor.network
+        """Loads the predictor; a network of PyTorch is then brought to this process's device by Lightning."""
+        self.predictor = load(self.file, self.calibrated, "cpu")
+        self.network = self.predictor.network if isinstance(self.predictor, Network) else None
 
     def predict_dataloader(self) -> Iterator[Batch]:
         """The batches of this process."""
@@ -75,10 +77,10 @@ def predict(
     """Labels pictures in several processes, which this one starts and waits for.
 
     Args:
-        file: A checkpoint or a run's folder.
+        file: A checkpoint, a run's folder or a bundle.
         paths: The pictures.
-        devices: Processes; each has an accelerator, where there are any.
-        calibrated: As for `checkpoint.load`.
+        devices: Processes; each has an accelerator, where there are any and it is no bundle, which needs none.
+        calibrated: As for `predictor.load`.
         tta: As for `Predictor.predict`.
         batch_size: Pictures at a time and process.
         workers: Threads of each that read; by default they share the cores.
@@ -90,7 +92,7 @@ def predict(
         UserError: The checkpoint cannot be used, or there are fewer devices.
         FailedRun: A process has been killed.
     """
-    names = checkpoint.load(file, calibrated, "cpu").class_names
+    names = load(file, calibrated, "cpu").class_names
     readers = workers or max(1, usable_cores() // devices)
     folder = tempfile.TemporaryDirectory(prefix="predict-")
     share = Share(file, calibrated, paths, batch_size, readers, tta, Path(folder.name))
@@ -106,6 +108,7 @@ def _run(share: Share, devices: int) -> None:
     launcher: Any = None
     try:
         trainer = Trainer(
+            accelerator="cpu" if is_bundle(share.file) else "auto",
             devices=devices,
             strategy=DDPStrategy(start_method="spawn"),  # the processes get this module, not the command line
             plugins=[LightningEnvironment()],  # processes of this machine, in a job of SLURM's, too

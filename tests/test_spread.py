@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,16 +26,25 @@ def command(*words):
     return [sys.executable, "-m", "project.cli", "predict", *words], environment
 
 
+@pytest.fixture(params=["run", "bundle"])
+def model(at_trained, packed, tmp_path_factory, request):
+    """What labels; of the bundle, only what computes without torch."""
+    if request.param == "run":
+        return at_trained
+    kept = shutil.ignore_patterns("model.safetensors")
+    return shutil.copytree(packed, tmp_path_factory.mktemp("kept") / "bundle", ignore=kept)
+
+
 @pytest.mark.slow
-def test_two_processes_give_the_file_of_one(at_trained, tmp_path):
+def test_two_processes_give_the_file_of_one(model, tmp_path):
     for number in range(3):
         (tmp_path / f"bad\n{number}.png").write_bytes(b"")
     # 121 pictures and 3 in the middle: the last batch is not whole, and one process has a batch more
     pictures = ["photos/blue", str(tmp_path), "photos/red", "photos/green", "photos/red/000.png"]
     one, two = tmp_path / "one.csv", tmp_path / "two.csv"
     options = ["--batch-size", "25", "--min-confidence", "0.5", "--tta"]
-    assert cli.main(["predict", str(at_trained), *pictures, *options, "--out", str(one)]) == 0
-    words, environment = command(str(at_trained), *pictures, *options, "--out", str(two), "--devices", "2")
+    assert cli.main(["predict", str(model), *pictures, *options, "--out", str(one)]) == 0
+    words, environment = command(str(model), *pictures, *options, "--out", str(two), "--devices", "2")
     made = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
     assert made.stdout == f"121 pictures labelled, 3 unreadable: {two}\n"
     assert made.stderr == ""
