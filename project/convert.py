@@ -72,16 +72,25 @@ def write_onnx(program: torch.export.ExportedProgram, file: Path, metadata: dict
         program: As `traced` makes it.
         file: Where.
         metadata: Texts by key.
+
+    Raises:
+        UserError: The network does something that ONNX has no word for.
     """
     shapes = {"image": {0: "batch"}}
-    made = torch.onnx.export(
-        program,
-        dynamo=True,
-        dynamic_shapes=shapes,
-        input_names=["image"],
-        output_names=["probabilities"],
-        verbose=False,
-    )
+    try:
+        made = torch.onnx.export(
+            program,
+            dynamo=True,
+            dynamic_shapes=shapes,
+            input_names=["image"],
+            output_names=["probabilities"],
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise UserError(f"ONNX has no equal of what the network does: {str(cause).strip().splitlines()[0]}") from error
     assert made is not None
     _save(made.model_proto, file, metadata)
 

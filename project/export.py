@@ -113,7 +113,7 @@ def _quantized(folder: Path, config: dict[str, Any], pictures: parity.Labelled) 
 
 def is_worth_it(lost: float, smaller: float, faster: float) -> bool:
     """Whether 8 bits are kept: points of accuracy they lose, times the file is smaller, times they are faster."""
-    return lost <= LOSS and (smaller >= SMALLER or faster >= FASTER)
+    return round(lost, 6) <= LOSS and (smaller >= SMALLER or faster >= FASTER)
 
 
 def _origin() -> dict[str, Any]:

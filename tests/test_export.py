@@ -178,7 +178,7 @@ def test_int8_is_not_kept_where_it_gains_nothing(lively, at_trained, tmp_path, m
 
 @pytest.mark.parametrize(
     ("lost", "smaller", "faster", "keep"),
-    [(0.0, 3.1, 1.0, True), (0.4, 1.0, 1.6, True), (0.6, 4.0, 2.0, False), (0.0, 2.9, 1.4, False)],
+    [(0.0, 3.1, 1.0, True), (0.4, 1.0, 1.6, True), (100 * (0.985 - 0.98), 4.0, 2.0, True), (0.6, 4.0, 2.0, False), (0.0, 2.9, 1.4, False)],
 )
 def test_int8_must_gain_much_and_lose_little(lost, smaller, faster, keep):
     assert export.is_worth_it(lost, smaller, faster) == keep
@@ -326,3 +326,14 @@ def test_network_that_is_no_graph_is_refused_in_a_sentence():
 
     with pytest.raises(UserError, match=r"torch\.export cannot make a graph"):
         convert.traced(Branching(), 1.0, 8)
+
+
+def test_network_for_which_onnx_has_no_words_is_refused_in_a_sentence(tmp_path):
+    class Chained(torch.nn.Module):
+        def forward(self, image):
+            return torch.linalg.matrix_exp(image.float().mean(1)).mean(2)
+
+    program = convert.traced(Chained(), 1.0, 8)
+    with pytest.raises(UserError, match=r"ONNX has no equal of what the network does: .*matrix_exp"):
+        convert.write_onnx(program, tmp_path / "model.onnx", {})
+    assert list(tmp_path.iterdir()) == []

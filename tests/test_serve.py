@@ -186,6 +186,35 @@ def test_explanation_is_the_map_over_the_picture(kind, request, pictures):
     assert (maps[0] != maps[1]).any()
 
 
+def test_two_explanations_at_once_do_not_get_into_each_others_way(packed, pictures, monkeypatch):
+    own = Model(str(packed), False, 2, 2)
+    own.network()
+    at_once, most, heat_maps = [], [], attribution.heat_maps
+
+    def counted(*arguments):
+        at_once.append(1)
+        most.append(len(at_once))
+        time.sleep(0.1)
+        at_once.pop()
+        return heat_maps(*arguments)
+
+    monkeypatch.setattr(attribution, "heat_maps", counted)
+    good = pictures["red-000.png"]
+    with serving(own, parallel=2, threads=2, timeout=0.15, queue=64) as number, ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: post(number, "/explain", good), range(4)))  # the time of some is up, their work is not
+    assert len(most) > 1
+    assert set(most) == {1}
+
+
+def test_class_whose_folder_is_no_text_is_named_by_its_bytes(packed, pictures, monkeypatch):
+    own = Model(str(packed), False, 1)
+    monkeypatch.setattr(own.predictor, "class_names", ["caf\udce9", "green", "red"])
+    with serving(own) as number:
+        status, answer = post(number, "/predict", pictures["blue-000.png"])
+        assert (status, answer["predictions"][0]["label"]) == (200, "caf\\udce9")
+        assert post(number, "/explain?target=caf%5Cudce9", pictures["blue-000.png"])[0] == 200
+
+
 def test_where_maps_cannot_be_had_a_sentence_says_why(packed, pictures, monkeypatch):
     monkeypatch.setattr(attribution, "is_available", lambda: False)
     with serving(Model(str(packed), False, 1)) as number:
@@ -219,6 +248,8 @@ def test_too_large_a_request_is_refused_whether_it_says_so_or_not(port):
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 100_000)
         assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
+    assert ask(port, "GET", "/healthz", X="x" * 15_000)[0] == 200
+    assert ask(port, "GET", "/healthz", X="x" * 20_000)[0] == 431  # though it may come in one piece
 
 
 def test_token_is_asked_for_wherever_pictures_go(model, pictures):
@@ -378,8 +409,9 @@ def test_what_comes_or_takes_too_long_is_ended_and_the_next_is_answered(slow, pi
             assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
         status, told, _ = ask(number, "POST", "/predict", good)
         assert (status, told["retry-after"]) == (503, "5")
+        time.sleep(0.1)  # the batch began a little after its request
         status, told, _ = ask(number, "GET", "/healthz")
-        assert (status, told["retry-after"]) == (503, "60")  # its batch does not end
+        assert (status, told["retry-after"]) == (503, "60")
         slow.slow.go.set()
         assert post(number, "/predict", good)[0] == 200
         assert ask(number, "GET", "/healthz")[0] == 200
@@ -656,6 +688,7 @@ def test_mistakes_on_the_command_line_are_told_in_a_sentence(packed, workplace, 
     )
     assert "--host no.such.host.invalid" in refused("serve", bundle, "--host", "no.such.host.invalid", "--port", "0")
     assert "8 or more characters" in refused("serve", bundle, "--token", "short", "--port", "0")
+    assert "without blanks before or after" in refused("serve", bundle, "--token", "long enough ", "--port", "0")
     assert "--queue is 4" in refused("serve", bundle, "--queue", "4")
     assert "--timeout is 0" in refused("serve", bundle, "--timeout", "0")
     assert "--batch_wait is -1" in refused("serve", bundle, "--batch_wait", "-1")

@@ -120,7 +120,7 @@ def serve(
             )
         from project.data.workers import usable_cores
 
-        own_names = {host, "localhost", "127.0.0.1", "::1"} if is_loopback and token is None else ()
+        own_names = {host.lower(), "localhost", "127.0.0.1", "::1"} if is_loopback and token is None else ()
         settings = Settings(
             token=token,
             hosts=frozenset(own_names),
@@ -145,8 +145,12 @@ def serve(
 
 
 def _checked(token: str | None) -> str | None:
-    if token is not None and not (len(token) >= SHORTEST_TOKEN and token.isascii() and token.isprintable()):
-        raise UserError(f"The token must have {SHORTEST_TOKEN} or more characters, all of them ASCII and printable.")
+    is_plain = token is None or (token.isascii() and token.isprintable() and token == token.strip())
+    if token is not None and not (is_plain and len(token) >= SHORTEST_TOKEN):
+        raise UserError(
+            f"The token must have {SHORTEST_TOKEN} or more characters, all of them ASCII and printable, without blanks "
+            "before or after them."
+        )
     return token
 
 

@@ -28,7 +28,8 @@ EXPLANATION = 16  # places in the queue: it takes as long as so many pictures
 
 def build(model: Model, settings: Settings) -> FastAPI:
     """Makes the application."""
-    names = model.predictor.class_names
+    # a folder's name that is no text in UTF-8 is shown by its bytes
+    names = [name.encode(errors="backslashreplace").decode() for name in model.predictor.class_names]
     batcher = Batcher(
         model.read,
         model.predictor.probabilities,
@@ -38,7 +39,6 @@ def build(model: Model, settings: Settings) -> FastAPI:
         settings.threads,
         settings.parallel,
     )
-    explaining = asyncio.Lock()  # it hangs hooks into the network
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -81,8 +81,8 @@ def build(model: Model, settings: Settings) -> FastAPI:
         with batcher.admitted(min(EXPLANATION, settings.queue)):
             await asyncio.to_thread(model.network)
             try:
-                async with explaining:
-                    png = await batcher.alone(partial(model.explanation, picture.content, target))
+                index = None if target is None else names.index(target)
+                png = await batcher.alone(partial(model.explanation, picture.content, index))
             except ImageError as error:
                 raise HTTPException(422, f"This picture cannot be used: {error.reason}.") from error
             except UserError as error:

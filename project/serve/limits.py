@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from project.serve import Settings
 
+LARGEST_HEAD = 16_384  # bytes of a request's line and headers
 OPEN = ("/", "/docs", "/healthz", "/openapi.json")  # what is answered without a token, besides /static/
 BODIES = 16  # of the largest size, held at once
 DISCARDED = 4  # times the largest size, which is still read so that the client sees why it is refused
@@ -92,6 +93,9 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> HTTPException | None:
         headers, settings = Headers(scope=scope), self._settings
+        line = len(scope["raw_path"]) + len(scope["query_string"])
+        if line + sum(len(name) + len(value) for name, value in scope["headers"]) > LARGEST_HEAD:
+            return HTTPException(431, f"The headers of a request may have at most {LARGEST_HEAD:,} bytes.")
         host, origin = headers.get("host", ""), headers.get("origin")
         if settings.hosts and _name(f"//{host}") not in settings.hosts:
             return HTTPException(400, "This server does not answer to that host name.")  # rebinding of names

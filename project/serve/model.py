@@ -40,7 +40,7 @@ class Model:
     def __init__(self, path: str, calibrated: bool, threads: int, parallel: int = 1) -> None:
         self._path, self._threads = path, threads
         self._network: Network | None = None
-        self._loading = threading.Lock()
+        self._loading, self._explaining = threading.Lock(), threading.Lock()
         self.predictor: Predictor
         if bundle.is_bundle(path):
             self.predictor = bundle.Bundle(path, max(1, threads // parallel))
@@ -75,8 +75,8 @@ class Model:
                 _use_threads(self._threads)
             return self._network
 
-    def explanation(self, picture: bytes, target: str | None) -> bytes:
-        """A PNG of the picture with what speaks for a class, by default the likeliest.
+    def explanation(self, picture: bytes, target: int | None) -> bytes:
+        """A PNG of the picture with what speaks for a class, given by its place; by default the likeliest.
 
         Raises:
             ImageError: The picture cannot be read.
@@ -87,10 +87,11 @@ class Model:
         from project import figures
 
         pixels = self.read(picture)
-        names = self.predictor.class_names
-        index = names.index(target) if target is not None else int(self.predictor.probabilities(pixels[None]).argmax())
+        index = target if target is not None else int(self.predictor.probabilities(pixels[None]).argmax())
         image = torch.from_numpy(pixels[None]).permute(0, 3, 1, 2)
-        heat = attribution.heat_maps(self.network(), image, [index])[0]
+        network = self.network()
+        with self._explaining:  # it hangs hooks into the network
+            heat = attribution.heat_maps(network, image, [index])[0]
         stream = io.BytesIO()
         Image.fromarray(figures.overlay(pixels, heat)).save(stream, "PNG")
         return stream.getvalue()

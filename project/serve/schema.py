@@ -49,7 +49,11 @@ def refusals(**reasons: str) -> dict[int | str, dict[str, Any]]:
     return {int(status[1:]): {"model": Failure, "description": reason} for status, reason in reasons.items()}
 
 
-EVERY = refusals(_400="The request is damaged, or for another host", _403="From a page of another site")
+EVERY = refusals(
+    _400="The request is damaged, or for another host",
+    _403="From a page of another site",
+    _431="Too many bytes of headers",
+)
 REFUSALS = EVERY | refusals(
     _401="The token is missing or wrong",
     _408="The request came too slowly",

@@ -14,9 +14,8 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from project.serve import Settings
-from project.serve.limits import Guard
+from project.serve.limits import LARGEST_HEAD, Guard
 
-LARGEST_HEAD = 16_384  # bytes of a request's line and headers
 PATIENCE = 10  # seconds until the head of a request must be there, and that an unused or unread connection is kept
 MOST_CONNECTIONS = 500
 LINGER = 0.5  # seconds in which connections that are open at the end may still ask
