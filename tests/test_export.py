@@ -178,7 +178,13 @@ def test_int8_is_not_kept_where_it_gains_nothing(lively, at_trained, tmp_path, m
 
 @pytest.mark.parametrize(
     ("lost", "smaller", "faster", "keep"),
-    [(0.0, 3.1, 1.0, True), (0.4, 1.0, 1.6, True), (100 * (0.985 - 0.98), 4.0, 2.0, True), (0.6, 4.0, 2.0, False), (0.0, 2.9, 1.4, False)],
+    [
+        (0.0, 3.1, 1.0, True),
+        (0.4, 1.0, 1.6, True),
+        (100 * (0.985 - 0.98), 4.0, 2.0, True),
+        (0.6, 4.0, 2.0, False),
+        (0.0, 2.9, 1.4, False),
+    ],
 )
 def test_int8_must_gain_much_and_lose_little(lost, smaller, faster, keep):
     assert export.is_worth_it(lost, smaller, faster) == keep

@@ -2,6 +2,7 @@ import io
 import os
 import pickle
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -169,6 +170,39 @@ def test_bomb_is_refused_by_its_header_without_decoding(monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(ImageError, match="pixels"):
         read(bomb(9500, 9500), 32)
+
+
+def test_small_picture_that_keeps_its_decoder_busy_is_refused(tmp_path):
+    stream = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(stream, "JPEG", progressive=True)
+    whole = stream.getvalue()
+    assert read(whole, 8, "stretch").shape == (8, 8, 3)
+    last = whole.rindex(b"\xff\xda")
+    head = whole[last : last + 2 + int.from_bytes(whole[last + 2 : last + 4], "big")]
+    (tmp_path / "scans.jpg").write_bytes(whole[:-2] + 200 * head + whole[-2:])
+    with pytest.raises(ImageError, match="scans, more than the 100 allowed"):
+        read(tmp_path / "scans.jpg", 8, "stretch")
+    with pytest.raises(ImageError, match="101 comments, more than the 100 allowed"):
+        read(b"P2 1 1 255\n" + 101 * b"#\n" + b"7", 8, "stretch")
+    assert read(b"P2 1 1 255\n" + 100 * b"#\n" + b"7", 8, "stretch").max() == 7
+    assert read(b"P6 7 7 255\n" + 147 * b"#", 8, "stretch").max() == ord("#")  # no text: these are its pixels
+
+
+@pytest.mark.parametrize("mode", ["F", "I", "I;16", "LA"])
+def test_conversion_goes_strip_by_strip_and_gives_the_same(mode, monkeypatch):
+    random = np.random.default_rng(1)
+    kinds = {"F": np.float32, "I": np.int32, "I;16": np.uint16, "LA": np.uint8}
+    values = random.integers(0, 200, (301, 203, 2) if mode == "LA" else (301, 203)).astype(kinds[mode])
+    image = Image.fromarray(values * np.float32(1.3) if mode == "F" else values)
+    assert image.mode == mode
+    at_once = np.asarray(images.to_rgb(image.copy()))
+    monkeypatch.setattr(images, "STRIP", 1000)
+    tracemalloc.start()
+    made = images.to_rgb(image)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (np.asarray(made) == at_once).all()
+    assert peak < 100_000  # at once it would be 24 bytes for each of the 61,103 pixels
 
 
 def test_pipe_is_refused_instead_of_waited_for(tmp_path):

@@ -355,6 +355,45 @@ def test_nothing_of_a_connection_is_kept_when_it_is_gone(port, pictures, resets,
         time.sleep(0.1)
 
 
+def test_who_reads_slowly_gets_all_and_who_does_not_is_given_up_even_at_the_end(model, monkeypatch):
+    monkeypatch.setattr(server, "PATIENCE", 0.5)
+    asked = b"GET /static/page.js HTTP/1.1\r\nHost: localhost\r\n"
+
+    def connected():
+        made = socket.socket()
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        made.settimeout(10)
+        made.connect(("127.0.0.1", number))
+        return made
+
+    monkeypatch.setattr(server.Protocol, "connection_made", with_small_buffers(server.Protocol.connection_made))
+    with serving(model) as number, connected() as slow, connected() as deaf:
+        size = len(ask(number, "GET", "/static/page.js")[2])
+        slow.sendall((asked + b"\r\n") * 30)
+        deaf.sendall((asked + b"\r\n") * 7 + asked + b"Connection: close\r\n\r\n")  # less than is waited for
+        got, started = 0, time.monotonic()
+        while got < 30 * size:
+            got += len(part := slow.recv(size // 2))
+            assert part, (got, time.monotonic() - started)
+            time.sleep(0.05)
+        assert time.monotonic() - started > 2 * server.PATIENCE
+        held = b""
+        with contextlib.suppress(ConnectionError):
+            while part := deaf.recv(4096):
+                held += part
+        assert len(held) < 8 * size
+
+
+def with_small_buffers(connection_made):
+    """Makes the system hold little of what is not read."""
+
+    def made(self, transport):
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        connection_made(self, transport)
+
+    return made
+
+
 def test_whoever_asks_before_sending_is_refused_before_sending(port):
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.settimeout(2)
@@ -594,6 +633,27 @@ def test_who_goes_while_pictures_wait_does_not_harm_the_others():
 
     assert run(made, work) == [[0.0]] * 3
     assert sizes == [3]
+
+
+def test_a_picture_that_is_read_without_end_is_seen_and_does_not_hold_up_the_end():
+    go = threading.Event()
+
+    def read(content):
+        go.wait(20)
+        return pixels(content)
+
+    made = batcher(lambda batch: np.zeros((len(batch), 1), np.float32), read)
+
+    async def work():
+        asked = asyncio.create_task(made.probabilities(b""))
+        await asyncio.sleep(0.2)
+        assert made.busy() > 0.1
+        asked.cancel()
+
+    started = time.monotonic()
+    run(made, work)
+    assert time.monotonic() - started < 5
+    go.set()
 
 
 def test_a_full_batch_begins_before_more_is_read():

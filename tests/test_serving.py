@@ -67,6 +67,25 @@ def test_bundle_is_served_without_torch_and_without_telling_its_runtimes_maker(p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+def test_work_without_end_does_not_hold_up_the_end(packed, picture, tmp_path):
+    code = (
+        "import sys, time\nfrom project import cli\nfrom project.serve.model import Model\n"
+        "Model.read = lambda *_: time.sleep(1000)\n"
+        f"sys.exit(cli.main(['serve', {str(packed)!r}, '--port', '0', '--timeout', '1']))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        try:
+            port = next(int(found[1]) for line in process.stdout if (found := re.match(r"http://\S+:(\d+)", line)))
+            assert post(port, "/predict", picture)[0] == 503
+            time.sleep(0.5)
+            assert ask(port, "GET", "/healthz")[0] == 503
+            process.terminate()
+            assert process.wait(20) == 143
+        finally:
+            process.kill()
+
+
 class Client(threading.Thread):
     """Asks until it is told that this was the last answer, or nobody listens any more."""
 

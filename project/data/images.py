@@ -27,6 +27,11 @@ FORMATS = tuple({"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF",
 ORIENTATION = 0x0112  # EXIF's number for it
 MAX_PIXELS = 89_478_485  # Pillow's own limit, at which it only warns; here it refuses
 
+SCANS = (b"\xff\xda\x00", 100, "scans")  # libtiff's own limit for JPEGs inside TIFFs; a usual picture has ten
+MOST = {"JPEG": SCANS, "MPO": SCANS, "PPM": (b"#", 100, "comments")}  # what begins one, how many there may be
+PLAIN = (b"P1", b"P2", b"P3")  # beginnings of PPMs that are text
+STRIP = 1_000_000  # pixels that are converted at once: in between, one takes 24 bytes or more
+
 # Pillow warns between MAX_PIXELS and twice that; the check below judges the same header, and refuses.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -89,11 +94,25 @@ def opened(source: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ImageError(name, f"{width}x{height} pixels, more than the {MAX_PIXELS:,} allowed")
+            _require_short_work(name, image)
             yield image
     except ImageError:
         raise
     except Exception as error:  # hostile bytes make decoders raise anything: OSError, SyntaxError, struct.error, ...
         raise ImageError(name, _reason(error)) from error
+
+
+def _require_short_work(name: str, image: Image.Image) -> None:
+    """Refuses what is small but keeps a decoder busy: each scan of a JPEG goes over the whole picture again."""
+    if (kind := MOST.get(image.format or "")) and isinstance(image, ImageFile.ImageFile):
+        mark, most, what = kind
+        stream: Any = image.fp
+        place = stream.tell()
+        stream.seek(0)
+        content = stream.read() if image.format != "PPM" or stream.read(2) in PLAIN else b""
+        stream.seek(place)
+        if (found := content.count(mark)) > most:
+            raise ImageError(name, f"{found:,} {what}, more than the {most} allowed")
 
 
 def is_plain_grey(image: Image.Image) -> bool:
@@ -117,23 +136,51 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_to_8_bit(np.asarray(image))).convert("RGB")
+        low, high = _range(image)
+        factor = 255.0 / max(high - low, 1e-12)
+        return _in_strips(
+            image, lambda strip: Image.fromarray(np.round((_values(strip) - low) * factor).astype(np.uint8))
+        )
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        return _in_strips(image, _on_white)
     return image.convert("RGB")
 
 
-def _to_8_bit(values: npt.NDArray[Any]) -> Pixels:
-    if values.dtype.kind == "u" and values.dtype.itemsize == 2:
-        low, high = 0.0, 65535.0
-    else:
-        values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-        low, high = float(values.min()), float(values.max())
-        limits = (1.0, 255.0, 65535.0) if np.any(values % 1) else (255.0, 65535.0)
-        if low >= 0 and high <= limits[-1]:
-            low, high = 0.0, next(limit for limit in limits if high <= limit)
-    return np.round((values - low) * (255.0 / max(high - low, 1e-12))).astype(np.uint8)
+def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    made = Image.new("RGB", image.size)
+    for box in _strips(image):
+        made.paste(convert(image.crop(box)).convert("RGB"), box)
+    return made
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    width, height = image.size
+    rows = max(1, STRIP // width)
+    return ((0, top, width, min(top + rows, height)) for top in range(0, height, rows))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+
+
+def _values(image: Image.Image) -> npt.NDArray[np.float64]:
+    return np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _range(image: Image.Image) -> tuple[float, float]:
+    """Values that become 0 and 255."""
+    if image.mode.startswith("I;16"):
+        return 0.0, 65535.0
+    low, high, is_whole = np.inf, -np.inf, True
+    for box in _strips(image):
+        values = _values(image.crop(box))
+        low, high = min(low, float(values.min())), max(high, float(values.max()))
+        is_whole = is_whole and not np.any(values % 1)
+    limits = (255.0, 65535.0) if is_whole else (1.0, 255.0, 65535.0)
+    if low >= 0 and high <= limits[-1]:
+        return 0.0, next(limit for limit in limits if high <= limit)
+    return low, high
 
 
 def _stretch(image: Image.Image, size: int) -> Image.Image:

@@ -109,11 +109,11 @@ def build(model: Model, settings: Settings) -> FastAPI:
             (picture,) = await uploads.received(request, 1)
             return await clock.answer(request, explained(picture, target))
 
-    @app.get("/healthz", responses=EVERY | refusals(_503="A batch does not end"))
+    @app.get("/healthz", responses=EVERY | refusals(_503="A picture is read, or a batch computed, without end"))
     async def healthz() -> Health:
         """Says that it answers."""
         if batcher.busy() > settings.timeout:
-            raise HTTPException(503, "A batch has taken longer than a request may.", {"Retry-After": "60"})
+            raise HTTPException(503, "Some work has taken longer than a request may.", {"Retry-After": "60"})
         return Health(status="ok")
 
     files = {file.name: file.read_bytes() for file in STATIC.iterdir()}

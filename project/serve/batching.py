@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from project.data.images import Pixels
 
+THREADS = "batcher"  # how their names begin
 Result = TypeVar("Result")
 
 
@@ -65,12 +66,13 @@ class Batcher:
         self._batch_size, self._wait, self._room = batch_size, wait, room
         self._cores, self._lanes, self._share = cores, lanes, max(1, cores // lanes)
         self._free = cores
-        self._threads = ThreadPoolExecutor(cores + lanes, thread_name_prefix="batcher")
+        self._threads = ThreadPoolExecutor(cores + lanes, thread_name_prefix=THREADS)
         self._here = self._reading = 0
         self._encoded: deque[Waiting] = deque()
         self._decoded: deque[Waiting] = deque()
         self._other: deque[Waiting] = deque()
-        self._begun: list[float] = []  # for each lane that is taken, since when
+        self._lanes_taken = 0
+        self._begun: list[float] = []  # of all that is read or computed, since when
         self._alarm: asyncio.TimerHandle | None = None
 
     @contextmanager
@@ -103,16 +105,16 @@ class Batcher:
         return result
 
     def busy(self) -> float:
-        """Seconds for which the oldest of the batches that are being computed has been; 0 where there is none."""
+        """Seconds for which a picture has been read, or a batch computed, at most; 0 where there is nothing to do."""
         return asyncio.get_running_loop().time() - min(self._begun) if self._begun else 0.0
 
     def close(self) -> None:
-        """Ends its threads; what waits is not computed any more."""
+        """Ends its threads, and waits for none that is at work; what waits is not computed any more."""
         for line in (self._encoded, self._decoded, self._other):
             line.clear()
         if self._alarm is not None:
             self._alarm.cancel()
-        self._threads.shutdown(cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _answer(self, line: deque[Waiting], what: Any) -> Any:
         loop = asyncio.get_running_loop()
@@ -126,19 +128,19 @@ class Batcher:
             kept = [one for one in line if not one.answer.done()]  # the others' clients have gone
             line.clear()
             line.extend(kept)
-        while self._other and len(self._begun) < self._lanes and self._free >= self._share:
+        while self._other and self._lanes_taken < self._lanes and self._free >= self._share:
             self._compute_other(self._other.popleft())
         self._compute_what_is_gathered()
         while self._encoded and self._free > 0 and not (self._is_late() or self._is_enough()):
             self._decode(self._encoded.popleft())
         self._compute_what_is_gathered()
-        if self._decoded and self._alarm is None and len(self._begun) < self._lanes:
+        if self._decoded and self._alarm is None and self._lanes_taken < self._lanes:
             self._alarm = asyncio.get_running_loop().call_at(self._decoded[0].since + self._wait, self._ring)
 
     def _compute_what_is_gathered(self) -> None:
-        while self._decoded and len(self._begun) < self._lanes and (self._is_late() or self._is_gathered()):
+        while self._decoded and self._lanes_taken < self._lanes and (self._is_late() or self._is_gathered()):
             # lanes that have nothing to do share what there is
-            count = min(self._batch_size, -(-len(self._decoded) // (self._lanes - len(self._begun))))
+            count = min(self._batch_size, -(-len(self._decoded) // (self._lanes - self._lanes_taken)))
             self._compute_batch([self._decoded.popleft() for _ in range(count)])
 
     def _ring(self) -> None:
@@ -184,21 +186,24 @@ class Batcher:
 
     def _run_in_lane(self, work: Callable[[], Any], done: Callable[[asyncio.Future[Any]], None]) -> None:
         def left(future: asyncio.Future[Any]) -> None:
-            self._begun.remove(now)
+            self._lanes_taken -= 1
             done(future)
 
-        self._begun.append(now := asyncio.get_running_loop().time())
+        self._lanes_taken += 1
         self._run(self._share, work, left)
 
     def _run(self, cores: int, work: Callable[[], Any], done: Callable[[asyncio.Future[Any]], None]) -> None:
         def ended(future: asyncio.Future[Any]) -> None:
             self._free += cores
+            self._begun.remove(now)
             if not future.cancelled():  # by close
                 done(future)
                 self._go_on()
 
+        loop = asyncio.get_running_loop()
         self._free -= cores
-        asyncio.get_running_loop().run_in_executor(self._threads, work).add_done_callback(ended)
+        self._begun.append(now := loop.time())
+        loop.run_in_executor(self._threads, work).add_done_callback(ended)
 
 
 def _tell(one: Waiting, result: Any) -> None:

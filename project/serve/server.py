@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import threading
@@ -13,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from project.serve import Settings
+from project.serve import Settings, batching
 from project.serve.limits import LARGEST_HEAD, Guard
 
 PATIENCE = 10  # seconds until the head of a request must be there, and that an unused or unread connection is kept
@@ -39,6 +40,7 @@ class Protocol(H11Protocol):
     def on_response_complete(self) -> None:
         """Starts it again."""
         self._expect()
+        self._watch()
         super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -50,15 +52,22 @@ class Protocol(H11Protocol):
         self._unset_keepalive_if_required()  # which would keep a broken connection, and its request, in memory
 
     def pause_writing(self) -> None:
-        """The client does not read what it has asked for."""
-        self._stuck = self.loop.call_later(PATIENCE, self.transport.abort)
+        """The client does not read as fast as it is answered."""
+        self._watch()
         super().pause_writing()
 
-    def resume_writing(self) -> None:
-        """It does."""
+    def _watch(self) -> None:
+        """Gives up on a client that reads nothing for as long as patience lasts, also of the last answer."""
         if self._stuck is not None:
             self._stuck.cancel()
-        super().resume_writing()
+        if left := self.transport.get_write_buffer_size():
+            self._stuck = self.loop.call_later(PATIENCE, self._look_again, left)
+
+    def _look_again(self, before: int) -> None:
+        if self.transport.get_write_buffer_size() >= before:
+            self.transport.abort()
+        else:
+            self._watch()
 
     def _expect(self) -> None:
         if self._hurry is not None:
@@ -135,9 +144,15 @@ def make(app: FastAPI, settings: Settings) -> Server:
 
 
 def run(app: FastAPI, listening: socket.socket, settings: Settings) -> int:
-    """Serves until a signal comes; returns the exit code."""
+    """Serves until a signal comes; returns the exit code, or ends the process with it where some work does not end."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("project.serve").setLevel(logging.INFO)
     server = make(app, settings)
     server.run([listening])
+    for thread in threading.enumerate():
+        if thread.name.startswith(batching.THREADS):
+            thread.join(1)  # an idle one ends at once
+            if thread.is_alive():
+                logging.shutdown()
+                os._exit(server.exit_code)
     return server.exit_code
