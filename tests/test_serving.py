@@ -22,7 +22,9 @@ import pytest
 from PIL import Image
 
 from project.bench import serving as bench
-from tests.test_serve import ask, form, post
+from project.errors import UserError
+from project.serve.model import Model
+from tests.test_serve import ask, form, post, serving
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -418,6 +420,28 @@ def test_page_takes_twenty_pictures_at_once_on_a_phone_and_in_the_dark_and_says_
     assert page.find_element("css selector", "li:last-child .again").is_displayed()
     page.execute_script("window.scrollTo(0, document.body.scrollHeight)")
     keep(page, "gone")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_page_says_why_there_is_no_heat_map_and_asks_for_each_once(browser, packed, trained, monkeypatch):
+    own, asked = Model(str(packed), False, 1), []
+
+    def refuse(*_):
+        asked.append(time.sleep(0.5))
+        raise UserError("There are no maps.")
+
+    monkeypatch.setattr(own, "explanation", refuse)
+    with serving(own) as port:
+        browser.get(f"http://127.0.0.1:{port}/")
+        choose(browser, [trained / "photos" / "red" / "000.png"])
+        until(browser, DONE)
+        for _ in range(3):  # on, off and on
+            browser.find_element("id", "explain").click()
+        said = "1 of 1 pictures done. No heat map: Grad-CAM cannot explain this network: it has no maps at its end."
+        until(browser, f"document.getElementById('status').textContent === {json.dumps(said)}")
+        keep(browser, "without_heat")
+    assert len(asked) == 1
 
 
 @pytest.mark.slow

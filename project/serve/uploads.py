@@ -1,5 +1,6 @@
 """From a request to the pictures that it brings."""
 
+import time
 from typing import Any, NamedTuple, cast
 
 from fastapi import HTTPException, Request
@@ -18,6 +19,7 @@ CALLBACKS = (
     "on_part_end",
     "on_end",
 )
+LONGEST_PARSING = 0.5  # seconds of a core: pictures are skipped over, what is around them is read byte by byte
 FIELDS = 16  # of a form, besides its files: none is needed
 
 
@@ -105,9 +107,13 @@ class _Files:
 async def _files(request: Request, most: int) -> list[Upload]:
     boundary = parse_options_header(request.headers["content-type"])[1].get(b"boundary")
     try:
-        files = _Files(boundary or b"", most)
+        files, spent = _Files(boundary or b"", most), 0.0
         async for chunk in request.stream():
+            started = time.thread_time()
             files.parser.write(chunk)
+            spent += time.thread_time() - started
+            if spent > LONGEST_PARSING:
+                raise HTTPException(400, "The form is damaged: too much of it is neither names nor pictures.")
     except FormParserError as error:
         raise HTTPException(400, "The form is damaged.") from error
     if not files.is_whole:

@@ -4,7 +4,7 @@ const AT_ONCE = 4; // requests; the server computes pictures that come together 
 const TRIES = 8; // of a request that the server has no room for
 const byId = (id) => document.getElementById(id);
 const settings = document.body.dataset;
-const shown = []; // {file, address, card, answer}
+const shown = []; // {file, address, card, answer, heat, note, isAsked, isBeingDrawn}
 const waiting = []; // work: functions that return promises
 let running = 0;
 
@@ -69,6 +69,8 @@ function fail(one, error) {
 }
 
 async function predict(one) {
+  if (one.isAsked || one.answer) return;
+  one.isAsked = true;
   one.card.querySelector(".verdict").textContent = "…";
   one.card.classList.remove("bad");
   one.card.querySelector(".again").hidden = true;
@@ -84,6 +86,8 @@ async function predict(one) {
     if (byId("explain").checked) await explain(one);
   } catch (error) {
     fail(one, error);
+  } finally {
+    one.isAsked = false;
   }
 }
 
@@ -107,14 +111,19 @@ function show({ card, answer }) {
 
 async function explain(one) {
   const image = one.card.querySelector("img");
+  if (one.isBeingDrawn) return;
   if (!one.heat) {
+    one.isBeingDrawn = true;
+    one.note = "";
     try {
       const response = await ask("/explain", one.file);
       if (!response.ok) throw new Error(await failure(response));
       one.heat = URL.createObjectURL(await response.blob());
     } catch (error) {
-      byId("status").textContent = `No heat map: ${error.message}`;
+      one.note = `No heat map: ${error.message}`;
       return;
+    } finally {
+      one.isBeingDrawn = false;
     }
   }
   if (!byId("explain").checked) return;
@@ -128,7 +137,8 @@ function tell() {
   const done = shown.filter((one) => one.answer || one.card.classList.contains("bad"));
   const bad = shown.filter((one) => one.card.classList.contains("bad")).length;
   const counted = `${done.length} of ${shown.length} pictures done`;
-  byId("status").textContent = bad ? `${counted}, ${bad} not labelled` : counted;
+  const notes = byId("explain").checked ? new Set(shown.map((one) => one.note).filter(Boolean)) : [];
+  byId("status").textContent = [bad ? `${counted}, ${bad} not labelled` : counted, ...notes].join(". ");
 }
 
 function add(files) {
@@ -176,6 +186,7 @@ byId("explain").addEventListener("change", (event) => {
       image.alt = one.file.name;
     }
   }
+  tell();
 });
 byId("token").addEventListener("change", () => {
   for (const one of shown.filter(({ answer }) => !answer)) schedule(() => predict(one));
