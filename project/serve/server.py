@@ -76,7 +76,9 @@ class Protocol(H11Protocol):
             self._hurry = self.loop.call_later(PATIENCE, self._give_up)
 
     def _give_up(self) -> None:
-        if self.cycle is None or self.cycle.response_complete:
+        if self.transport.get_write_buffer_size():  # an answer is still being read, or not: that is watched
+            self._expect()
+        elif self.cycle is None or self.cycle.response_complete:
             self.transport.abort()
 
 
