@@ -41,7 +41,8 @@ def results(run):
 
 def start(launcher, ranks):
     if launcher == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "-m", "project.cli"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--log-dir=torchrun", f"--nproc_per_node={ranks}"]
+        return [*torchrun, "-m", "project.cli"]
     return CLI
 
 
