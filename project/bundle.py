@@ -23,6 +23,7 @@ from project.errors import UserError
 from project.predictor import Predictor
 
 MODEL, WEIGHTS, CONFIG, CARD, PROGRAM = "model.onnx", "model.safetensors", "config.json", "README.md", "model.pt2"
+PARTS = (MODEL, WEIGHTS, CONFIG, CARD, PROGRAM)
 SUMS = "SHA256SUMS"
 LAYOUT = "NHWC"  # (B, H, W, 3), as Pillow and browsers have pictures
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # from 1.29 on it tells its maker which models are used
@@ -31,7 +32,10 @@ ANEW = "make the bundle anew by python -m project.cli export"
 
 def is_bundle(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a folder with a bundle, damaged or not."""
-    return any((Path(path) / name).is_file() for name in (MODEL, CONFIG))
+    try:
+        return any((Path(path) / name).is_file() for name in (MODEL, CONFIG))
+    except OSError:  # a name that is too long, a folder that may not be looked into: runs.find says so
+        return False
 
 
 class Bundle(Predictor):
@@ -84,7 +88,7 @@ def seal(folder: Path, config: dict[str, Any]) -> None:
     text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False)
     # a path that is no text becomes an escape of JSON
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-    names = [name for name in (MODEL, WEIGHTS, CONFIG, CARD, PROGRAM) if (folder / name).exists()]
+    names = [name for name in PARTS if (folder / name).exists()]
     lines = [f"{_sum(folder / name)}  {name}\n" for name in names]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8", newline="\n")
 

@@ -4,6 +4,7 @@ Guo et al. 2017, "On Calibration of Modern Neural Networks": the logits are divi
 label as it is.
 """
 
+import contextlib
 import json
 import zipfile
 import zlib
@@ -20,7 +21,7 @@ COLDEST, HOTTEST = 0.05, 20.0
 SMALLEST = 1e-30  # probability whose logarithm is still taken
 
 
-def fit_temperature(true: npt.NDArray[np.integer[Any]], probabilities: npt.NDArray[np.floating[Any]]) -> float:
+def fit_temperature(true: npt.NDArray[np.integer[Any]], probabilities: npt.NDArray[np.floating[Any]]) -> float | None:
     """The temperature at which the likelihood of the true classes is highest.
 
     Args:
@@ -28,7 +29,8 @@ def fit_temperature(true: npt.NDArray[np.integer[Any]], probabilities: npt.NDArr
         probabilities: (N, K), at temperature 1.
 
     Returns:
-        Above 1 where the probabilities were too sure of themselves; from 0.05 to 20.
+        Above 1 where the probabilities were too sure of themselves; None where there is no such temperature from 0.05
+        to 20, as with pictures that are all answered rightly, for which surer is always better.
     """
     logits = np.log(np.maximum(probabilities, SMALLEST).astype(np.float64))
     own = logits[np.arange(len(true)), true]
@@ -37,7 +39,8 @@ def fit_temperature(true: npt.NDArray[np.integer[Any]], probabilities: npt.NDArr
         middle = (low * high) ** 0.5
         mean = (_softmax(logits * middle) * logits).sum(axis=1)
         low, high = (low, middle) if (mean - own).mean() > 0 else (middle, high)
-    return float(1 / middle)
+    at_an_end = not 1.001 * COLDEST < 1 / middle < HOTTEST / 1.001
+    return None if at_an_end else float(1 / middle)
 
 
 def at_temperature(probabilities: npt.NDArray[np.floating[Any]], temperature: float) -> npt.NDArray[np.float64]:
@@ -55,6 +58,12 @@ def write(checkpoint: Path, temperature: float, measured: dict[str, float]) -> N
     content = {"temperature": temperature, "checkpoint": fingerprint(checkpoint), **measured}
     with files.replacing(_file(checkpoint)) as stream:
         json.dump(content, stream, indent=2)
+
+
+def forget(checkpoint: Path) -> None:
+    """Removes the temperature kept beside a checkpoint, if there is one."""
+    with contextlib.suppress(OSError):  # a run that cannot be written
+        _file(checkpoint).unlink(missing_ok=True)
 
 
 def read(checkpoint: Path) -> float | None:
@@ -85,7 +94,8 @@ def require(checkpoint: Path) -> float:
     temperature = read(checkpoint)
     if temperature is None:
         raise UserError(
-            f"No temperature is known for {checkpoint}; python -m project.cli report {checkpoint} finds it."
+            f"No temperature is known for {checkpoint}; python -m project.cli report {checkpoint} finds it, where the "
+            "validation pictures are there and some of them are answered wrongly."
         )
     return temperature
 

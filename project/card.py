@@ -1,14 +1,11 @@
 """The model card of a bundle: what the network is for, how good it is, its limits, and how it is called."""
 
 import re
-from collections import Counter
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from project import bundle, calibration, page, results, runs, scores
-from project.data import manifest
-from project.data.folders import Findings
 from project.data.splits import SPLITS
 
 SHOWN = 40  # class names
@@ -26,7 +23,7 @@ def write(file: Path, checkpoint: Path, config: dict[str, Any]) -> None:
     values = config["config"]["data"]
     text = page.render(
         "card.md",
-        title=_plain(f"{run.parent.name if runs.is_inside(checkpoint) else checkpoint.stem}: {config['model']}"),
+        title=_plain(f"{runs.name_of(checkpoint)}: {config['model']}"),
         names=[_plain(name) for name in names[:SHOWN]],
         count=len(names),
         size=config["image_size"],
@@ -49,8 +46,7 @@ def _figures(checkpoint: Path, names: list[str], config: dict[str, Any]) -> dict
     if not results.is_tested(checkpoint):
         return {"measured": [], "tested": 0, "positive": None}
     table = results.read(runs.folder_of(checkpoint) / results.TEST)
-    chosen = config["config"]["model"].get("positive")
-    positive = None if len(names) != 2 else names.index(chosen) if chosen in names else 1
+    positive = results.positive(config)
     # as model.onnx gives them, temperature included
     probabilities = calibration.at_temperature(table.probabilities, config["temperature"])
     sample = scores.Sample(table.true, probabilities, positive)
@@ -68,13 +64,11 @@ def _figures(checkpoint: Path, names: list[str], config: dict[str, Any]) -> dict
 
 def _counts(run: Path, names: list[str]) -> list[tuple[str, list[int]]]:
     """Pictures of each class in each split; nothing where the run has no split.csv."""
-    split = run / results.SPLIT
-    if not split.is_file():
+    counts = results.counts(run)
+    if not any(counts.values()):
         return []
-    rows = manifest.read_csv(split, {"path", "label", "split"}, Findings())
-    counts = Counter((row.label, row.split) for row in rows)
-    lines = [(_plain(name), [counts[name, part] for part in SPLITS]) for name in names[:SHOWN]]
-    return [*lines, ("all classes", [sum(n for (_, s), n in counts.items() if s == part) for part in SPLITS])]
+    lines = [(_plain(name), [counts[part].get(name, 0) for part in SPLITS]) for name in names[:SHOWN]]
+    return [*lines, ("all classes", [sum(counts[part].values()) for part in SPLITS])]
 
 
 def _versions(origin: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ tensors and plain types. Nothing is ever unpickled: `torch.load(weights_only=Tru
 """
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import subprocess
@@ -100,13 +101,15 @@ def load(
         raise UserError(f"{file} does not fit the network {metadata['model']} that it names; it is damaged.") from error
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    network = network.to(memory_format=torch.channels_last).to(device or "cpu")
+    # float: a fit of less precision may have left weights of less
+    network = network.float().to(memory_format=torch.channels_last).to(device or "cpu")
     return Network(network.eval(), metadata, temperature)
 
 
 def provenance() -> dict[str, Any]:
     """Versions of what computes, the machine, and the git commit of this code ("+": it was changed since)."""
-    packages = ("torch", "torchvision", "lightning", "torchmetrics", "pillow", "numpy")
+    packages = ["torch", "torchvision", "lightning", "torchmetrics", "pillow", "numpy"]
+    packages += ["timm"] if importlib.util.find_spec("timm") else []
     versions = {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
     return {"versions": versions, "machine": _machine(), "git_commit": _git_commit()}
 

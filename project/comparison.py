@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from project import curves, figures, page, results, runs, scores
+from project import bundle, curves, figures, page, results, runs, scores
 from project.errors import UserError
+from project.predictor import load
 from project.results import Results, Table
 
 
@@ -27,12 +28,19 @@ class Other:
     curves: dict[str, curves.Curve]
 
     @classmethod
-    def of(cls, given: str) -> "Other":
-        """The run of a checkpoint, or in a folder.
+    def of(cls, given: str, data: str | None = None) -> "Other":
+        """The run of a checkpoint, or in a folder; or a bundle, which is asked now.
+
+        Args:
+            given: Its path.
+            data: Where the pictures of a bundle are; None means where its run had them.
 
         Raises:
             UserError: It has not been tested.
         """
+        if bundle.is_bundle(given):
+            found = results.of_bundle(Path(given), load(given), data)
+            return cls(_name(found.run), found.test, found.curves)
         checkpoint = runs.find(given)
         run = runs.folder_of(checkpoint)
         if not (run / results.TEST).exists():
@@ -105,6 +113,7 @@ def shared(everyone: Sequence[Other], positive: int | None) -> list[scores.Sampl
 
 
 def _name(run: Path) -> str:
+    run = run.resolve()
     return f"{run.parent.name}/{run.name}"
 
 

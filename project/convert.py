@@ -61,8 +61,7 @@ def traced(network: nn.Module, temperature: float, image_size: int) -> torch.exp
         with torch.no_grad():
             return torch.export.export(whole, (example,), dynamic_shapes={"image": {0: batch}})
     except Exception as error:  # the tracer raises what the network's own code raises, and many kinds of its own
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"torch.export cannot make a graph of the network: {line}") from error
+        raise UserError(f"torch.export cannot make a graph of the network: {_first_line(error)}") from error
 
 
 def write_onnx(program: torch.export.ExportedProgram, file: Path, metadata: dict[str, str]) -> None:
@@ -90,7 +89,7 @@ def write_onnx(program: torch.export.ExportedProgram, file: Path, metadata: dict
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise UserError(f"ONNX has no equal of what the network does: {str(cause).strip().splitlines()[0]}") from error
+        raise UserError(f"ONNX has no equal of what the network does: {_first_line(cause)}") from error
     assert made is not None
     _save(made.model_proto, file, metadata)
 
@@ -137,6 +136,10 @@ def described(metadata: dict[str, Any], temperature: float, precision: str) -> d
         "precision": precision,
         "git_commit": str(metadata.get("git_commit", "")),
     }
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _save(model: Any, file: Path, metadata: dict[str, str]) -> None:

@@ -14,11 +14,27 @@ def _numbers(value: Any) -> bool:
 
 
 def _names(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 1 and all(isinstance(n, str) for n in value)
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(n, str) and _is_text(n) for n in value)
 
 
-def _sections(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(name), dict) for name in ("data", "model", "trainer"))
+def _is_text(name: str) -> bool:
+    try:
+        name.encode("utf-8", "surrogateescape")  # folders may have names that are not UTF-8
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _configuration(value: Any) -> bool:
+    if not isinstance(value, dict) or not all(
+        isinstance(value.get(name), dict) for name in ("data", "model", "trainer")
+    ):
+        return False
+    data = value["data"]
+    texts, numbers = ("root", "split", "group", "exclude"), ("split_seed", "folds", "fold")
+    return all(isinstance(data.get(name), str | None) for name in texts) and all(
+        isinstance(data.get(name), int | None) for name in numbers
+    )
 
 
 # a test, and the words for it
@@ -32,7 +48,8 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "mean": (_numbers, "three numbers"),
     "std": (lambda value: _numbers(value) and all(n > 0 for n in value), "three numbers above 0"),
-    "config": (_sections, "a configuration"),
+    "config": (_configuration, "a configuration"),
+    "versions": (lambda value: isinstance(value, dict | None), "numbers by name"),
 }
 # what a bundle must say besides
 OF_BUNDLES: dict[str, tuple[Callable[[Any], bool], str]] = {

@@ -1,6 +1,6 @@
 """Packs a checkpoint for use elsewhere: python -m project.cli export runs/digits/version_0."""
 
-import importlib.metadata
+import importlib
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -44,8 +44,9 @@ def export(
     from project.checkpoint import load
 
     convert.require_libraries()
-    temperature = calibration.read(file)
-    network = load(file, calibrated=temperature is not None, device="cpu")
+    network = load(file, device="cpu")
+    if (temperature := calibration.read(file)) is not None:
+        network.temperature = temperature
     pictures = parity.validation(runs.folder_of(file), network.metadata, data)
     config = _plain(network.metadata) | {
         "temperature": network.temperature,
@@ -120,7 +121,8 @@ def _origin() -> dict[str, Any]:
     from project.checkpoint import provenance
     from project.convert import LIBRARIES
 
-    versions = {name: importlib.metadata.version(name) for name in ("torch", *LIBRARIES)}
+    # not what the package index calls them: onnxruntime has several names there
+    versions = {name: str(importlib.import_module(name).__version__) for name in ("torch", *LIBRARIES)}
     return {"versions": versions, "git_commit": provenance()["git_commit"]}
 
 

@@ -1,6 +1,7 @@
 """Pictures worth a look: those that are wrong and sure of it, and those that are hardly decided."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ def content(found: Results, predictor: Predictor) -> dict[str, Any]:
     sample = found.test.sample(found.positive)
     worst, unsure = worst_errors(sample), least_certain(sample)
     shown = {place: picture for place in {*worst, *unsure} if (picture := _read(found, place, predictor)) is not None}
-    heat, reason = _heat_maps(shown, sample, predictor)
+    heat, reason = _heat_maps(shown, sample, predictor, found.checkpoint)
 
     def items(places: Sequence[int]) -> list[dict[str, Any]]:
         return [_item(found, sample, place, shown[place], heat.get(place)) for place in places if place in shown]
@@ -49,9 +50,16 @@ def _read(found: Results, place: int, predictor: Predictor) -> images.Pixels | N
 
 
 def _heat_maps(
-    shown: dict[int, images.Pixels], sample: scores.Sample, predictor: Predictor
+    shown: dict[int, images.Pixels], sample: scores.Sample, predictor: Predictor, source: Path
 ) -> tuple[dict[int, images.Pixels], str]:
-    """For each place the picture with its heat map laid over it, and what to say of it."""
+    """For each place the picture with its heat map laid over it, and what to say of it.
+
+    Args:
+        shown: Pictures by place.
+        sample: What was answered.
+        predictor: What answered.
+        source: The checkpoint or bundle that it is from.
+    """
     from project import attribution
 
     if not shown:
@@ -60,16 +68,15 @@ def _heat_maps(
         return {}, " With pip install -e .[explain] a heat map of what speaks for the answer stands beside each."
     import torch
 
-    from project.checkpoint import Network
+    from project.checkpoint import Network, load
     from project.errors import UserError
 
-    if not isinstance(predictor, Network):
-        return {}, ""
     places = list(shown)
     stacked = torch.from_numpy(np.stack([shown[place] for place in places])).permute(0, 3, 1, 2)
     try:
-        maps = attribution.heat_maps(predictor, stacked, [int(sample.predicted[place]) for place in places])
-    except UserError as error:  # a network that has no map for this
+        network = predictor if isinstance(predictor, Network) else load(source, device="cpu")  # a bundle's weights
+        maps = attribution.heat_maps(network, stacked, [int(sample.predicted[place]) for place in places])
+    except UserError as error:  # a network that has no map for this, a bundle without its weights
         return {}, f" {error}"
     overlaid = {place: figures.overlay(shown[place], heat) for place, heat in zip(places, maps, strict=True)}
     return overlaid, " Beside each, what speaks for the answer (Grad-CAM)."

@@ -36,15 +36,14 @@ def validation(run: Path, metadata: dict[str, Any], data: str | None) -> Labelle
     """A run's validation pictures that are there, `PICTURES` at most, mixed.
 
     Args:
-        run: Its folder; where it has no split.csv, the pictures are those that a new fit would validate on.
+        run: Its folder; where it has no split.csv, the pictures are dealt out again by its options, which is said.
         metadata: Of its checkpoint.
         data: The data set's folder or table; None means where the run had it.
 
     Raises:
         UserError: There are none.
     """
-    root = Path(data or metadata["config"]["data"].get("root") or "")
-    pairs = results.pictures(run, "val", root)
+    pairs, root, notice = results.pictures(run, "val", metadata, data)
     mixed = [pairs[place] for place in np.random.default_rng(0).permutation(len(pairs)).tolist()]
     there = [(path, label) for path, label in mixed if Path(path).is_file()][:PICTURES]
     if not there:
@@ -52,11 +51,13 @@ def validation(run: Path, metadata: dict[str, Any], data: str | None) -> Labelle
             f"The bundle must be compared with the checkpoint, but none of the {len(pairs):,} validation pictures of "
             f"{run} is in {root}; give the folder of the run's pictures by --data."
         )
+    if notice:
+        print(notice)
     return Labelled([path for path, _ in there], [label for _, label in there], f"validation pictures of {root}")
 
 
 def compare(network: Predictor, made: Predictor, pictures: Labelled) -> dict[str, Any]:
-    """Asks both for the same files, each reading them in its own way, and says how far they are apart.
+    """Asks both for the same files, and says how far they are apart.
 
     A label counts as another one only where the first predictor has more than `CLOSE` between the two classes: which
     of two equal probabilities is the larger is chance.
@@ -70,7 +71,8 @@ def compare(network: Predictor, made: Predictor, pictures: Labelled) -> dict[str
     rows = np.arange(len(expected.probabilities))
     own, other = (answers.probabilities.argmax(axis=1) for answers in (expected, found))
     gap = expected.probabilities[rows, own] - expected.probabilities[rows, other]
-    flips, largest = int((gap > CLOSE).sum()), float(np.abs(expected.probabilities - found.probabilities).max())
+    flips, ties = int((gap > CLOSE).sum()), int(((own != other) & (gap <= CLOSE)).sum())
+    largest = float(np.abs(expected.probabilities - found.probabilities).max())
     if flips or not largest <= CLOSE:  # nan, too
         raise FailedRun(
             f"model.onnx does not answer as the checkpoint does: of {len(rows):,} {pictures.source}, {flips:,} get "
@@ -78,10 +80,11 @@ def compare(network: Predictor, made: Predictor, pictures: Labelled) -> dict[str
             "was made."
         )
     print(
-        f"compared on {len(rows):,} {pictures.source}, from file to answer: the same labels, probabilities differ by "
-        f"at most {largest:.2g}"
+        f"compared on {len(rows):,} {pictures.source}, from file to answer: the same labels"
+        f"{f' ({ties:,} of them a tie)' if ties else ''}, probabilities differ by at most {largest:.2g}"
     )
-    return {"pictures": len(rows), "of": pictures.source, "largest_difference": largest, "accuracy": expected.accuracy}
+    measured = {"largest_difference": largest, "accuracy": expected.accuracy, "ties": ties}
+    return {"pictures": len(rows), "of": pictures.source, **measured}
 
 
 def ask(predictor: Predictor, pictures: Labelled, batch_size: int) -> Answers:

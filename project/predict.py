@@ -72,8 +72,10 @@ def predict(
         runs.find(checkpoint)
     paths, true = gather(pictures)
     if devices > 1:
-        from project import spread  # Lightning: only where its Trainer is needed
-
+        try:
+            from project import spread  # Lightning: only where its Trainer is needed
+        except ModuleNotFoundError as error:
+            raise UserError(f"--devices needs {error.name}, which is not installed; leave it out.") from error
         names, stream = spread.predict(checkpoint, paths, devices, calibrated, tta, batch_size, workers)
     else:
         from project.predictor import load  # not before the arguments are known to be right

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from project import runs
 from project.data import images
 from project.data.workers import usable_cores
 from project.errors import UserError
@@ -154,6 +155,14 @@ def load(path: str | os.PathLike[str] | None = None, calibrated: bool = False, d
         if calibrated:
             bundle.require_calibrated(Path(path), made.metadata)
         return made
-    from project import checkpoint  # torch: not before it is needed
-
-    return checkpoint.load(path if path is None else Path(path), calibrated, device)
+    file = runs.find(path)
+    if file.name in bundle.PARTS and bundle.is_bundle(file.parent):
+        raise UserError(f"{file} is a part of a bundle; give the folder, {file.parent}.")
+    try:
+        from project import checkpoint  # torch: not before it is needed
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{file} is a checkpoint, which needs {error.name}; install it, or give a bundle, which export makes of it "
+            "where torch is."
+        ) from error
+    return checkpoint.load(file, calibrated, device)

@@ -35,20 +35,20 @@ def report(
     Args:
         checkpoint: A checkpoint, a run's folder or a bundle; by default the newest run's best.ckpt.
         out: The HTML file to write; must not exist. By default report.html in the run, or in the bundle.
-        compare: Runs to put beside it, which have been tested on the same pictures.
-        data: Where the pictures of a bundle are; by default where those of its run were.
+        compare: Runs to put beside it, which have been tested on the same pictures, or bundles.
+        data: Where the pictures of bundles are; by default where those of their runs were.
     """
     target = None if out is None else Path(out)
     if target is not None:
         files.require_new(target, "out")
-    others = [comparison.Other.of(name) for name in compare or []]
+    others = [comparison.Other.of(name, data) for name in compare or []]
     if checkpoint is not None and bundle.is_bundle(checkpoint):
         predictor = load(checkpoint)
         found = results.of_bundle(Path(checkpoint), predictor, data)
         print(f"report: {_write(found, predictor, target, others)}")
         return 0
     path = runs.find(checkpoint)
-    if data is not None:
+    if data is not None and not any(map(bundle.is_bundle, compare or [])):
         raise UserError(f"--data is for bundles; run: python -m project.cli test --ckpt_path {path} --data.root {data}")
     if not results.is_tested(path):
         from project import training  # Lightning: only where its Trainer is needed
@@ -90,16 +90,15 @@ def _write(found: Results, predictor: Predictor, out: Path | None, others: Seque
 def _content(found: Results, predictor: Predictor, others: Sequence[comparison.Other]) -> dict[str, Any]:
     sample = found.test.sample(found.positive)
     names, count = found.test.class_names, len(sample.true)
-    name = found.run.parent.name if runs.is_inside(found.checkpoint) else found.run.name
     errors = ""
     if found.test.errors:
         errors = f"{len(found.test.errors):,} test pictures could not be read and are not counted."
     return {
-        "title": f"{name}: {found.metadata['model']}, {len(names)} classes",
+        "title": f"{runs.name_of(found.checkpoint)}: {found.metadata['model']}, {len(names)} classes",
         "subtitle": f"{found.checkpoint}, {datetime.now().astimezone():%Y-%m-%d %H:%M}",
         "headline": _headline(found, sample),
         "majority": lettering.shortened(names[found.majority], 24),
-        "measured_on": f"Measured on {count:,} test pictures."
+        "measured_on": f"Measured on {count:,} test pictures. {found.notice}".strip()
         + ("" if found.positive is None else f" Precision, recall, F1 and AUROC are of “{names[found.positive]}”."),
         "errors": errors,
         "compared": comparison.content(found, others) if others else None,
@@ -213,7 +212,12 @@ def _calibration(found: Results, sample: scores.Sample) -> str:
         built_in = f"The temperature {found.metadata['temperature']:.3f} is built in."
         return f"{text} {built_in if found.metadata['calibrated'] else 'No temperature is built in.'}"
     if found.temperature is None:
-        return f"{text} No temperature was fitted: the validation pictures are not there."
+        why = (
+            "the validation pictures are not there"
+            if found.val is None
+            else "no validation picture is answered wrongly"
+        )
+        return f"{text} No temperature was fitted: {why}."
     warm = scores.Sample(sample.true, calibration.at_temperature(sample.probabilities, found.temperature))
     return (
         f"{text} Dividing the logits by {found.temperature:.3f}, a temperature fitted on the validation pictures, "

@@ -3,17 +3,19 @@
 import csv
 import json
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from project import calibration, curves, predictions, runs
 from project.data import manifest
-from project.data.splits import SPLITS
+from project.data.folders import Findings
+from project.data.splits import SPLITS, Row
 from project.errors import UserError
 from project.predictor import Predictor
 from project.scores import Sample
@@ -90,6 +92,7 @@ class Results:
         curves: What the fit logged, over its epochs.
         counts: Pictures of each class in each split, from split.csv.
         measured: test_metrics.json.
+        notice: What must be known of the test pictures; empty where nothing must.
         status: How the fit stands; see `runs.status`.
     """
 
@@ -102,14 +105,13 @@ class Results:
     curves: dict[str, curves.Curve]
     counts: dict[str, dict[str, int]]
     measured: dict[str, Any]
+    notice: str
     status: dict[str, Any]
 
     @property
     def positive(self) -> int | None:
         """Place of the class that is looked for, of two."""
-        names = self.test.class_names
-        chosen = self.metadata["config"]["model"].get("positive")
-        return None if len(names) != 2 else names.index(chosen) if chosen in names else 1
+        return positive(self.metadata)
 
     @property
     def majority(self) -> int:
@@ -117,6 +119,12 @@ class Results:
         names, train = self.test.class_names, self.counts.get("train", {})
         known = [train.get(name, 0) for name in names]
         return int(np.argmax(known if any(known) else np.bincount(self.test.true, minlength=len(names))))
+
+
+def positive(metadata: dict[str, Any]) -> int | None:
+    """Place of the class that a network of two looks for: as its run chose it, or the second."""
+    names, chosen = metadata["class_names"], metadata["config"]["model"].get("positive")
+    return None if len(names) != 2 else names.index(chosen) if chosen in names else 1
 
 
 def gather(checkpoint: Path, predictor: Predictor) -> Results:
@@ -146,8 +154,9 @@ def gather(checkpoint: Path, predictor: Predictor) -> Results:
         val,
         _temperature(checkpoint, val),
         curves.curves(run / curves.METRICS) if (run / curves.METRICS).exists() else {},
-        _counts(_split(run)),
+        counts(run),
         measured,
+        "",
         runs.status(run),
     )
 
@@ -156,53 +165,81 @@ def of_bundle(folder: Path, predictor: Predictor, data: str | None) -> Results:
     """What a bundle answers on the test pictures; the rest is from the run that it lies in, if it does.
 
     Args:
-        folder: The bundle; its predictions are written into it.
+        folder: The bundle.
         predictor: It, loaded.
         data: The data set's folder or table; None means where the run had it.
 
     Raises:
         UserError: There are no test pictures.
     """
-    run, root = folder.absolute().parent, Path(data or predictor.metadata["config"]["data"].get("root") or "")
-    pairs = pictures(run, "test", root)
-    there = [(path, label) for path, label in pairs if Path(path).is_file()]
+    run = folder.absolute().parent
+    chosen = pictures(run, "test", predictor.metadata, data)
+    there = [(path, label) for path, label in chosen.pairs if Path(path).is_file()]
     if not there:
-        raise UserError(
-            f"None of the {len(pairs):,} test pictures of {folder} is in {root}; give a data set's folder by --data."
-        )
-    _predict(folder / TEST, predictor, there)
-    rows = _split(run)
+        none = f"None of the {len(chosen.pairs):,} test pictures of {folder} is in {chosen.root}"
+        raise UserError(f"{none}; give a data set's folder by --data.")
     return Results(
         folder,
         folder,
         predictor.metadata,
-        read(folder / TEST),
+        _answers(predictor, there),
         None,
         None,
         curves.curves(run / curves.METRICS) if (run / curves.METRICS).exists() else {},
-        _counts(rows),
-        {"data": str(root)},
+        counts(run),
+        {"data": str(chosen.root)},
+        chosen.notice,
         runs.status(run),
     )
 
 
-def pictures(run: Path, split: str, root: Path) -> list[tuple[str, str]]:
-    """Path and class of the pictures of one split.
+class Pictures(NamedTuple):
+    """Those of one split: path and class of each, the data set's folder or table, and what must be known of them."""
+
+    pairs: list[tuple[str, str]]
+    root: str
+    notice: str
+
+
+def pictures(run: Path, split: str, metadata: dict[str, Any], data: str | None) -> Pictures:
+    """The pictures of one split; which these are, the run's split.csv says, and without it the run's options.
 
     Args:
-        run: Where its split.csv may be; without it, the pictures are those that a new fit would take.
+        run: Where split.csv may be.
         split: train, val or test.
-        root: The data set's folder or table.
+        metadata: Of the run's checkpoint, or of a bundle.
+        data: The data set's folder or table; None means where the run had it.
+
+    Raises:
+        UserError: They are of classes that the network does not know, or which they are cannot be found out.
     """
+    options, notice = metadata["config"]["data"], ""
+    place = data or options.get("root")
+    root = Path(place or "")
+    try:
+        is_there = bool(place) and root.exists()
+    except OSError as error:
+        raise UserError(f"Cannot read {root}: {error.strerror}; give the pictures' folder by --data.") from error
     if (run / SPLIT).is_file():
-        pairs = [(row["path"], row["label"]) for row in _split(run) if row["split"] == split]
-    elif root.exists() and str(root) != ".":
-        found = manifest.load(root)
+        pairs = [(row.path, row.label) for row in _split(run) if row.split == split]
+    elif is_there:
+        chosen: dict[str, Any] = {name: options.get(name) for name in ("group", "folds", "fold")}
+        chosen |= {name: Path(options[name]) for name in ("split", "exclude") if options.get(name)}
+        found = manifest.load(root, seed=options.get("split_seed") or 0, **chosen)
         pairs = [(found.paths[row], found.class_names[found.labels[row]]) for row in found.rows(split).tolist()]
+        notice = (
+            f"There is no {SPLIT} beside it: the pictures were dealt out again, as its training did. Where some have "
+            f"come or gone since, it may have learned from some of these {split} pictures."
+        )
     else:
         pairs = []
+    if strange := sorted({label for _, label in pairs} - set(metadata["class_names"])):
+        raise UserError(
+            f"The pictures of {place} are of other classes ({', '.join(strange[:4])}) than the network knows "
+            f"({', '.join(metadata['class_names'][:4])}); give a folder of these by --data."
+        )
     folder = root.parent if root.is_file() else root
-    return [(str(folder / path), label) for path, label in pairs]
+    return Pictures([(str(folder / path), label) for path, label in pairs], place or "no known folder", notice)
 
 
 def is_tested(checkpoint: Path) -> bool:
@@ -220,16 +257,15 @@ def _is_newer(file: Path, than: Path) -> bool:
     return file.exists() and file.stat().st_mtime >= than.stat().st_mtime
 
 
-def _split(run: Path) -> list[dict[str, str]]:
+def _split(run: Path) -> list[Row]:
     file = run / SPLIT
-    if not file.exists():
-        return []
-    with file.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
-        return list(csv.DictReader(stream))
+    return manifest.read_csv(file, {"path", "label", "split"}, Findings()) if file.is_file() else []
 
 
-def _counts(rows: list[dict[str, str]]) -> dict[str, dict[str, int]]:
-    return {split: dict(Counter(row["label"] for row in rows if row["split"] == split)) for split in SPLITS}
+def counts(run: Path) -> dict[str, dict[str, int]]:
+    """Pictures of each class in each split, from the run's split.csv; none where it has none."""
+    rows = _split(run)
+    return {split: dict(Counter(row.label for row in rows if row.split == split)) for split in SPLITS}
 
 
 def _predict(file: Path, predictor: Predictor, pairs: list[tuple[str, str]]) -> None:
@@ -238,25 +274,43 @@ def _predict(file: Path, predictor: Predictor, pairs: list[tuple[str, str]]) -> 
     predictions.write(file, labelled, predictor.class_names)
 
 
+def _answers(predictor: Predictor, pairs: list[tuple[str, str]]) -> Table:
+    """Predictions that are not kept."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="report-") as folder:
+            _predict(Path(folder, TEST), predictor, pairs)
+            return read(Path(folder, TEST))
+    except OSError as error:
+        raise UserError(f"The predictions need room in {tempfile.gettempdir()}: {error.strerror}.") from error
+
+
 def _validation(checkpoint: Path, predictor: Predictor, measured: dict[str, Any]) -> Table | None:
     """Predictions on the validation pictures: kept in the run, or made now; None without the pictures."""
     run = runs.folder_of(checkpoint)
     file = run / VALIDATION
     if checkpoint.name == "best.ckpt" and _is_newer(file, checkpoint):
         return read(file)
-    root = Path(measured.get("data") or predictor.metadata["config"]["data"].get("root", ""))
-    pairs = pictures(run, "val", root) if (run / SPLIT).is_file() else []
+    if not (run / SPLIT).is_file():
+        return None
+    pairs = pictures(run, "val", predictor.metadata, measured.get("data")).pairs
     if not pairs or not all(Path(path).exists() for path, _ in pairs):
         return None
-    _predict(file, predictor, pairs)
+    try:
+        _predict(file, predictor, pairs)
+    except OSError as error:
+        print(f"{file} cannot be written: {error.strerror}", file=sys.stderr)
+        return _answers(predictor, pairs)
     return read(file)
 
 
 def _temperature(checkpoint: Path, val: Table | None) -> float | None:
-    """Found on the validation pictures and kept beside the checkpoint; None without them."""
+    """Found on the validation pictures and kept beside the checkpoint; None where none can be found."""
     if val is None:
         return calibration.read(checkpoint)
     temperature = calibration.fit_temperature(val.true, val.probabilities)
+    if temperature is None:
+        calibration.forget(checkpoint)
+        return None
     warm = Sample(val.true, calibration.at_temperature(val.probabilities, temperature))
     before, after = val.sample(None), warm
     figures = {"n": float(len(val.true)), "ece_before": before.ece(), "ece_after": after.ece()}

@@ -144,6 +144,11 @@ def is_inside(path: Path) -> bool:
     return path.parent.name == "checkpoints"
 
 
+def name_of(path: Path) -> str:
+    """What the data of a checkpoint's run are called; of a checkpoint outside a run, or of a bundle, its own name."""
+    return folder_of(path).resolve().parent.name if is_inside(path) else path.absolute().stem
+
+
 def find(path: str | os.PathLike[str] | None = None, runs: Path = ROOT) -> Path:
     """The checkpoint file that is meant.
 
@@ -159,12 +164,17 @@ def find(path: str | os.PathLike[str] | None = None, runs: Path = ROOT) -> Path:
         if not found:
             raise UserError(f"No run in {runs}/ has a best.ckpt; train one first: python -m project.cli fit.")
         return found[-1]
-    path = followed(Path(path))
-    if path.is_dir():
-        path = path / "checkpoints" / "best.ckpt"
-    if not path.is_file():
-        raise UserError(f"There is no checkpoint {path}; give a .ckpt file or a run's folder, runs/<name>/version_N.")
-    return path
+    try:
+        given = followed(Path(path))
+        file = given / "checkpoints" / "best.ckpt" if given.is_dir() else given
+        if file.is_file():
+            return file
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise UserError(f"Cannot read {path}: {error.strerror}; give a .ckpt file or a run's folder.") from error
+    from project import bundle
+
+    what = f"{given} is a bundle, no checkpoint" if bundle.is_bundle(given) else f"There is no checkpoint {file}"
+    raise UserError(f"{what}; give a .ckpt file or a run's folder, runs/<name>/version_N.")
 
 
 def followed(path: Path) -> Path:

@@ -15,7 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.strategies import DDPStrategy
-from torch.multiprocessing.spawn import ProcessExitedException
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from project import predictions
 from project.bundle import is_bundle
@@ -124,6 +124,9 @@ def _run(share: Share, devices: int) -> None:
         raise UserError(f"--devices {devices} are not to be had: {' '.join(str(error).split())}") from error
     except ProcessExitedException as error:
         raise FailedRun(f"One of the {devices} processes has ended: {error}.") from error
+    except ProcessRaisedException as error:  # its text is the traceback
+        reason = str(error).strip().splitlines()[-1]
+        raise FailedRun(f"One of the {devices} processes has failed: {reason}") from error
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # Lightning has cleaned up
             raise KeyboardInterrupt from error

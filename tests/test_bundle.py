@@ -84,6 +84,9 @@ NONSENSE = {
     "no deviation": {"std": [0.0, 0.0, 0.0]},
     "a mean that is none": {"mean": [0.5, "x", 0.5]},
     "a bare configuration": {"config": {"data": {}}},
+    "a root that is a number": {"config": {"data": {"root": 7}, "model": {}, "trainer": {}}},
+    "a list of versions": {"versions": ["2.14"]},
+    "a name that is half a letter": {"class_names": ["blue", "green", "\ud800"]},
     "no temperature": {"temperature": 0.0},
     "a temperature in words": {"temperature": "warm"},
     "calibrated perhaps": {"calibrated": "perhaps"},
@@ -237,16 +240,57 @@ def test_bundle_computes_on_the_cpu_with_as_many_threads_as_asked(packed, at_tra
         assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
 
 
-def test_verb_predict_takes_a_bundle(packed, at_trained, tmp_path, refused):
-    assert "copy the whole bundle" in refused(
-        "predict", str(_without_sums(packed, tmp_path)), PICTURE, "--out", "x.csv"
-    )
+def test_verb_predict_names_what_a_bundle_lacks(copy, refused):
+    (copy / "SHA256SUMS").unlink()
+    assert "copy the whole bundle" in refused("predict", str(copy), PICTURE, "--out", "x.csv")
 
 
-def _without_sums(packed, tmp_path):
-    folder = shutil.copytree(packed, tmp_path / "b")
-    (folder / "SHA256SUMS").unlink()
-    return folder
+def test_part_of_a_bundle_is_not_taken_for_it(copy, refused):
+    for name in ("model.onnx", "model.safetensors", "config.json"):
+        said = refused("predict", str(copy / name), PICTURE, "--out", "x.csv")
+        assert said == f"{copy / name} is a part of a bundle; give the folder, {copy}."
+
+
+def test_link_to_a_bundle_is_a_bundle(copy):
+    link = copy.with_name("link")
+    link.symlink_to(copy)
+    assert load(link).predict([PICTURE])[0].label == "red"
+
+
+def test_path_that_is_too_long_is_refused_in_a_sentence(at_trained, refused):
+    for verb in (["predict", "x" * 300, PICTURE, "--out", "x.csv"], ["report", "x" * 300], ["serve", "x" * 300]):
+        assert "File name too long" in refused(*verb)
+
+
+def test_folder_that_may_not_be_looked_into_is_refused_in_a_sentence(copy):
+    copy.chmod(0o700)
+    if is_root := os.geteuid() == 0:  # whom nothing is forbidden
+        os.seteuid(65534)
+    else:
+        copy.chmod(0)
+    try:
+        assert "Permission denied" in refusal(copy)
+    finally:
+        if is_root:
+            os.seteuid(0)
+        copy.chmod(0o700)
+
+
+def test_without_torch_a_checkpoint_is_refused_in_a_sentence(packed, at_trained, tmp_path):
+    """As in a container that has only what a bundle needs."""
+    code = "import sys; sys.modules['torch'] = None; from project import cli; sys.exit(cli.main(sys.argv[1:]))"
+    environment = os.environ | {"PYTHONPATH": str(Path(bundle.__file__).parent.parent)}
+    for words, reason in (
+        (["predict", str(at_trained)], "is a checkpoint, which needs torch"),
+        (["predict", str(tmp_path / "nothing")], "no checkpoint"),
+        (["serve", str(at_trained)], "is a checkpoint, which needs torch"),
+        (["predict", str(packed), "--devices", "2"], "--devices needs torch"),
+    ):
+        more = [PICTURE, "--out", str(tmp_path / "x.csv")] if words[0] == "predict" else []
+        arguments = [words[0], words[1], *more, *words[2:]]
+        done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+        assert reason in done.stderr
 
 
 def test_predicting_from_a_bundle_imports_no_torch(packed, at_trained, tmp_path):

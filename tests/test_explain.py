@@ -330,6 +330,15 @@ def test_full_disk_is_told_and_leaves_nothing_behind(at_trained, tmp_path, refus
     assert not os.listdir(tmp_path)
 
 
+def test_bundle_is_explained_by_its_weights(packed, at_trained, tmp_path, refused):
+    made = shutil.copytree(packed, tmp_path / "bundle")
+    assert cli.main(["explain", str(made), "photos/red/003.png", "--out", str(tmp_path / "maps")]) == 0
+    assert any((tmp_path / "maps").glob("*003*.png"))
+    (made / "model.safetensors").unlink()
+    said = refused("explain", str(made), "photos/red/003.png", "--out", str(tmp_path / "more"))
+    assert "has no model.safetensors" in said
+
+
 def test_without_captum_the_extra_is_named(at_trained, tmp_path, refused, monkeypatch):
     assert attribution.is_available()
     monkeypatch.setitem(sys.modules, "captum", None)

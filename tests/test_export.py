@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 
 from project import bundle, calibration, checkpoint, cli, convert, export, load, models, parity
+from project.data import images, manifest
 from project.errors import FailedRun, UserError
-from tests.conftest import full_disk
+from tests.conftest import full_disk, make_pictures
 
 
 def pictures(count=9):
@@ -167,6 +168,19 @@ def test_int8_is_not_kept_where_it_gains_nothing(lively, at_trained, tmp_path, m
     monkeypatch.setattr(parity, "side_by_side", lambda *runs: [1.0, 1.0])
     assert cli.main(["export", str(lively), "--quantize", "int8", "--out", str(tmp_path / "b")]) == 0
     assert re.search(r"int8: .*\(1\.0 x smaller\).*not worth it", capsys.readouterr().out)
+    _assert_is_exact(lively, tmp_path)
+
+
+def test_int8_is_not_kept_where_it_loses_accuracy(lively, at_trained, tmp_path, monkeypatch, capsys):
+    asked, accuracies = parity.ask, iter((0.99, 0.99, 0.98))  # the checkpoint's, the bundle's, that of 8 bits
+    monkeypatch.setattr(parity, "ask", lambda *a, **k: asked(*a, **k)._replace(accuracy=next(accuracies)))
+    monkeypatch.setattr(parity, "side_by_side", lambda *runs: [9.0, 1.0])
+    assert cli.main(["export", str(lively), "--quantize", "int8", "--out", str(tmp_path / "b")]) == 0
+    assert re.search(r"int8: accuracy 99.00% becomes 98.00%.*9.0 x as fast.*not worth it", capsys.readouterr().out)
+    _assert_is_exact(lively, tmp_path)
+
+
+def _assert_is_exact(lively, tmp_path):
     made = load(tmp_path / "b")
     assert (made.metadata["precision"], made.metadata["int8"]["kept"]) == ("float32", False)
     assert {file.name for file in (tmp_path / "b").iterdir()} == {
@@ -190,24 +204,43 @@ def test_int8_must_gain_much_and_lose_little(lost, smaller, faster, keep):
     assert export.is_worth_it(lost, smaller, faster) == keep
 
 
-NETWORKS = ["resnet18", "mobilenet_v3_small", "timm/efficientnet_b0", "vit_b_16"]
+NETWORKS = ["alexnet", "resnet18", "mobilenet_v3_small", "timm/efficientnet_b0", "vit_b_16"]
+
+
+def _let_answers_differ(network, size):
+    """Else an untrained network says nearly the same of every picture, and so does one that is exported wrongly."""
+    image = torch.from_numpy(np.stack([images.read(path, size) for path in pictures(14)])).permute(0, 3, 1, 2)
+    head = models.head(network)[1]
+    with torch.no_grad():
+        for layer in network.modules():
+            if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+                torch.nn.init.kaiming_normal_(layer.weight)
+        network.train()(image)  # the averages of batch normalisation
+        logits = network.eval()(image)
+        scale = 0.5 / logits.std(dim=0)
+        head.weight *= scale[:, None]
+        head.bias.copy_((head.bias - logits.mean(dim=0)) * scale)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_of_all_kinds_are_exported_for_any_batch(workplace, name):
-    size = 224 if name.startswith("vit") else 64
-    network = models.build(name, 5).eval()
-    convert.write_onnx(convert.traced(network, 1.5, size), Path("model.onnx"), {})
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession("model.onnx")
-    for batch in (1, 2, 7):
-        image = np.random.default_rng(batch).integers(0, 256, (batch, size, size, 3), np.uint8)
-        with torch.inference_mode():
-            expected = convert.Whole(network, 1.5)(torch.from_numpy(image)).numpy()
-        (found,) = session.run(None, {"image": image})
-        assert np.abs(found - expected).max() < 1e-5
+def test_networks_of_all_kinds_pass_the_comparison_and_answer_batches_of_any_size(trained, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(trained)
+    torch.manual_seed(0)
+    network, size = models.build(name, 3).eval(), 224 if name.startswith("vit") else 64
+    _let_answers_differ(network, size)
+    content = torch.load("runs/photos/version_0/checkpoints/best.ckpt", weights_only=True)
+    content["metadata"] |= {"model": name, "image_size": size}
+    content["state_dict"] = {f"network.{key}": value for key, value in network.state_dict().items()}
+    torch.save(content, tmp_path / "best.ckpt")
+    assert cli.main(["export", str(tmp_path / "best.ckpt"), "--out", str(tmp_path / "b")]) == 0
+    expected = np.array([one.probabilities for one in load(tmp_path / "best.ckpt").predict(pictures(14))])
+    assert np.ptp(expected, axis=0).max() > 0.1
+    made = load(tmp_path / "b")
+    assert isinstance(made, bundle.Bundle)
+    for batch_size in (1, 2, 7):
+        found = np.array([one.probabilities for one in made.predict(pictures(14), batch_size)])
+        assert np.abs(found - expected).max() < 1e-4
 
 
 @pytest.mark.slow
@@ -219,7 +252,7 @@ def test_cards_snippet_gives_the_same_answer_without_torch(lively, at_trained, t
         folder = tmp_path / resize
         assert cli.main(["export", str(tmp_path / f"{resize}.ckpt"), "--out", str(folder)]) == 0
         picture = folder / "picture.jpg"
-        Image.open("photos/red/003.png").resize((91, 40)).save(picture, exif=_turned())
+        Image.open("photos/red/003.png").resize((640, 90)).save(picture, exif=_turned())
         (snippet,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
         assert len([line for line in snippet.splitlines() if line and "import" not in line]) <= 10
         code = snippet + "\nimport sys; assert 'torch' not in sys.modules"
@@ -278,10 +311,55 @@ def test_names_that_markdown_or_html_would_read_stay_names(at_trained, tmp_path)
     content = torch.load(at_trained / "checkpoints" / "best.ckpt", weights_only=True)
     content["metadata"]["class_names"] = ["a|b *c*", "<script>", "größe\n大"]
     torch.save(content, tmp_path / "odd.ckpt")
-    assert cli.main(["export", str(tmp_path / "odd.ckpt"), "--out", str(tmp_path / "b")]) == 0
+    with (tmp_path / "split.csv").open("w", newline="", encoding="utf-8") as stream:
+        picture = Path("photos/red/003.png").resolve()
+        csv.writer(stream).writerows([("path", "label", "split"), (picture, "größe\n大", "val")])
+    Path(tmp_path / "bob's_cells").symlink_to(Path("photos").resolve())
+    arguments = ["--out", str(tmp_path / "b"), "--data", str(tmp_path / "bob's_cells")]
+    assert cli.main(["export", str(tmp_path / "odd.ckpt"), *arguments]) == 0
     text = (tmp_path / "b" / "README.md").read_text(encoding="utf-8")
     assert "shows: a\\|b \\*c\\*, &lt;script&gt;, größe 大." in text
+    assert "| größe 大 | 0 | 1 | 0 |" in text
     assert load(tmp_path / "b").class_names == ["a|b *c*", "<script>", "größe\n大"]
+
+
+def test_card_is_called_after_the_data_however_the_run_is_named(lively, trained, tmp_path, monkeypatch):
+    run = shutil.copytree(lively, tmp_path / "runs" / "solar_cells" / "version_0")
+    run.with_name("version_0").parent.parent.joinpath("latest").symlink_to(run)
+    for place, given, number in ((tmp_path, "runs/latest", 0), (run, ".", 1), (tmp_path, str(run), 2)):
+        monkeypatch.chdir(place)
+        out = str(tmp_path / str(number))
+        assert cli.main(["export", given, "--out", out, "--data", str(trained / "photos")]) == 0
+        assert Path(out, "README.md").read_text().startswith("# solar\\_cells: squeezenet1\\_1\n")
+
+
+def test_without_its_split_the_pictures_are_dealt_out_as_in_training_and_it_is_said(
+    lively, at_trained, tmp_path, capsys
+):
+    content = torch.load(lively / "checkpoints" / "best.ckpt", weights_only=True)
+    root = content["metadata"]["config"]["data"]["root"]
+    chosen = {}
+    for seed in (0, 1):
+        content["metadata"]["config"]["data"]["split_seed"] = seed
+        made = manifest.load(Path(root), seed=seed)
+        expected = {str(Path(root, made.paths[row])) for row in made.rows("val").tolist()}
+        found = parity.validation(tmp_path, content["metadata"], None)
+        assert set(found.paths) == expected
+        chosen[seed] = expected
+        assert "it may have learned from some of these val pictures" in capsys.readouterr().out
+    assert chosen[0] != chosen[1]
+    parity.validation(lively, content["metadata"], None)
+    assert "learned from" not in capsys.readouterr().out
+
+
+def test_pictures_of_other_classes_are_refused(lively, packed, at_trained, tmp_path, refused):
+    """None would be answered rightly, by 32 bits as by 8."""
+    make_pictures(tmp_path / "others", {"left": 10, "right": 10})
+    shutil.copy(lively / "checkpoints" / "best.ckpt", tmp_path / "alone.ckpt")
+    for verb in (["export", str(tmp_path / "alone.ckpt"), "--quantize", "int8"], ["report", str(packed)]):
+        said = refused(*verb, "--data", str(tmp_path / "others"), "--out", str(tmp_path / "out"))
+        assert "are of other classes (left, right) than the network knows (blue, green, red)" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_pictures_that_are_gone_or_elsewhere(at_trained, tmp_path, monkeypatch, refused):
@@ -308,9 +386,32 @@ def test_pictures_that_have_moved_are_found_by_data(at_trained, tmp_path, monkey
     assert "12 validation pictures of moved" in capsys.readouterr().out
 
 
+def test_damaged_checkpoint_of_a_tested_run_is_named(lively, at_trained, tmp_path, refused):
+    file = shutil.copytree(lively, tmp_path / "run") / "checkpoints" / "best.ckpt"
+    calibration.write(file, 2.0, {})
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert "best.ckpt is damaged" in refused("export", str(file))
+    assert not (tmp_path / "run" / "bundle").exists()
+
+
+def test_weights_of_less_precision_are_brought_to_32_bits(lively, at_trained, tmp_path):
+    content = torch.load(lively / "checkpoints" / "best.ckpt", weights_only=True)
+    state = content["state_dict"]
+    content["state_dict"] = {k: t.bfloat16() if t.is_floating_point() else t for k, t in state.items()}
+    torch.save(content, tmp_path / "less.ckpt")
+    assert cli.main(["export", str(tmp_path / "less.ckpt")]) == 0
+    exact = np.array([one.probabilities for one in load(lively).predict(pictures())])
+    for path in ("less.ckpt", "bundle"):
+        found = np.array([one.probabilities for one in load(tmp_path / path).predict(pictures())])
+        assert np.abs(found - exact).max() < 0.05
+
+
 def test_mistakes_are_told_in_a_sentence(at_trained, packed, tmp_path, refused, monkeypatch):
     assert "bundle exists" in refused("export", str(at_trained), "--out", str(packed))
     assert "no checkpoint none.ckpt" in refused("export", "none.ckpt")
+    assert "is a bundle, no checkpoint" in refused("export", str(packed))
+    assert "File name too long" in refused("export", "x" * 300)
+    assert "File name too long" in refused("export", str(at_trained), "--data", "x" * 300)
     assert "--quantize is int4" in refused("export", str(at_trained), "--quantize", "int4")
     assert "no folder" in refused("export", str(at_trained), "--out", str(tmp_path / "no" / "b"))
     monkeypatch.setattr(convert, "LIBRARIES", ("onnx", "no_such_library"))

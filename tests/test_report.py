@@ -213,18 +213,59 @@ def test_runs_side_by_side_show_differences_of_pairs(run):
 
 
 def test_bundle_is_reported_by_its_own_answers(packed, at_trained, tmp_path, refused):
-    shutil.copytree(packed, tmp_path / "bundle")
-    assert cli.main(["report", str(tmp_path / "bundle"), "--data", "photos", "--out", str(tmp_path / "page.html")]) == 0
-    table = results.read(tmp_path / "bundle" / "predictions.csv")
+    folder, out = tmp_path / "bundle", tmp_path / "page.html"
+    shutil.copytree(packed, folder)
+    shutil.copy(at_trained / "split.csv", tmp_path)
+    before = sorted(folder.iterdir())
+    assert cli.main(["report", str(folder), "--data", "photos", "--out", str(out)]) == 0
+    assert sorted(folder.iterdir()) == before  # whoever has a predictions.csv there keeps it
+    table = results.of_bundle(folder, load(folder), "photos").test
     assert len(table.paths) == 24
-    (made,) = load(tmp_path / "bundle").predict(table.paths[3:4])
+    (made,) = load(folder).predict(table.paths[3:4])
     assert made.probabilities == pytest.approx(tuple(table.probabilities[3]), abs=1e-8)
-    text = Page(tmp_path / "page.html").text
+    text = Page(out).text
     assert f"{100 * table.sample(None).figures()['accuracy']:.1f} %" in text
-    calibrated = load(tmp_path / "bundle").metadata["calibrated"]
+    assert "Measured on 24 test pictures." in text
+    assert "learned from some" not in text
+    assert "what speaks for the answer (Grad-CAM)" in text
+    calibrated = load(folder).metadata["calibrated"]
     assert ("The temperature" if calibrated else "No temperature is built in") in text
     assert "test pictures of" in refused("report", str(tmp_path / "bundle"), "--data", "nowhere")
     assert "--data is for bundles" in refused("report", str(at_trained), "--data", "photos")
+    (tmp_path / "split.csv").unlink()
+    assert cli.main(["report", str(folder), "--data", "photos"]) == 0
+    assert "it may have learned from some of these test pictures" in Page(folder / "report.html").text
+
+
+def test_bundle_stands_beside_its_run(run, refused):
+    assert cli.main(["export", str(run)]) == 0
+    assert cli.main(["report", str(run), "--compare", str(run / "bundle"), "--out", "both.html"]) == 0
+    text = " ".join(Page(Path("both.html")).text.split())
+    assert "photos/version_0" in text
+    assert "version_0/bundle" in text
+    assert re.search(r"accuracy\s*([\d.]+ %)\s*\1\s*\+0\.0 \[\+0\.0, \+0\.0\]", text)
+
+
+def test_validation_pictures_are_measured_where_the_run_cannot_be_written(run, capsys, monkeypatch):
+    (run / "val_predictions.csv").unlink()
+    write = results.predictions.write
+
+    def refuse(file, *rest):
+        if file.parent == run:
+            raise OSError(30, "Read-only file system", str(file))
+        write(file, *rest)
+
+    monkeypatch.setattr(results.predictions, "write", refuse)
+    assert cli.main(["report", str(run), "--out", "page.html"]) == 0
+    assert "val_predictions.csv cannot be written: Read-only file system" in capsys.readouterr().err
+    assert "a temperature fitted on the validation pictures" in Page(Path("page.html")).text
+
+
+def test_split_that_is_another_programs_is_refused_in_a_sentence(packed, at_trained, tmp_path, refused):
+    shutil.copytree(packed, tmp_path / "bundle")
+    (tmp_path / "split.csv").write_text("file,fold\na.png,1\n")
+    said = refused("report", str(tmp_path / "bundle"), "--data", "photos")
+    assert "split.csv has no column label, path, split; it has file, fold" in said
 
 
 def test_runs_that_cannot_be_compared_are_refused(run, refused):

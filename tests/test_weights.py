@@ -1,6 +1,8 @@
 """Where a network's weights come from: published files, checkpoints, state dicts; and what is refused."""
 
+import json
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,21 @@ def test_safetensors_are_read(tmp_path):
     (tmp_path / "it.safetensors").write_bytes(b"nothing of the kind")
     with pytest.raises(UserError, match="damaged"):
         weights.start("squeezenet1_1", ["a", "b"], str(tmp_path / "it.safetensors"))
+
+
+def test_bundles_weights_bring_their_classes_and_pixel_scale(packed, at_trained, tmp_path):
+    made = shutil.copytree(packed, tmp_path / "bundle")
+    config = json.loads((made / "config.json").read_text()) | {"mean": [0.1, 0.2, 0.3]}
+    (made / "config.json").write_text(json.dumps(config))
+    for given in (made, made / "model.safetensors"):
+        ours, note = weights.start("squeezenet1_1", ["blue", "green", "red"], str(given))
+        assert "head included" in note
+        assert ours[0].mean.flatten().tolist() == pytest.approx([25.5, 51.0, 76.5])
+        _, note = weights.start("squeezenet1_1", ["cat", "cow", "dog"], str(given))
+        assert "the head is new: the weights have blue, green, red, the data cat, cow, dog" in note
+    (made / "config.json").write_text('{"architectures": ["others"]}')
+    _, note = weights.start("squeezenet1_1", ["cat", "cow", "dog"], str(made / "model.safetensors"))
+    assert "head included" in note
 
 
 def test_without_a_connection_the_file_and_its_folder_are_named(hub, photos, refused):

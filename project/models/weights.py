@@ -1,5 +1,6 @@
 """Where a network's weights start: random, published ones, or a file; nothing is ever unpickled."""
 
+import json
 import pickle
 import re
 import zipfile
@@ -45,7 +46,7 @@ def start(name: str, class_names: Sequence[str], weights: str) -> tuple[nn.Seque
         name: Of the network.
         class_names: K names.
         weights: `none`, `DEFAULT` or another name of published ones, or a file: a checkpoint of this project (or its
-            run's folder), a state dict or safetensors.
+            run's folder), a state dict or safetensors (or the folder of a bundle).
 
     Returns:
         Normalize ► network, and a sentence on what was taken; empty for `none`.
@@ -56,8 +57,9 @@ def start(name: str, class_names: Sequence[str], weights: str) -> tuple[nn.Seque
     if weights == "none":
         return models.build(name, len(class_names)), ""
     file = Path(weights)
-    if file.is_dir():  # a run's
-        file = file / "checkpoints" / "best.ckpt"
+    if file.is_dir():  # a bundle's or a run's
+        bundled = file / "model.safetensors"
+        file = bundled if bundled.is_file() else file / "checkpoints" / "best.ckpt"
     given = from_file(file) if file.suffix in FILES or file.is_file() else published(name, weights)
     if given.model not in (None, name):
         raise UserError(
@@ -170,8 +172,10 @@ def from_file(file: Path) -> Weights:
     """
     if not file.is_file():
         raise UserError(f"There are no weights {file}; give a file, or DEFAULT.")
+    keys = ("mean", "std", "class_names", "model")
     if file.suffix == ".safetensors":
-        return Weights(_safetensors(file), str(file))
+        known = _described(file.with_name("config.json"), keys)
+        return Weights(_safetensors(file), str(file), *(known.get(key) for key in keys))
     content = read(file)
     metadata = content.get("metadata") if isinstance(content, dict) else None
     known = metadata if isinstance(metadata, dict) else {}
@@ -179,7 +183,6 @@ def from_file(file: Path) -> Weights:
         content = content[inner]
     if not isinstance(content, dict) or not content or not all(isinstance(t, Tensor) for t in content.values()):
         raise UserError(f"{file} holds no weights by name; give a checkpoint, a state dict or safetensors.")
-    keys = ("mean", "std", "class_names", "model")
     return Weights(content, str(file), *(known.get(key) for key in keys))
 
 
@@ -232,6 +235,15 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # its own kind of error, which the package does not export in every version
         raise UserError(f"{file} is damaged or not in the safetensors format.") from error
     return tensors
+
+
+def _described(file: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """What a bundle's config.json says of the weights beside it; nothing where the file is another's."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) and set(keys) <= set(content) else {}
 
 
 def _renamed(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
