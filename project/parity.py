@@ -101,12 +101,12 @@ def ask(predictor: Predictor, pictures: Labelled, batch_size: int) -> Answers:
     return Answers(np.array([one.probabilities for one, _ in answered]), sum(right) / len(right))
 
 
-def side_by_side(*runs: Callable[[], Any], rounds: int = 20) -> list[float]:
-    """Seconds that each takes, the median of so many rounds in which they take turns, after three that warm up."""
+def side_by_side(*runs: Callable[[], Any], rounds: int = 20, warm_up: int = 3) -> list[float]:
+    """Seconds that each takes, the median of so many rounds in which they take turns, after some that warm up."""
     seconds: list[list[float]] = [[] for _ in runs]
-    for _ in range(rounds + 3):
+    for _ in range(warm_up + rounds):
         for run, mine in zip(runs, seconds, strict=True):
             start = time.perf_counter()
             run()
             mine.append(time.perf_counter() - start)
-    return [statistics.median(mine[3:]) for mine in seconds]
+    return [statistics.median(mine[warm_up:]) for mine in seconds]

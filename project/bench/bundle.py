@@ -1,6 +1,9 @@
 """How fast a bundle answers, beside PyTorch: python -m project.cli bench bundle."""
 
+import functools
 import itertools
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -8,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from project import bundle, checkpoint, convert, models
+from project import bundle, checkpoint, convert, models, parity
+from project.bench.pictures import make_photographs
 from project.data.workers import usable_cores
 from project.predictor import Predictor
 
@@ -27,7 +31,9 @@ def measure(image_size: int, count: int, rounds: int, scratch: Path) -> dict[str
         scratch: A folder for the bundles.
     """
     convert.require_libraries()
-    contestants = _contestants(image_size, scratch)
+    network, folders = make(image_size, scratch)
+    contestants: dict[str, Predictor] = {"PyTorch": network}
+    contestants |= {f"ONNX Runtime, {name}": bundle.Bundle(folder) for name, folder in folders.items()}
     print(
         f"{MODEL}, {image_size} px, pixels to probabilities, {usable_cores()} threads; in turn, {rounds} rounds of "
         f"{count} pictures (p99 of fewer than 100 batches is nearly the slowest)\n"
@@ -52,15 +58,34 @@ def measure(image_size: int, count: int, rounds: int, scratch: Path) -> dict[str
             ratio = speed / result["PyTorch"][str(size)]["pictures_per_second"]
             print(f"{name:24}  {size:5}  {1e3 * middle:7.1f}  {1e3 * slow:7.1f}  {speed:10,.0f}  {ratio:6.2f}")
         print()
+    saved = _saved(network, scratch / "best.ckpt")
+    result["start"] = dict(zip(contestants, _starts([saved, *folders.values()], rounds, scratch), strict=True))
+    print("predict of one picture, from the command to its end")
+    for name, median in result["start"].items():
+        print(f"{name:24}  {median:5.2f} s  {result['start']['PyTorch'] / median:6.2f}")
     return result
 
 
-def _contestants(image_size: int, scratch: Path) -> dict[str, Predictor]:
-    network, folders = make(image_size, scratch)
-    return {"PyTorch": network} | {f"ONNX Runtime, {name}": bundle.Bundle(place) for name, place in folders.items()}
+def _starts(places: list[Path], rounds: int, scratch: Path) -> list[float]:
+    """Seconds that the verb predict takes for one picture, by what it is given; a process of its own each time."""
+    (picture,) = make_photographs(scratch / "photo", 1).rglob("*.jpg")
+    command = [sys.executable, "-m", "project.cli", "predict"]
+    runs = [
+        functools.partial(
+            subprocess.run, [*command, place, picture, "--out", "-"], check=True, stdout=subprocess.DEVNULL
+        )
+        for place in places
+    ]
+    return parity.side_by_side(*runs, rounds=rounds, warm_up=1)
 
 
-def make(image_size: int, scratch: Path) -> tuple[Predictor, dict[str, Path]]:
+def _saved(network: checkpoint.Network, file: Path) -> Path:
+    weights = {f"network.{name}": tensor for name, tensor in network.network.state_dict().items()}
+    torch.save({checkpoint.METADATA: network.metadata, "state_dict": weights}, file)
+    return file
+
+
+def make(image_size: int, scratch: Path) -> tuple[checkpoint.Network, dict[str, Path]]:
     """A network of random weights and its bundles by precision: how long an answer takes does not depend on them."""
     half = [0.5, 0.5, 0.5]
     metadata = {
