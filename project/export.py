@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from project import bundle, calibration, files, parity, runs
+from project.data.images import Pixels
 from project.errors import UserError
 
 LOSS, SMALLER, FASTER = 0.5, 3.0, 1.5  # int8: points of accuracy it may lose, times it must be smaller or faster
@@ -31,8 +32,8 @@ def export(
 
     Args:
         checkpoint: A checkpoint or a run's folder; by default the newest run's best.ckpt.
-        quantize: int8: linear layers with weights of 8 bits, if that costs at most 0.5 points of accuracy on the
-            validation pictures and the file is a third or the speed 1.5-fold.
+        quantize: int8: layers that compute in 8 bits, on scales that training pictures show, if that costs at most 0.5
+            points of accuracy on the validation pictures and the file is a third or the speed 1.5-fold.
         out: The folder to make; must not exist. By default bundle in the run.
         pt2: Write model.pt2 too, for torch.export.load, which runs code from the file: for your own use.
         data: Where the run's pictures are now; by default where they were.
@@ -48,6 +49,7 @@ def export(
     if (temperature := calibration.read(file)) is not None:
         network.temperature = temperature
     pictures = parity.validation(runs.folder_of(file), network.metadata, data)
+    samples = parity.samples(runs.folder_of(file), network, data) if quantize is not None else []
     config = _plain(network.metadata) | {
         "temperature": network.temperature,
         "calibrated": temperature is not None,
@@ -65,8 +67,8 @@ def export(
             del program
             bundle.seal(folder, config)
             config["compared"] = parity.compare(network, bundle.Bundle(folder), pictures)
-            if quantize is not None:
-                config |= _quantized(folder, config, pictures)
+            if samples:
+                config |= _quantized(folder, config, pictures, samples)
             from project import card
 
             card.write(folder / bundle.CARD, file, config)
@@ -78,7 +80,9 @@ def export(
     return 0
 
 
-def _quantized(folder: Path, config: dict[str, Any], pictures: parity.Labelled) -> dict[str, Any]:
+def _quantized(
+    folder: Path, config: dict[str, Any], pictures: parity.Labelled, samples: list[Pixels]
+) -> dict[str, Any]:
     """Makes model.onnx one of 8 bits, if that is worth it; says what was measured.
 
     Returns:
@@ -89,19 +93,22 @@ def _quantized(folder: Path, config: dict[str, Any], pictures: parity.Labelled) 
     model, aside = folder / bundle.MODEL, folder / f"{FULL}.onnx"
     exact = bundle.Bundle(folder)
     model.rename(aside)
-    convert.write_int8(aside, model, convert.described(config, exact.temperature, QUANTIZED))
+    convert.write_int8(aside, model, convert.described(config, exact.temperature, QUANTIZED), samples)
     bundle.seal(folder, config)
     small = bundle.Bundle(folder)
-    right = config["compared"]["accuracy"], parity.ask(small, pictures, batch_size=64).accuracy
-    sizes = aside.stat().st_size, model.stat().st_size
+    answers = [parity.ask(one, pictures, batch_size=64) for one in (exact, small)]
+    right = [one.accuracy for one in answers]
+    difference = float(np.abs(answers[0].probabilities - answers[1].probabilities).max())
+    sizes = [file.stat().st_size for file in (aside, model)]
     image = np.zeros((1, exact.image_size, exact.image_size, 3), np.uint8)
     seconds = parity.side_by_side(lambda: exact.probabilities(image), lambda: small.probabilities(image))
     lost, smaller, faster = 100 * (right[0] - right[1]), sizes[0] / sizes[1], seconds[0] / seconds[1]
     keep = is_worth_it(lost, smaller, faster)
     print(
-        f"int8: accuracy {right[0]:.2%} becomes {right[1]:.2%}, {sizes[0] / 1e6:,.1f} MB become {sizes[1] / 1e6:,.1f} "
-        f"({smaller:.1f} x smaller), {1e3 * seconds[0]:.1f} ms a picture become {1e3 * seconds[1]:.1f} ({faster:.1f} x "
-        f"as fast): {'kept' if keep else 'not worth it, model.onnx stays float32'}"
+        f"int8: accuracy {right[0]:.2%} becomes {right[1]:.2%}, probabilities differ by at most {difference:.2g}, "
+        f"{sizes[0] / 1e6:,.1f} MB become {sizes[1] / 1e6:,.1f} ({smaller:.1f} x smaller), {1e3 * seconds[0]:.1f} ms a "
+        f"picture become {1e3 * seconds[1]:.1f} ({faster:.1f} x as fast): "
+        f"{'kept' if keep else 'not worth it, model.onnx stays float32'}"
     )
     if keep:
         aside.unlink()
@@ -109,7 +116,10 @@ def _quantized(folder: Path, config: dict[str, Any], pictures: parity.Labelled) 
         aside.replace(model)
     measured = [dict(zip((FULL, QUANTIZED), pair, strict=True)) for pair in (right, sizes, seconds)]
     result = dict(zip(("accuracy", "bytes", "seconds_a_picture"), measured, strict=True))
-    return {"precision": QUANTIZED if keep else FULL, "int8": {"kept": keep, **result}}
+    return {
+        "precision": QUANTIZED if keep else FULL,
+        "int8": {"kept": keep, "largest_difference": difference, **result},
+    }
 
 
 def is_worth_it(lost: float, smaller: float, faster: float) -> bool:

@@ -2,7 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,10 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from project import results
+from project.data.images import Pixels
 from project.errors import FailedRun, UserError
 from project.predictor import Predictor
 
 PICTURES = 512  # at most so many are compared: 0.2 points of accuracy each
+SAMPLES = 128  # at most so many show the scales of 8 bits
 CLOSE = 1e-4  # how far two probabilities may be apart that should be the same
 
 
@@ -44,8 +47,7 @@ def validation(run: Path, metadata: dict[str, Any], data: str | None) -> Labelle
         UserError: There are none.
     """
     pairs, root, notice = results.pictures(run, "val", metadata, data)
-    mixed = [pairs[place] for place in np.random.default_rng(0).permutation(len(pairs)).tolist()]
-    there = [(path, label) for path, label in mixed if Path(path).is_file()][:PICTURES]
+    there = _some(pairs, PICTURES)
     if not there:
         raise UserError(
             f"The bundle must be compared with the checkpoint, but none of the {len(pairs):,} validation pictures of "
@@ -54,6 +56,41 @@ def validation(run: Path, metadata: dict[str, Any], data: str | None) -> Labelle
     if notice:
         print(notice)
     return Labelled([path for path, _ in there], [label for _, label in there], f"validation pictures of {root}")
+
+
+def samples(run: Path, network: Predictor, data: str | None) -> list[Pixels]:
+    """A run's training pictures, `SAMPLES` at most, as the network takes them.
+
+    Args:
+        run: Its folder.
+        network: Of its checkpoint.
+        data: As for `validation`.
+
+    Returns:
+        Arrays (B, H, W, 3) uint8, RGB, of 8 pictures or less.
+
+    Raises:
+        UserError: There are none, or none can be read.
+    """
+    pairs, root, _ = results.pictures(run, "train", network.metadata, data)
+    there = [path for path, _ in _some(pairs, SAMPLES)]
+    if not there:
+        raise UserError(
+            f"8 bits need training pictures, which show the scales, but none of the {len(pairs):,} of {run} is in "
+            f"{root}; give the folder of the run's pictures by --data, or leave out --quantize."
+        )
+    batches = list(network.batches(there, batch_size=8))
+    if not (found := [batch.pixels for batch in batches if len(batch.pixels)]):
+        raise UserError(
+            f"None of the {len(there):,} training pictures of {root} can be read: {there[0]}: {batches[0].failed[0]}."
+        )
+    return found
+
+
+def _some(pairs: Sequence[tuple[str, str]], most: int) -> list[tuple[str, str]]:
+    """Those that are there, mixed."""
+    mixed = [pairs[place] for place in np.random.default_rng(0).permutation(len(pairs)).tolist()]
+    return list(islice((pair for pair in mixed if Path(pair[0]).is_file()), most))
 
 
 def compare(network: Predictor, made: Predictor, pictures: Labelled) -> dict[str, Any]:

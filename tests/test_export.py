@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime.quantization
 import pytest
 import safetensors.torch
 import torch
@@ -151,7 +152,7 @@ def test_int8_is_kept_where_it_is_smaller_and_as_accurate(trained, tmp_path, mon
     arguments = ["export", str(tmp_path / "best.ckpt"), "--quantize", "int8"]
     assert cli.main([*arguments, "--out", str(tmp_path / "small")]) == 0
     assert re.search(
-        r"int8: accuracy 90.00% becomes 90.00%, 228\.\d MB become 64\.\d .*: kept", capsys.readouterr().out
+        r"int8: accuracy 90.00% becomes 90.00%, .* 228\.\d MB become 57\.\d .*: kept", capsys.readouterr().out
     )
     assert (tmp_path / "small" / "model.onnx").stat().st_size < 65e6
     made = load(tmp_path / "small")
@@ -163,8 +164,67 @@ def test_int8_is_kept_where_it_is_smaller_and_as_accurate(trained, tmp_path, mon
     assert "8 bits are in `model.onnx`" in (tmp_path / "small" / "README.md").read_text()
 
 
+def test_convolutions_are_of_8_bits_too_and_a_picture_gets_the_same_in_any_batch(
+    lively, at_trained, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(export, "LOSS", 10)  # points: one of 12 pictures is 8
+    assert cli.main(["export", str(lively), "--quantize", "int8", "--out", str(tmp_path / "b")]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"int8: accuracy .*\(3\.\d x smaller\).*: kept", out)
+    assert "8 bits are in `model.onnx`" in (tmp_path / "b" / "README.md").read_text()
+    (said,) = re.findall(r"int8: .* differ by at most (\S+),", out)
+    made, exact = load(tmp_path / "b"), load(lively)
+    alone = np.array([one.probabilities for one in made.predict(pictures(), batch_size=1)])
+    together = np.array([one.probabilities for one in made.predict(pictures(), batch_size=9)])
+    assert np.abs(alone - together).max() < 1e-6
+    others = np.array([one.probabilities for one in exact.predict(pictures())])
+    assert 1e-4 < np.abs(alone - others).max() < 3 * float(said)
+
+
+def training_pictures(run):
+    with (run / "split.csv").open() as file:
+        return [row["path"] for row in csv.DictReader(file) if row["split"] == "train"]
+
+
+def test_scales_of_8_bits_are_of_training_pictures(lively, at_trained, tmp_path, monkeypatch):
+    seen, write = [], convert.write_int8
+
+    def noted(source, file, metadata, samples):
+        seen.extend(picture.tobytes() for batch in samples for picture in batch)
+        write(source, file, metadata, samples)
+
+    monkeypatch.setattr(convert, "write_int8", noted)
+    assert cli.main(["export", str(lively), "--quantize", "int8", "--out", str(tmp_path / "b")]) == 0
+    training = [images.read(Path("photos", path), 32).tobytes() for path in training_pictures(lively)]
+    assert sorted(seen) == sorted(training)
+
+
+def test_int8_needs_training_pictures_and_a_network_that_the_quantizer_knows(
+    lively, at_trained, tmp_path, monkeypatch, refused
+):
+    shutil.copytree("photos", tmp_path / "other")
+    wanted = ["export", str(lively), "--quantize", "int8", "--out", str(tmp_path / "b"), "--data"]
+    training = [tmp_path / "other" / path for path in training_pictures(lively)]
+    for file in training:
+        file.write_bytes(b"no picture")
+    assert f"None of the {len(training)} training pictures" in refused(*wanted, str(tmp_path / "other"))
+    for file in training:
+        file.unlink()
+    said = refused(*wanted, str(tmp_path / "other"))
+    assert f"none of the {len(training)} of" in said
+    assert "leave out --quantize" in said
+
+    def strange(*_, **__):
+        raise ValueError("no rule for Foo\n  more")
+
+    monkeypatch.setattr(onnxruntime.quantization, "quantize_static", strange)
+    said = refused(*wanted, "photos")
+    assert "ONNX Runtime cannot compute the network in 8 bits: no rule for Foo" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
 def test_int8_is_not_kept_where_it_gains_nothing(lively, at_trained, tmp_path, monkeypatch, capsys):
-    """The network is all convolutions."""
+    monkeypatch.setattr(convert, "write_int8", lambda source, file, *_: shutil.copy(source, file))
     monkeypatch.setattr(parity, "side_by_side", lambda *runs: [1.0, 1.0])
     assert cli.main(["export", str(lively), "--quantize", "int8", "--out", str(tmp_path / "b")]) == 0
     assert re.search(r"int8: .*\(1\.0 x smaller\).*not worth it", capsys.readouterr().out)
@@ -172,7 +232,10 @@ def test_int8_is_not_kept_where_it_gains_nothing(lively, at_trained, tmp_path, m
 
 
 def test_int8_is_not_kept_where_it_loses_accuracy(lively, at_trained, tmp_path, monkeypatch, capsys):
-    asked, accuracies = parity.ask, iter((0.99, 0.99, 0.98))  # the checkpoint's, the bundle's, that of 8 bits
+    asked, accuracies = (
+        parity.ask,
+        iter((0.99, 0.99, 0.99, 0.98)),
+    )  # the checkpoint's, the bundle's twice, that of 8 bits
     monkeypatch.setattr(parity, "ask", lambda *a, **k: asked(*a, **k)._replace(accuracy=next(accuracies)))
     monkeypatch.setattr(parity, "side_by_side", lambda *runs: [9.0, 1.0])
     assert cli.main(["export", str(lively), "--quantize", "int8", "--out", str(tmp_path / "b")]) == 0

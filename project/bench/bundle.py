@@ -105,7 +105,8 @@ def make(image_size: int, scratch: Path) -> tuple[checkpoint.Network, dict[str, 
     network = models.build(MODEL, CLASSES).eval()
     program = convert.traced(network, 1.0, image_size)
     convert.write_onnx(program, files["float32"], convert.described(metadata, 1.0, "float32"))
-    convert.write_int8(files["float32"], files["int8"], convert.described(metadata, 1.0, "int8"))
+    samples = np.random.default_rng(0).integers(0, 256, (1, 8, image_size, image_size, 3), np.uint8)
+    convert.write_int8(files["float32"], files["int8"], convert.described(metadata, 1.0, "int8"), samples)
     network.to(memory_format=torch.channels_last)  # as checkpoint.load has it
     for folder in folders.values():
         bundle.seal(folder, config)
