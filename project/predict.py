@@ -114,7 +114,7 @@ class Counts:
             yield prediction
 
     def __str__(self) -> str:
-        return f"{self.labelled:,} pictures labelled, {self.unreadable:,} unreadable"
+        return f"{self.labelled:,} picture{'s' * (self.labelled != 1)} labelled, {self.unreadable:,} unreadable"
 
 
 def _progress(speaks: bool) -> "Progress":

@@ -71,9 +71,7 @@ def _starts(places: list[Path], rounds: int, scratch: Path) -> list[float]:
     (picture,) = make_photographs(scratch / "photo", 1).rglob("*.jpg")
     command = [sys.executable, "-m", "project.cli", "predict"]
     runs = [
-        functools.partial(
-            subprocess.run, [*command, place, picture, "--out", "-"], check=True, stdout=subprocess.DEVNULL
-        )
+        functools.partial(subprocess.run, [*command, place, picture, "--out", "-"], check=True, capture_output=True)
         for place in places
     ]
     return parity.side_by_side(*runs, rounds=rounds, warm_up=1)
