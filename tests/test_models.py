@@ -1,5 +1,7 @@
+import csv
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +72,15 @@ def test_any_torchvision_network_is_built_by_name():
 def test_networks_with_side_outputs_answer_with_logits_alone_while_they_train(name, size):
     image = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     assert models.build(name, 5).train()(image).shape == (2, 5)
+
+
+@pytest.mark.slow
+def test_a_network_made_for_long_trainings_learns_the_digits_in_minutes(workplace):
+    """Its running means would have needed thousands of steps, and validation pictures got the answers of chance."""
+    assert cli.main(["fit", "--model.name", "mobilenet_v3_small", "--trainer.max_epochs", "6"]) == 0
+    with Path("runs/digits/version_0/metrics.csv").open() as file:
+        reached = [float(row["val/accuracy"]) for row in csv.DictReader(file) if row["val/accuracy"]]
+    assert max(reached) > 0.8
 
 
 def test_unknown_network_lists_near_names():
