@@ -75,7 +75,7 @@ def explain(
             _draw_filters(predictor.network, unfinished)
     except OSError as error:
         raise UserError(f"Cannot write --out {out}: {error.strerror or error}; give another folder.") from error
-    print(f"{count:,} pictures explained by {method}, {len(unreadable):,} unreadable: {out}")
+    print(f"{count:,} picture{'s' * (count != 1)} explained by {method}, {len(unreadable):,} unreadable: {out}")
     return 0
 
 
