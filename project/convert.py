@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -97,12 +98,12 @@ def write_onnx(program: torch.export.ExportedProgram, file: Path, metadata: dict
 
 
 def write_int8(source: Path, file: Path, metadata: dict[str, str], samples: Iterable[Pixels]) -> None:
-    """Writes a model whose layers compute in 8 bits, on scales that pictures have shown.
+    """Writes a model whose layers of weights compute in 8 bits, on scales that pictures have shown.
 
     Scales are fixed, so that what a picture gets does not depend on the others of its batch. Weights have a scale a
     channel and one bit less: so the sums of products fit into the 16 bits that some processors have for them, and
     accuracy is the same on all. Linear layers give their sums in 32 bits: the steps of a scale would show in the
-    probabilities.
+    probabilities. So do the products of attention, which have no weights.
 
     Args:
         source: A model in 32 bits.
@@ -112,6 +113,7 @@ def write_int8(source: Path, file: Path, metadata: dict[str, str], samples: Iter
 
     Raises:
         UserError: The quantizer does not know what to do with the network.
+        OSError: There is no room for the file, or for the quantizer's own in the temporary folder.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
@@ -123,6 +125,8 @@ def write_int8(source: Path, file: Path, metadata: dict[str, str], samples: Iter
             return next(self.rest, None)
 
     model, linear = onnx.load(source), ["Gemm", "MatMul"]
+    weights = {tensor.name for tensor in model.graph.initializer}
+    products = [node.name for node in model.graph.node if node.op_type in linear and not weights & set(node.input)]
     # shapes are known and constants folded since it was exported; the quantizer warns where it does not read so
     model.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
     try:
@@ -130,18 +134,20 @@ def write_int8(source: Path, file: Path, metadata: dict[str, str], samples: Iter
             model,
             file,
             Samples(),
-            op_types_to_quantize=["Conv", *linear],
+            op_types_to_quantize=["Conv", "Relu", "Clip", *linear],  # so a scale is of what is left after a ReLU
+            nodes_to_exclude=products,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             per_channel=True,
             reduce_range=True,
             extra_options={
-                "CalibMovingAverage": True,  # one strange picture does not stretch the scales
+                "CalibMovingAverage": True,  # mean extremes of the batches: a strange picture stretches scales less
                 "OpTypesToExcludeOutputQuantization": linear,
             },
         )
-    except OSError:
-        raise
+    except OSError as error:
+        place = tempfile.gettempdir()
+        raise OSError(error.errno, f"{error.strerror} (8 bits need room in {place}, too)") from error
     except Exception as error:  # the quantizer raises many kinds where a graph is strange to it
         raise UserError(f"ONNX Runtime cannot compute the network in 8 bits: {_first_line(error)}") from error
     _save(onnx.load(file), file, metadata)

@@ -2,6 +2,8 @@
 
 import importlib
 import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,16 +92,21 @@ def _quantized(
     """
     from project import convert
 
-    model, aside = folder / bundle.MODEL, folder / f"{FULL}.onnx"
-    exact = bundle.Bundle(folder)
-    model.rename(aside)
-    convert.write_int8(aside, model, convert.described(config, exact.temperature, QUANTIZED), samples)
-    bundle.seal(folder, config)
-    small = bundle.Bundle(folder)
-    answers = [parity.ask(one, pictures, batch_size=64) for one in (exact, small)]
+    model, trial = folder / bundle.MODEL, folder / QUANTIZED
+    trial.mkdir()
+    try:
+        described = convert.described(config, config["temperature"], QUANTIZED)
+        convert.write_int8(model, trial / bundle.MODEL, described, samples)
+        bundle.seal(trial, config)
+        exact, small = bundle.Bundle(folder), bundle.Bundle(trial)
+        answers = [parity.ask(one, pictures, batch_size=64) for one in (exact, small)]
+    except UserError as error:
+        shutil.rmtree(trial)
+        print(f"int8: {str(error).replace(f'{trial}{os.sep}', '').rstrip('.')}; model.onnx stays float32")
+        return {}
     right = [one.accuracy for one in answers]
-    difference = float(np.abs(answers[0].probabilities - answers[1].probabilities).max())
-    sizes = [file.stat().st_size for file in (aside, model)]
+    difference = float(np.nan_to_num(np.abs(answers[0].probabilities - answers[1].probabilities), nan=1.0).max())
+    sizes = [file.stat().st_size for file in (model, trial / bundle.MODEL)]
     image = np.zeros((1, exact.image_size, exact.image_size, 3), np.uint8)
     seconds = parity.side_by_side(lambda: exact.probabilities(image), lambda: small.probabilities(image))
     lost, smaller, faster = 100 * (right[0] - right[1]), sizes[0] / sizes[1], seconds[0] / seconds[1]
@@ -111,9 +118,8 @@ def _quantized(
         f"{'kept' if keep else 'not worth it, model.onnx stays float32'}"
     )
     if keep:
-        aside.unlink()
-    else:
-        aside.replace(model)
+        (trial / bundle.MODEL).replace(model)
+    shutil.rmtree(trial)
     measured = [dict(zip((FULL, QUANTIZED), pair, strict=True)) for pair in (right, sizes, seconds)]
     result = dict(zip(("accuracy", "bytes", "seconds_a_picture"), measured, strict=True))
     return {

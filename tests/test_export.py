@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -142,11 +143,12 @@ def test_a_tie_is_no_other_label_and_a_clear_answer_is():
 def test_int8_is_kept_where_it_is_smaller_and_as_accurate(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     network = models.build("alexnet", 3)
+    _let_answers_differ(network, 64)
     content = torch.load("runs/photos/version_0/checkpoints/best.ckpt", weights_only=True)
     content["metadata"] |= {"model": "alexnet", "image_size": 64}
     content["state_dict"] = {f"network.{key}": value for key, value in network.state_dict().items()}
     torch.save(content, tmp_path / "best.ckpt")
-    # all the same to an untrained network: what counts is the comparison with itself
+    # to an untrained network: what counts is the comparison with itself
     asked = parity.ask
     monkeypatch.setattr(parity, "ask", lambda *a, **k: asked(*a, **k)._replace(accuracy=0.9))
     arguments = ["export", str(tmp_path / "best.ckpt"), "--quantize", "int8"]
@@ -159,8 +161,9 @@ def test_int8_is_kept_where_it_is_smaller_and_as_accurate(trained, tmp_path, mon
     assert made.metadata["precision"] == "int8"
     assert made.metadata["int8"]["kept"]
     exact = checkpoint.load(tmp_path / "small")
-    for one, other in zip(made.predict(pictures(3)), exact.predict(pictures(3)), strict=True):
-        assert np.allclose(one.probabilities, other.probabilities, atol=0.05)
+    found, expected = (np.array([row.probabilities for row in one.predict(pictures())]) for one in (made, exact))
+    assert np.ptp(expected, axis=0).max() > 0.1
+    assert np.abs(found - expected).max() < 0.03
     assert "8 bits are in `model.onnx`" in (tmp_path / "small" / "README.md").read_text()
 
 
@@ -172,13 +175,12 @@ def test_convolutions_are_of_8_bits_too_and_a_picture_gets_the_same_in_any_batch
     out = capsys.readouterr().out
     assert re.search(r"int8: accuracy .*\(3\.\d x smaller\).*: kept", out)
     assert "8 bits are in `model.onnx`" in (tmp_path / "b" / "README.md").read_text()
-    (said,) = re.findall(r"int8: .* differ by at most (\S+),", out)
     made, exact = load(tmp_path / "b"), load(lively)
     alone = np.array([one.probabilities for one in made.predict(pictures(), batch_size=1)])
     together = np.array([one.probabilities for one in made.predict(pictures(), batch_size=9)])
     assert np.abs(alone - together).max() < 1e-6
     others = np.array([one.probabilities for one in exact.predict(pictures())])
-    assert 1e-4 < np.abs(alone - others).max() < 3 * float(said)
+    assert 1e-4 < np.abs(alone - others).max() < 0.1
 
 
 def training_pictures(run):
@@ -199,9 +201,7 @@ def test_scales_of_8_bits_are_of_training_pictures(lively, at_trained, tmp_path,
     assert sorted(seen) == sorted(training)
 
 
-def test_int8_needs_training_pictures_and_a_network_that_the_quantizer_knows(
-    lively, at_trained, tmp_path, monkeypatch, refused
-):
+def test_int8_needs_training_pictures(lively, at_trained, tmp_path, refused):
     shutil.copytree("photos", tmp_path / "other")
     wanted = ["export", str(lively), "--quantize", "int8", "--out", str(tmp_path / "b"), "--data"]
     training = [tmp_path / "other" / path for path in training_pictures(lively)]
@@ -213,14 +213,59 @@ def test_int8_needs_training_pictures_and_a_network_that_the_quantizer_knows(
     said = refused(*wanted, str(tmp_path / "other"))
     assert f"none of the {len(training)} of" in said
     assert "leave out --quantize" in said
-
-    def strange(*_, **__):
-        raise ValueError("no rule for Foo\n  more")
-
-    monkeypatch.setattr(onnxruntime.quantization, "quantize_static", strange)
-    said = refused(*wanted, "photos")
-    assert "ONNX Runtime cannot compute the network in 8 bits: no rule for Foo" in said
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_network_that_the_quantizer_does_not_know_stays_float32(
+    lively, at_trained, tmp_path, monkeypatch, capsys, refused
+):
+    def fails(error):
+        def quantize(*_, **__):
+            raise error
+
+        monkeypatch.setattr(onnxruntime.quantization, "quantize_static", quantize)
+        return ["export", str(lively), "--quantize", "int8", "--out", str(tmp_path / "b")]
+
+    full = refused(*fails(OSError(28, "No space left on device")))
+    assert f"b cannot be written: No space left on device (8 bits need room in {tempfile.gettempdir()}, too)" in full
+    assert cli.main(fails(ValueError("no rule for Foo\n  more"))) == 0
+    said = "int8: ONNX Runtime cannot compute the network in 8 bits: no rule for Foo; model.onnx stays float32\n"
+    assert said in capsys.readouterr().out
+    made = load(tmp_path / "b")
+    assert made.metadata["precision"] == "float32"
+    assert "int8" not in made.metadata
+    assert (tmp_path / "b" / "README.md").is_file()
+    assert not (tmp_path / "b" / "int8").exists()
+
+
+def test_layers_of_weights_compute_in_8_bits_and_the_products_of_attention_do_not(tmp_path):
+    class Attentive(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen, self.head = torch.nn.Conv2d(3, 4, 4, 4), torch.nn.Linear(4, 2)
+            self.key = torch.nn.Linear(4, 4, bias=False)
+
+        def forward(self, image):
+            tokens = self.seen(image / 255).relu().flatten(2).transpose(1, 2)
+            return self.head(((self.key(tokens) @ tokens.transpose(1, 2)).softmax(-1) @ tokens).mean(1))
+
+    convert.write_onnx(convert.traced(Attentive().eval(), 1.0, 16), tmp_path / "exact.onnx", {})
+    samples = np.random.default_rng(0).integers(0, 256, (2, 8, 16, 16, 3), np.uint8)
+    convert.write_int8(tmp_path / "exact.onnx", tmp_path / "small.onnx", {"precision": "int8"}, samples)
+    model = onnx.load(tmp_path / "small.onnx")
+    made_by = {output: node for node in model.graph.node for output in node.output}
+    in_8_bits, exact = [], []
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "Gemm", "MatMul"):
+            kinds = [made_by[name].op_type if name in made_by else "" for name in node.input[:2]]
+            (in_8_bits if kinds == ["DequantizeLinear"] * 2 else exact).append(node.op_type)
+    assert sorted(in_8_bits) == ["Conv", "Gemm", "MatMul"]
+    assert exact == ["MatMul", "MatMul"]
+    assert "Relu" not in {node.op_type for node in model.graph.node}  # the scale of the convolution does it
+    takers = {node.input[0]: node.op_type for node in model.graph.node}
+    linear = [node for node in model.graph.node if node.op_type in ("Gemm", "MatMul")]
+    assert "QuantizeLinear" not in {takers.get(node.output[0]) for node in linear}
+    assert {entry.key: entry.value for entry in model.metadata_props} == {"precision": "int8"}
 
 
 def test_int8_is_not_kept_where_it_gains_nothing(lively, at_trained, tmp_path, monkeypatch, capsys):

@@ -74,6 +74,15 @@ def test_networks_with_side_outputs_answer_with_logits_alone_while_they_train(na
     assert models.build(name, 5).train()(image).shape == (2, 5)
 
 
+def test_running_means_follow_at_least_as_fast_as_by_pytorchs_default():
+    for name in ("mobilenet_v3_small", "mnasnet0_5", "resnet18"):
+        layers = [layer for layer in models.build(name, 3).modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+        assert {layer.momentum for layer in layers} == {0.1}
+    own = torch.nn.Sequential(torch.nn.BatchNorm2d(1, momentum=0.3), torch.nn.BatchNorm2d(1, momentum=None))
+    models._settle(own)
+    assert [layer.momentum for layer in own] == [0.3, None]
+
+
 @pytest.mark.slow
 def test_a_network_made_for_long_trainings_learns_the_digits_in_minutes(workplace):
     """Its running means would have needed thousands of steps, and validation pictures got the answers of chance."""

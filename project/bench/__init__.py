@@ -33,8 +33,9 @@ def bench(
             PyTorch, then what a step of ours consists of. `data`: reading, on one core, with workers, from the cache.
             `predict`: labelling files, beside plain loops over torchvision's network and transforms. `accuracy`:
             seconds to a validation accuracy, beside a usual Lightning loop with its default recipe. `bundle`: AlexNet's
-            answers in PyTorch, and from a bundle in 32 and in 8 bits, for batches of 1, 8 and 64. `serve`: requests a
-            second and their latency with 1, 8 and 64 clients, with batches and one by one.
+            answers in PyTorch, and from a bundle in 32 and in 8 bits, for batches of 1, 8 and 64, then how long
+            `predict` takes for a picture. `serve`: requests a second and their latency with 1, 8 and 64 clients, with
+            batches and one by one.
         root: The pictures, as fit takes them; by default made ones of 475 x 404 pixels, for accuracy the digits.
         count: How many of them; by default 192 for training and bundle, 256 for data and predict. (Accuracy takes all.)
         rounds: How often each is run; by default 3 for training and bundle, 5 for data and predict.

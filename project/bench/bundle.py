@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import os
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import torch
 from project import bundle, checkpoint, convert, models, parity
 from project.bench.pictures import make_photographs
 from project.data.workers import usable_cores
+from project.errors import FailedRun
 from project.predictor import Predictor
 
 MODEL, CLASSES = "alexnet", 10
@@ -22,7 +24,7 @@ WARM_UP = 3  # batches of each size
 
 
 def measure(image_size: int, count: int, rounds: int, scratch: Path) -> dict[str, Any]:
-    """Lets all answer in turn, round after round; prints the table and returns it.
+    """Lets all answer in turn, round after round, then the verb predict; prints the tables and returns them.
 
     Args:
         image_size: Side of the pictures, in pixels.
@@ -59,22 +61,26 @@ def measure(image_size: int, count: int, rounds: int, scratch: Path) -> dict[str
             print(f"{name:24}  {size:5}  {1e3 * middle:7.1f}  {1e3 * slow:7.1f}  {speed:10,.0f}  {ratio:6.2f}")
         print()
     saved = _saved(network, scratch / "best.ckpt")
-    result["start"] = dict(zip(contestants, _starts([saved, *folders.values()], rounds, scratch), strict=True))
+    seconds_of_predict = _predict([saved, *folders.values()], rounds, scratch)
     print("predict of one picture, from the command to its end")
-    for name, median in result["start"].items():
-        print(f"{name:24}  {median:5.2f} s  {result['start']['PyTorch'] / median:6.2f}")
+    for name, median in zip(contestants, seconds_of_predict, strict=True):
+        result[name]["predict_seconds"] = median
+        print(f"{name:24}  {median:5.2f} s  {seconds_of_predict[0] / median:6.2f}")
     return result
 
 
-def _starts(places: list[Path], rounds: int, scratch: Path) -> list[float]:
+def _predict(places: list[Path], rounds: int, scratch: Path) -> list[float]:
     """Seconds that the verb predict takes for one picture, by what it is given; a process of its own each time."""
     (picture,) = make_photographs(scratch / "photo", 1).rglob("*.jpg")
-    command = [sys.executable, "-m", "project.cli", "predict"]
-    runs = [
-        functools.partial(subprocess.run, [*command, place, picture, "--out", "-"], check=True, capture_output=True)
-        for place in places
-    ]
-    return parity.side_by_side(*runs, rounds=rounds, warm_up=1)
+
+    def predict(place: Path) -> None:
+        command = [sys.executable, "-m", "project.cli", "predict", str(place), str(picture), "--out", "-"]
+        on_processor = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # as all of the table
+        made = subprocess.run(command, env=on_processor, capture_output=True, text=True)
+        if made.returncode:
+            raise FailedRun(f"predict {place} fails: {made.stderr.strip()}")
+
+    return parity.side_by_side(*(functools.partial(predict, place) for place in places), rounds=rounds, warm_up=1)
 
 
 def _saved(network: checkpoint.Network, file: Path) -> Path:
