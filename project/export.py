@@ -68,9 +68,10 @@ def export(
                 convert.write_program(program, folder / bundle.PROGRAM)
             del program
             bundle.seal(folder, config)
-            config["compared"] = parity.compare(network, bundle.Bundle(folder), pictures)
+            exact = bundle.Bundle(folder)
+            config["compared"], answers = parity.compare(network, exact, pictures)
             if samples:
-                config |= _quantized(folder, config, pictures, samples)
+                config |= _quantized(folder, config, exact, answers, pictures, samples)
             from project import card
 
             card.write(folder / bundle.CARD, file, config)
@@ -83,7 +84,12 @@ def export(
 
 
 def _quantized(
-    folder: Path, config: dict[str, Any], pictures: parity.Labelled, samples: list[Pixels]
+    folder: Path,
+    config: dict[str, Any],
+    exact: bundle.Bundle,
+    expected: parity.Answers,
+    pictures: parity.Labelled,
+    samples: list[Pixels],
 ) -> dict[str, Any]:
     """Makes model.onnx one of 8 bits, if that is worth it; says what was measured.
 
@@ -98,14 +104,14 @@ def _quantized(
         described = convert.described(config, config["temperature"], QUANTIZED)
         convert.write_int8(model, trial / bundle.MODEL, described, samples)
         bundle.seal(trial, config)
-        exact, small = bundle.Bundle(folder), bundle.Bundle(trial)
-        answers = [parity.ask(one, pictures, batch_size=64) for one in (exact, small)]
+        small = bundle.Bundle(trial)
+        found = parity.ask(small, pictures, batch_size=64)
     except UserError as error:
         shutil.rmtree(trial)
         print(f"int8: {str(error).replace(f'{trial}{os.sep}', '').rstrip('.')}; model.onnx stays float32")
         return {}
-    right = [one.accuracy for one in answers]
-    difference = float(np.nan_to_num(np.abs(answers[0].probabilities - answers[1].probabilities), nan=1.0).max())
+    right = expected.accuracy, found.accuracy
+    difference = float(np.nan_to_num(np.abs(expected.probabilities - found.probabilities), nan=1.0).max())
     sizes = [file.stat().st_size for file in (model, trial / bundle.MODEL)]
     image = np.zeros((1, exact.image_size, exact.image_size, 3), np.uint8)
     seconds = parity.side_by_side(lambda: exact.probabilities(image), lambda: small.probabilities(image))

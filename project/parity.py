@@ -93,11 +93,14 @@ def _some(pairs: Sequence[tuple[str, str]], most: int) -> list[tuple[str, str]]:
     return list(islice((pair for pair in mixed if Path(pair[0]).is_file()), most))
 
 
-def compare(network: Predictor, made: Predictor, pictures: Labelled) -> dict[str, Any]:
+def compare(network: Predictor, made: Predictor, pictures: Labelled) -> tuple[dict[str, Any], Answers]:
     """Asks both for the same files, and says how far they are apart.
 
     A label counts as another one only where the first predictor has more than `CLOSE` between the two classes: which
     of two equal probabilities is the larger is chance.
+
+    Returns:
+        What was measured, and the answers of the first.
 
     Raises:
         FailedRun: The answers differ.
@@ -121,7 +124,7 @@ def compare(network: Predictor, made: Predictor, pictures: Labelled) -> dict[str
         f"{f' ({ties:,} of them a tie)' if ties else ''}, probabilities differ by at most {largest:.2g}"
     )
     measured = {"largest_difference": largest, "accuracy": expected.accuracy, "ties": ties}
-    return {"pictures": len(rows), "of": pictures.source, **measured}
+    return {"pictures": len(rows), "of": pictures.source, **measured}, expected
 
 
 def ask(predictor: Predictor, pictures: Labelled, batch_size: int) -> Answers:
