@@ -394,6 +394,30 @@ def test_who_reads_slowly_gets_all_and_who_does_not_is_given_up_even_at_the_end(
         assert len(held) < 8 * size
 
 
+def test_who_is_connected_when_the_end_begins_is_answered(model, monkeypatch):
+    held, ends = [], server.Server.shutdown
+
+    def connect(loop):
+        """Someone new in each turn of the loop, until nobody is let in any more."""
+        with contextlib.suppress(ConnectionRefusedError):
+            held.append(socket.create_connection(("127.0.0.1", port), timeout=10))
+            held[-1].sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            loop.call_soon(connect, loop)
+
+    async def shutdown(self, sockets=None):
+        for _ in range(3):
+            connect(asyncio.get_running_loop())
+        await ends(self, sockets)
+
+    monkeypatch.setattr(server.Server, "shutdown", shutdown)
+    with serving(model) as port:
+        pass
+    assert len(held) >= 3
+    for connection in held:
+        with connection:
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200 OK")
+
+
 def with_small_buffers(connection_made):
     """Makes the system hold little of what is not read."""
 

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from types import FrameType
 
 import uvicorn
@@ -19,7 +19,7 @@ from project.serve.limits import LARGEST_HEAD, Guard
 
 PATIENCE = 10  # seconds until the head of a request must be there, and that an unused or unread connection is kept
 MOST_CONNECTIONS = 500
-LINGER = 0.5  # seconds in which connections that are open at the end may still ask
+LINGER = 1  # seconds in which connections that are open at the end may still ask
 
 
 class Protocol(H11Protocol):
@@ -116,12 +116,27 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Takes no new connections; those that are open get their answers, and are told that these are the last."""
         self._guard.is_ending = True
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)  # connections that have arrived are taken in
-        for server in self.servers:
+        arrived = [connection for listening in sockets or [] for connection in _arrived(listening)]
+        for server in self.servers:  # at once: who comes in between is lost
             server.close()
-        await asyncio.sleep(LINGER)
+        loop = asyncio.get_running_loop()
+        for connection in arrived:
+            await loop.connect_accepted_socket(self._protocol, connection)
+        until = loop.time() + LINGER
+        await asyncio.sleep(0.1)  # those that are just being taken are no connections yet
+        while self.server_state.connections and loop.time() < until:
+            await asyncio.sleep(0.02)
         await super().shutdown(sockets)
+
+    def _protocol(self) -> Protocol:
+        return Protocol(self.config, self.server_state, self.lifespan.state)
+
+
+def _arrived(listening: socket.socket) -> Iterator[socket.socket]:
+    """Connections that the system has made and nobody has taken: closing the socket would reset them."""
+    with contextlib.suppress(OSError):  # no more of them, or no more of them may be held
+        while True:
+            yield listening.accept()[0]
 
 
 def make(app: FastAPI, settings: Settings) -> Server:
