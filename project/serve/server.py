@@ -124,7 +124,7 @@ class Server(uvicorn.Server):
             await loop.connect_accepted_socket(self._protocol, connection)
         until = loop.time() + LINGER
         await asyncio.sleep(0.1)  # those that are just being taken are no connections yet
-        while self.server_state.connections and loop.time() < until:
+        while self.server_state.connections and loop.time() < until and not self.force_exit:
             await asyncio.sleep(0.02)
         await super().shutdown(sockets)
 
