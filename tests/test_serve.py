@@ -405,6 +405,8 @@ def test_who_is_connected_when_the_end_begins_is_answered(model, monkeypatch):
             loop.call_soon(connect, loop)
 
     async def shutdown(self, sockets=None):
+        with socket.create_connection(("127.0.0.1", port)) as gone:
+            gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         for _ in range(3):
             connect(asyncio.get_running_loop())
         await ends(self, sockets)

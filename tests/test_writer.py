@@ -37,7 +37,13 @@ def slow(monkeypatch):
     return go_on
 
 
-def test_last_is_in_place_and_the_one_before_stays_beside_it(workplace):
+@pytest.mark.parametrize("has_links", [True, False], ids=["hard links", "no hard links"])
+def test_last_is_in_place_and_the_one_before_stays_beside_it(workplace, monkeypatch, has_links):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    if not has_links:
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
     saver = CheckpointWriter()
     for number in range(3):
         saver.save_checkpoint(content(number), "run/last.ckpt")
@@ -156,14 +162,6 @@ def test_disk_that_gives_back_something_else_is_noticed_before_the_old_one_goes(
     assert read("last.ckpt") == 1
     assert os.listdir() == ["last.ckpt"]
     assert "does not give back what was written" in capsys.readouterr().out
-
-
-def test_file_system_without_hard_links_keeps_the_one_before_all_the_same(workplace, monkeypatch):
-    def refuse(*_):
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(Path, "hardlink_to", refuse)
-    test_last_is_in_place_and_the_one_before_stays_beside_it(workplace)
 
 
 def test_removed_checkpoint_does_not_come_back(workplace, slow):

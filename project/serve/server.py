@@ -121,7 +121,8 @@ class Server(uvicorn.Server):
             server.close()
         loop = asyncio.get_running_loop()
         for connection in arrived:
-            await loop.connect_accepted_socket(self._protocol, connection)
+            with contextlib.suppress(OSError):  # it has gone again
+                await loop.connect_accepted_socket(self._protocol, connection)
         until = loop.time() + LINGER
         await asyncio.sleep(0.1)  # those that are just being taken are no connections yet
         while self.server_state.connections and loop.time() < until and not self.force_exit:
