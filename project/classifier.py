@@ -1,5 +1,6 @@
 """Classifier: the network with its loss, metrics and optimiser. Change the loss or the optimiser here."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -136,9 +137,20 @@ class Classifier(LightningModule):
         """Compiles the network, where that is wished and possible."""
         if not self.compiled:
             return
+        trainer: Any = self.trainer
+        rows = max(2, trainer.datamodule.batch_size // trainer.world_size)
+        image = torch.zeros(rows, 3, self.image_size, self.image_size, dtype=torch.uint8, device=self.device)
+        image = image.to(memory_format=torch.channels_last)
+        # a copy is tried first, with its gradients: where its code cannot be built, the network itself is as it was;
+        # what could be built is in the compiler's cache
+        trial = copy.deepcopy(self.network)
         try:
-            # something small first, which meets a missing compiler as well
-            torch.compile(torch.nn.Softplus())(torch.zeros(2, device=self.device))
+            trial.compile()
+            with trainer.precision_plugin.forward_context():
+                loss = trial(image).sum()
+            loss.backward()
+            with trainer.precision_plugin.forward_context(), torch.inference_mode():
+                trial.eval()(image)
         except Exception as error:  # compilers and their drivers fail in many ways
             reason = str(error).strip().splitlines()[0]
             self.print(f"--model.compile does not work here, going on without: {reason}")

@@ -1,5 +1,6 @@
 """What the tests share: a small made folder of pictures, and runs of a small network on it."""
 
+import csv
 import errno
 import os
 import shutil
@@ -13,13 +14,20 @@ import torch
 import torchvision
 from PIL import Image
 
-from project import cli
+from project import cli, models
+from project.data import images
 
 pytest.register_assert_rewrite("tests.same_run")
+# No test may depend on the course of a training: TEST_SEED=7 OMP_NUM_THREADS=2 make test gives every fit another one.
+SEED = ["--seed_everything", os.environ["TEST_SEED"]] if "TEST_SEED" in os.environ else []
 SMALL = ["--model.name", "squeezenet1_1", "--data.image_size", "32", "--data.workers", "0", "--data.batch_size", "8"]
-torch.set_num_threads(
-    1
-)  # the networks of the tests are so small that threads wait for each other longer than they work
+SMALL += SEED
+# Its last ReLU leaves SqueezeNet without a gradient from many a start; what has to learn takes this network, which also
+# is without dropout and batch norm.
+ALIVE = ["--model.name", "timm/test_convnext"]
+# the networks of the tests are so small that threads wait for each other longer than they work
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
+torch.set_num_threads(THREADS)
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}
 
 
@@ -76,16 +84,57 @@ def at_trained(trained, monkeypatch):
 
 @pytest.fixture(scope="session")
 def lively(trained, tmp_path_factory):
-    """A copy of the finished run with a last layer by which its answers are right, and differ between pictures."""
+    """A copy of the finished run with another network, which was not trained but made: all its answers are right."""
     run = tmp_path_factory.mktemp("lively") / "runs" / "photos" / "version_0"
     shutil.copytree(trained / "runs" / "photos" / "version_0", run)
     content = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
-    head = "network.1.classifier.1.weight"
-    shape = content["state_dict"][head].shape
-    random = torch.randn(shape, generator=torch.Generator().manual_seed(9)) / 20
-    content["state_dict"][head] = random[[1, 0, 2]]
+    network = network_that_knows_colours(trained / "photos").state_dict()
+    content["state_dict"] = {f"network.{key}": tensor for key, tensor in network.items()}
     torch.save(content, run / "checkpoints" / "best.ckpt")
     return run
+
+
+def network_that_knows_colours(photos: Path) -> torch.nn.Module:
+    """A random network with a head that gives the mean features of each class the logits of `wanted`.
+
+    No course of a training decides what it answers: the right class with 0.5 to 0.8, and no two pictures alike.
+    """
+    wanted = torch.tensor([[2.0, 0.3, 0.6], [0.6, 2.0, 0.3], [0.3, 0.6, 2.0]])
+    torch.manual_seed(0)
+    network = models.build("squeezenet1_1", 3).eval()
+    files = [file for name in sorted(COLOURS) for file in sorted((photos / name).iterdir())]
+    image = torch.from_numpy(np.stack([images.read(file, 32) for file in files])).permute(0, 3, 1, 2)
+    head = network[1].classifier[1]
+    with torch.no_grad():
+        features = network[1].features(network[0](image)).flatten(1).view(3, len(files) // 3, -1).mean(dim=1)
+        weight = (wanted - wanted.mean(dim=0)).T @ torch.linalg.pinv(features - features.mean(dim=0)).T
+        head.weight.copy_(weight[:, :, None, None])
+        head.bias.copy_(wanted.mean(dim=0) - weight @ features.mean(dim=0))
+    return network
+
+
+def mislabel(photos: Path, split: Path) -> None:
+    """Every third validation and test picture shows what is blue, so that not all of its labels are right."""
+    with split.open() as stream:
+        hard = [row["path"] for row in csv.DictReader(stream) if row["split"] in ("val", "test")][::3]
+    blue = [file.read_bytes() for file in sorted((photos / "blue").iterdir())]
+    for number, path in enumerate(hard):
+        if "blue" not in path:
+            (photos / path).write_bytes(blue[number])
+
+
+@pytest.fixture(scope="session")
+def tested(trained, lively, tmp_path_factory):
+    """A folder with photos/, of which some labels are wrong, and a tested run; copy what you change."""
+    place = tmp_path_factory.mktemp("tested")
+    shutil.copytree(trained / "photos", place / "photos")
+    run = shutil.copytree(lively, place / "runs" / "photos" / "version_0")
+    run.parent.with_name("latest").symlink_to(Path("photos", run.name))
+    mislabel(place / "photos", run / "split.csv")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        assert cli.main(["test"]) == 0
+    return place
 
 
 @pytest.fixture(scope="session")
@@ -167,6 +216,34 @@ def browser(tmp_path):
 
 
 @pytest.fixture
+def scripted(monkeypatch):
+    """Has fits follow a script: the probability of the true class in training and in validation, an epoch each.
+
+    With `always`, that class has it, whatever is true. Loss, figures and all that looks at them are real; the gradients
+    are 0, so the weights stay as they are.
+    """
+
+    def follow(train: list[float], val: list[float], always: int | None = None) -> None:
+        from project.classifier import Classifier
+
+        step = Classifier._step
+
+        def by_script(self, batch, split):
+            share, classes = (train if split == "train" else val)[self.trainer.current_epoch], len(self.class_names)
+            answer = batch.label if always is None else torch.full_like(batch.label, always)
+            probability = torch.full((len(answer), classes), (1 - share) / (classes - 1))
+            probability[torch.arange(len(answer)), answer] = share
+            hook = self.network.register_forward_hook(lambda _, __, logits: logits * 0 + probability.log())
+            made = step(self, batch, split)
+            hook.remove()
+            return made
+
+        monkeypatch.setattr(Classifier, "_step", by_script)
+
+    return follow
+
+
+@pytest.fixture
 def refused(capsys):
     """Runs a command that must end with exit code 2 and one sentence, which is returned."""
 
@@ -184,12 +261,9 @@ def refused(capsys):
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(request):
-    """These networks are so small that threads wait for each other longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(before if request.node.get_closest_marker("slow") else 1)
-    yield
-    torch.set_num_threads(before)
+def _threads():
+    """As many for every test, whatever the one before has set."""
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(autouse=True)

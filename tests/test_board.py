@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from project import answers, cli, figures, projector
 from project.data.dataset import ImageDataset
-from tests.conftest import COLOURS, SMALL, make_pictures
+from tests.conftest import ALIVE, COLOURS, SEED, SMALL, make_pictures
 from tests.same_run import checkpoint
 
 FIT = ["fit", "--data.root", "photos", *SMALL, "--trainer.max_epochs", "2"]
@@ -88,14 +88,14 @@ def test_every_validation_has_figures_of_each_class_and_the_last_one_is_drawn(at
         assert not [column for column in next(csv.reader(stream)) if column.startswith(("val_class", "speed"))]
 
 
-def test_validations_are_drawn_while_there_is_time_for_it(photos, monkeypatch):
+def test_validations_are_drawn_while_there_is_time_for_it(photos, scripted, monkeypatch):
+    """Those with the lowest loss so far, and the last one."""
     monkeypatch.setattr(answers, "SHARE", math.inf)
-    assert cli.main([*FIT, "--trainer.max_epochs", "4", "--model.lr", "0.001"]) == 0
+    scripted(train=[0.5] * 5, val=[0.4, 0.6, 0.5, 0.7, 0.6])
+    assert cli.main([*FIT, "--trainer.max_epochs", "5"]) == 0
     shown = events(RUN)
-    losses = [(point.value, point.step) for point in shown.Scalars("val/loss")]
-    lowest = {step for place, (loss, step) in enumerate(losses) if all(loss < old for old, _ in losses[:place])}
-    assert len(lowest) > 1
-    assert [image.step for image in shown.Images("val/samples")] == sorted(lowest | {losses[-1][1]})
+    steps = [point.step for point in shown.Scalars("val/loss")]
+    assert [image.step for image in shown.Images("val/samples")] == [steps[epoch] for epoch in (0, 1, 3, 4)]
 
 
 def test_the_projector_has_a_point_a_label_and_a_thumbnail_for_each_picture(at_trained):
@@ -168,16 +168,17 @@ def test_nothing_is_kept_or_written_without_a_logger(photos):
 
 
 def test_histograms_are_of_every_layer_once_an_epoch_and_change_nothing(photos):
-    assert cli.main(FIT) == cli.main([*FIT, "--histograms", "true"]) == 0
+    fit = [*FIT, *ALIVE]
+    assert cli.main(fit) == cli.main([*fit, "--histograms", "true"]) == 0
     other = RUN.with_name("version_1")
     shown = events(other)
     weights = checkpoint(other)["state_dict"]
     layers = {key.removeprefix("network.") for key in weights if not key.endswith(("mean", "std"))}
     assert set(shown.Tags()["histograms"]) == {f"{kind}/{name}" for kind in ("weights", "gradients") for name in layers}
-    assert [h.step for h in shown.Histograms("weights/1.classifier.1.weight")] == [9, 19]
+    assert [h.step for h in shown.Histograms("weights/1.head.fc.weight")] == [9, 19]
     assert all(torch.equal(value, weights[key]) for key, value in checkpoint(RUN)["state_dict"].items())
-    drawn = shown.Histograms("gradients/1.classifier.1.weight")[-1].histogram_value
-    assert drawn.num == weights["network.1.classifier.1.weight"].numel()
+    drawn = shown.Histograms("gradients/1.head.fc.weight")[-1].histogram_value
+    assert drawn.num == weights["network.1.head.fc.weight"].numel()
     assert drawn.sum_squares > 0
 
 
@@ -198,7 +199,7 @@ def test_cost_of_what_is_shown_is_known(workplace):
     profiler = {"": "SimpleProfiler", ".dirpath": ".", ".filename": "cost"}
     options = [word for key, value in profiler.items() for word in (f"--trainer.profiler{key}", value)]
     started = time.monotonic()
-    assert cli.main(["fit", *options]) == 0
+    assert cli.main(["fit", *options, *SEED]) == 0
     total = time.monotonic() - started
     spent = {}
     for line in Path("fit-cost.txt").read_text().splitlines():
@@ -212,9 +213,10 @@ def test_cost_of_what_is_shown_is_known(workplace):
 
 
 @pytest.fixture
-def board(photos):
+def board(photos, scripted):
     """A real TensorBoard on a run with everything in it; its address."""
-    assert cli.main([*FIT, "--trainer.max_epochs", "5", "--model.lr", "1e-9", "--histograms", "true"]) == 0
+    scripted(train=[1 / 3] * 5, val=[0.4, 0.5, 0.6, 0.7, 0.8])
+    assert cli.main([*FIT, "--trainer.max_epochs", "5", "--histograms", "true"]) == 0
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

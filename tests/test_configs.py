@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from project import cli
-from tests.conftest import SMALL, put_in_cache
+from tests.conftest import SEED, SMALL, put_in_cache
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -51,7 +51,7 @@ def claimed(head):
 def test_the_result_in_the_header_is_what_comes_out(name, workplace, capsys):
     config = next(c for c in CONFIGS if c.stem == name)
     split, accuracy = claimed(config.read_text())
-    assert cli.main(["fit", "--config", str(config), "--name", name]) == 0
+    assert cli.main(["fit", "--config", str(config), "--name", name, *SEED]) == 0
     capsys.readouterr()
     if split == "test":
         assert cli.main(["test"]) == 0

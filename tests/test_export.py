@@ -18,11 +18,12 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from sklearn import metrics as reference
 
 from project import bundle, calibration, checkpoint, cli, convert, export, load, models, parity
 from project.data import images, manifest
 from project.errors import FailedRun, UserError
-from tests.conftest import full_disk, make_pictures
+from tests.conftest import full_disk, make_pictures, mislabel
 
 
 def pictures(count=9):
@@ -378,14 +379,14 @@ def _turned():
 def test_card_has_the_runs_figures_with_intervals(lively, trained, tmp_path, monkeypatch):
     run = shutil.copytree(lively, tmp_path / "runs" / "photos" / "version_0")
     shutil.copytree(trained / "photos", tmp_path / "photos")
+    mislabel(tmp_path / "photos", run / "split.csv")
     monkeypatch.chdir(tmp_path)
     assert cli.main(["test", "--ckpt_path", str(run)]) == 0
     assert cli.main(["export", str(run)]) == 0
     text = (run / "bundle" / "README.md").read_text()
     measured = json.loads((run / "test_metrics.json").read_text())
     assert f"| accuracy | {100 * measured['test/accuracy']:.1f} % |" in text
-    assert f"| AUROC | {measured['test/auroc']:.3f} |" in text
-    # test has found a temperature, which is in the bundle, and in the loss
+    # test has found a temperature, which is in the bundle, in the loss, and in the order of different pictures' answers
     assert f"divided by {calibration.read(run / 'checkpoints' / 'best.ckpt'):.3f}" in text
     made = load(run / "bundle").predict([str(file) for file, _ in _tested(run)])
     own = [
@@ -393,6 +394,10 @@ def test_card_has_the_runs_figures_with_intervals(lively, trained, tmp_path, mon
         for one, (_, label) in zip(made, _tested(run), strict=True)
     ]
     assert f"| loss | {-np.mean(np.log(own)):.3f} |" in text
+    answers = np.array([one.probabilities for one in made], dtype=np.float64)
+    answers /= answers.sum(axis=1, keepdims=True)
+    area = reference.roc_auc_score([label for _, label in _tested(run)], answers, multi_class="ovr")
+    assert f"| AUROC | {area:.3f} |" in text
     assert re.search(r"\| accuracy \| [\d.]+ % \| [\d.]+ to [\d.]+ % \|", text)
     assert "On 24 test pictures" in text
     assert "| red | 28 | 4 | 8 |" in text

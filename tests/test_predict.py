@@ -250,16 +250,16 @@ def test_csv_files_say_what_the_pictures_are(at_trained, tmp_path):
     assert [row["true"] for row in rows_of(out)] == ["red", "", "", "green", ""]
 
 
-def test_likeliest_classes_are_printed_a_line_a_picture(at_trained, tmp_path, capsys):
+def test_likeliest_classes_are_printed_a_line_a_picture(lively, at_trained, tmp_path, capsys):
     source = Path("photos/red/000.png")
     (tmp_path / "two\nlines.png").write_bytes(source.read_bytes())
     (tmp_path / "bad.png").write_bytes(b"")
     names = [str(source), str(tmp_path / "bad.png"), str(tmp_path / "two\nlines.png")]
-    (made,) = load(at_trained).predict([source])
+    (made,) = load(lively).predict([source])
     order = sorted(zip(made.probabilities, ("blue", "green", "red"), strict=True), key=lambda pair: -pair[0])
     for top, out in ((2, "2.csv"), (99, "99.csv")):
         capsys.readouterr()
-        assert cli.main(["predict", str(at_trained), *names, "--top", str(top), "--out", str(tmp_path / out)]) == 0
+        assert cli.main(["predict", str(lively), *names, "--top", str(top), "--out", str(tmp_path / out)]) == 0
         captured = capsys.readouterr()
         said = ", ".join(f"{name} {probability:.4f}" for probability, name in order[:top])
         assert captured.out.splitlines() == [
@@ -272,14 +272,14 @@ def test_likeliest_classes_are_printed_a_line_a_picture(at_trained, tmp_path, ca
 
 
 @pytest.mark.parametrize("option", ["--min-confidence", "--min_confidence"])
-def test_what_is_below_the_confidence_is_marked_and_keeps_its_label(at_trained, tmp_path, option):
+def test_what_is_below_the_confidence_is_marked_and_keeps_its_label(lively, at_trained, tmp_path, option):
     (tmp_path / "bad.png").write_bytes(b"")
     plain, out = tmp_path / "plain.csv", tmp_path / "out.csv"
     pictures = ["photos", str(tmp_path / "bad.png")]
-    assert cli.main(["predict", str(at_trained), *pictures, "--out", str(plain)]) == 0
+    assert cli.main(["predict", str(lively), *pictures, "--out", str(plain)]) == 0
     highest = sorted(float(row["probability"]) for row in rows_of(plain)[:-1])
     least = (highest[40] + highest[41]) / 2
-    assert cli.main(["predict", str(at_trained), *pictures, "--out", str(out), f"{option}={least}"]) == 0
+    assert cli.main(["predict", str(lively), *pictures, "--out", str(out), f"{option}={least}"]) == 0
     rows = rows_of(out)
     assert list(rows[0])[:6] == ["path", "true", "label", "probability", "error", "abstained"]
     assert [row["abstained"] for row in rows[:-1]] == [
@@ -290,9 +290,9 @@ def test_what_is_below_the_confidence_is_marked_and_keeps_its_label(at_trained, 
     assert [row.pop("abstained") and row for row in rows[:-1]] == rows_of(plain)[:-1]
 
 
-def test_options_of_the_predictor_reach_it(at_trained, tmp_path):
+def test_options_of_the_predictor_reach_it(lively, at_trained, tmp_path):
     checkpoint = tmp_path / "best.ckpt"
-    checkpoint.write_bytes((at_trained / "checkpoints" / "best.ckpt").read_bytes())
+    checkpoint.write_bytes((lively / "checkpoints" / "best.ckpt").read_bytes())
     calibration.write(checkpoint, 3.0, {})
     expected = load(checkpoint, calibrated=True).predict(["photos/red/000.png"], tta=True)[0].probabilities
     out = tmp_path / "o.csv"

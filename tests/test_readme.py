@@ -94,9 +94,9 @@ def test_links_lead_somewhere():
         assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
-def test_a_run_leaves_what_the_tree_shows(at_trained):
-    cli.main(["test", "--ckpt_path", str(at_trained)])
+def test_a_run_leaves_what_the_tree_shows(tested):
+    run = tested / "runs" / "photos" / "version_0"
     tree = next(block for block in blocks("") if block.startswith("runs/"))
     shown = {line.split()[0] for line in tree.splitlines()[1:]}
-    there = {str(f.relative_to(at_trained)) for f in at_trained.rglob("*") if f.is_file()}
+    there = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()}
     assert {re.sub(r"tfevents.*", "tfevents…", name) for name in there} == shown

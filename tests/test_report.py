@@ -20,7 +20,7 @@ from sklearn import metrics as reference
 
 from project import calibration, cli, comparison, figures, gallery, load, page, results, runs
 from project.scores import Sample
-from tests.conftest import COLOURS, SMALL, make_pictures
+from tests.conftest import COLOURS, SMALL, make_pictures, mislabel
 
 
 class Page(HTMLParser):
@@ -47,23 +47,6 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if not self.open or self.open[-1] != "style":
             self.text += data
-
-
-@pytest.fixture(scope="module")
-def tested(trained, tmp_path_factory):
-    """A folder with photos/, some of them spoilt so that not all is right, and a tested run."""
-    place = tmp_path_factory.mktemp("tested")
-    shutil.copytree(trained, place, dirs_exist_ok=True, symlinks=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        with Path("runs/photos/version_0/split.csv").open() as stream:
-            hard = [row["path"] for row in csv.DictReader(stream) if row["split"] in ("val", "test")][::3]
-        other = sorted(Path("photos/blue").iterdir())
-        for number, path in enumerate(hard):
-            if "blue" not in path:
-                shutil.copy(other[number], Path("photos") / path)
-        assert cli.main(["test"]) == 0
-    return place
 
 
 @pytest.fixture
@@ -212,10 +195,13 @@ def test_runs_side_by_side_show_differences_of_pairs(run):
     assert "photos/version_1" in text
 
 
-def test_bundle_is_reported_by_its_own_answers(packed, at_trained, tmp_path, refused):
+def test_bundle_is_reported_by_its_own_answers(packed, at_trained, tmp_path, monkeypatch, refused):
     folder, out = tmp_path / "bundle", tmp_path / "page.html"
     shutil.copytree(packed, folder)
     shutil.copy(at_trained / "split.csv", tmp_path)
+    shutil.copytree("photos", tmp_path / "photos")
+    mislabel(tmp_path / "photos", tmp_path / "split.csv")
+    monkeypatch.chdir(tmp_path)
     before = sorted(folder.iterdir())
     assert cli.main(["report", str(folder), "--data", "photos", "--out", str(out)]) == 0
     assert sorted(folder.iterdir()) == before  # whoever has a predictions.csv there keeps it

@@ -18,7 +18,7 @@ from project import callbacks, cli, runs
 from project.classifier import Classifier, lr_factor
 from project.data import manifest
 from project.data.dataset import Batch
-from tests.conftest import COLOURS, SMALL, make_pictures
+from tests.conftest import ALIVE, COLOURS, SMALL, make_pictures
 
 FIT = ["fit", "--data.root", "photos", *SMALL, "--trainer.max_epochs", "1"]
 
@@ -117,8 +117,10 @@ def test_fast_dev_run_writes_nothing(photos):
 # learning
 
 
-def test_small_network_learns_colours(at_trained):
-    assert checkpoint_of(at_trained)["metadata"]["metrics"]["val/accuracy"] > 0.6
+def test_small_network_learns_colours(photos):
+    """Which a third of the epochs would be enough for, from any start."""
+    assert cli.main([*FIT, *ALIVE, "--trainer.max_epochs", "3", "--model.lr", "0.001"]) == 0
+    assert checkpoint_of(Path("runs/photos/version_0"))["metadata"]["metrics"]["val/accuracy"] > 0.9
 
 
 def test_learning_rate_is_a_pure_function_of_the_step():
@@ -175,7 +177,8 @@ def test_fit_with_mixed_pictures(photos, mix):
     assert cli.main([*FIT, "--model.mix", mix, "--trainer.max_epochs", "2"]) == 0
     rows = [row for row in read_csv("runs/photos/version_0/metrics.csv") if row["train/accuracy"]]
     assert all(0 <= float(row["train/accuracy"]) <= 1 for row in rows)
-    assert any(float(row["train/accuracy"]) * 80 % 1 for row in rows)  # a mixed picture can be right in part
+    # a mixed picture can be right in part
+    assert any(abs(80 * float(row["train/accuracy"]) - round(80 * float(row["train/accuracy"]))) > 1e-3 for row in rows)
     assert cli.main(["test"]) == 0
 
 
@@ -261,7 +264,7 @@ def test_layers_signature_run_config_command_line(photos, capsys):
     more = ["--ckpt_path", last, "--config", "over.yaml", "--model.warmup", "0.4", "--trainer.max_epochs", "2"]
     assert cli.main(["fit", *more]) == 0
     config = yaml.safe_load(Path("runs/photos/version_1/config.yaml").read_text())
-    assert config["seed_everything"] == 0  # signature
+    assert config["model"]["optimizer"] == "adam"  # signature
     assert config["data"]["batch_size"] == 5  # the run
     assert config["model"]["name"] == "squeezenet1_1"
     assert config["data"]["resize"] == "crop"  # --config
