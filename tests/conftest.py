@@ -25,8 +25,10 @@ SMALL += SEED
 # Its last ReLU leaves SqueezeNet without a gradient from many a start; what has to learn takes this network, which also
 # is without dropout and batch norm.
 ALIVE = ["--model.name", "timm/test_convnext"]
-# the networks of the tests are so small that threads wait for each other longer than they work
-THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
+# The networks of the tests are so small that threads wait for each other longer than they work. Processes that a test
+# starts compute with as many threads as this one, and so to the same bits.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+THREADS = int(os.environ["OMP_NUM_THREADS"])
 torch.set_num_threads(THREADS)
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}
 

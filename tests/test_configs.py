@@ -41,25 +41,28 @@ def test_header_gives_the_command_and_its_result(config):
 
 
 def claimed(head):
-    """The accuracy a header states, 0 to 1, and the split it was measured on."""
-    found = re.search(r"(val|test) accuracy ([\d.]+) %", head)
-    return found and (found[1], float(found[2]) / 100)
+    """What a header says comes out: the figure's name, and its value."""
+    found = re.search(r"(val|test) (accuracy|loss) ([\d.]+)", head)
+    return found and (f"{found[1]}/{found[2]}", float(found[3]) / (100 if found[2] == "accuracy" else 1))
+
+
+# other seeds, and so other processors, gave 0.967 to 0.992 (0 to 11) and 2.14 to 2.26 (0 to 9)
+TOLERANCE = {"test/accuracy": 0.03, "val/loss": 0.15}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["default", "quick"])
-def test_the_result_in_the_header_is_what_comes_out(name, workplace, capsys):
+def test_the_result_in_the_header_is_what_comes_out(name, workplace):
     config = next(c for c in CONFIGS if c.stem == name)
-    split, accuracy = claimed(config.read_text())
+    key, value = claimed(config.read_text())
     assert cli.main(["fit", "--config", str(config), "--name", name, *SEED]) == 0
-    capsys.readouterr()
-    if split == "test":
+    run = Path("runs") / name / "version_0"
+    if key.startswith("test/"):
         assert cli.main(["test"]) == 0
-        measured = json.loads((Path("runs") / name / "version_0" / "test_metrics.json").read_text())["test/accuracy"]
+        measured = json.loads((run / "test_metrics.json").read_text())[key]
     else:
-        rows = csv.DictReader((Path("runs") / name / "version_0" / "metrics.csv").read_text().splitlines())
-        measured = next(float(row["val/accuracy"]) for row in rows if row["val/accuracy"])
-    assert measured == pytest.approx(accuracy, abs=0.02)  # another machine rounds otherwise
+        measured = next(float(row[key]) for row in csv.DictReader((run / "metrics.csv").open()) if row[key])
+    assert measured == pytest.approx(value, abs=TOLERANCE[key])
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.stem)

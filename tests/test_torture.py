@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import COLOURS, SMALL, make_pictures
+from tests.conftest import COLOURS, SMALL, THREADS, make_pictures
 from tests.same_run import assert_the_same
 
 FITS = int(os.environ.get("TORTURE", "6"))
@@ -111,7 +111,7 @@ def fit(folder, options, saboteur):
 
     os.chdir(folder)
     os.setsid()
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     with open("said", "a") as said:  # noqa: PTH123
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
