@@ -51,6 +51,7 @@ TOLERANCE = {"test/accuracy": 0.03, "val/loss": 0.15}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # a slow processor
 @pytest.mark.parametrize("name", ["default", "quick"])
 def test_the_result_in_the_header_is_what_comes_out(name, workplace):
     config = next(c for c in CONFIGS if c.stem == name)

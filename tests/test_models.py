@@ -84,6 +84,7 @@ def test_running_means_follow_at_least_as_fast_as_by_pytorchs_default():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # a slow processor
 def test_a_network_made_for_long_trainings_learns_the_digits_in_minutes(workplace):
     """Its running means would have needed thousands of steps, and validation pictures got the answers of chance."""
     assert cli.main(["fit", "--model.name", "mobilenet_v3_small", "--trainer.max_epochs", "6", *SEED]) == 0
@@ -147,13 +148,16 @@ def test_compiled_networks_checkpoint_is_like_any_other(photos, capsys):
     assert cli.main(["predict", "runs/photos/version_0", "photos/red"]) == 0
 
 
+@pytest.mark.parametrize(
+    "code", ["int8_t", pytest.param("const int8_t", marks=pytest.mark.slow)], ids=["pooling", "its gradient"]
+)
 def test_where_the_network_cannot_be_compiled_the_fit_goes_on_without_and_says_so(
-    photos, capsys, monkeypatch, tmp_path
+    photos, capsys, monkeypatch, tmp_path, code
 ):
-    """By a compiler that builds simple code, and fails at this network's pooling."""
+    """By a compiler that builds simple code, and fails at this network's."""
     compiler = tmp_path / "compiler"
     compiler.write_text(
-        '#!/bin/sh\nfor word in "$@"; do case "$word" in *.cpp) grep -q int8_t "$word" && exit 1;; esac; done\n'
+        f'#!/bin/sh\nfor word in "$@"; do case "$word" in *.cpp) grep -q "{code}" "$word" && exit 1;; esac; done\n'
         'exec g++ "$@"\n'
     )
     compiler.chmod(0o755)
