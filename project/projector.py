@@ -78,9 +78,9 @@ class Projector(Callback):
         batch = data.dataset("val").__getitems__([(0, row) for row in sorted(rows.tolist())])
         place = {row: place for place, row in enumerate(rows.tolist())}
         order = [place[row] for row in batch.row.tolist()]  # without those that cannot be read by now
-        points = principal(features[order], COMPONENTS)
-        if len(order) < 3 or not np.isfinite(points).all():
+        if len(order) < 3 or not np.isfinite(features[order]).all():
             return
+        points = principal(features[order], COMPONENTS)
         names = [" ".join(name.split()) for name in data.class_names]
         lines = ["true\tpredicted\tright"]
         for answer, label in zip(predicted[order], true[order], strict=True):
@@ -114,7 +114,7 @@ class Projector(Callback):
 
 def principal(features: npt.NDArray[np.floating[Any]], components: int) -> npt.NDArray[np.floating[Any]]:
     """Features (N, F) along their first principal components (N, C), at most so many; distances stay, about."""
-    centred = features - features.mean(axis=0)
+    centred = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)  # squares may be beyond float32
     values, vectors = np.linalg.eigh(centred @ centred.T)  # N is small, F may be thousands
     first = np.argsort(-values)[: min(components, features.shape[1])]
     reduced: npt.NDArray[np.floating[Any]] = vectors[:, first] * np.sqrt(np.maximum(values[first], 0))

@@ -18,6 +18,7 @@ from sklearn import metrics as reference
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from project import answers, cli, figures, projector
+from project.classifier import Classifier
 from project.data.dataset import ImageDataset
 from tests.conftest import ALIVE, COLOURS, SEED, SMALL, make_pictures
 from tests.same_run import checkpoint
@@ -126,6 +127,26 @@ def test_principal_components_keep_the_distances():
         matrix -= matrix.mean(axis=0)
     assert np.allclose(features @ features.T, reduced @ reduced.T, atol=1e-6)
     assert np.allclose(reduced[:, 4:], 0, atol=1e-4)
+
+
+def test_principal_components_of_what_a_lost_training_gives_are_finite():
+    features = 1e30 * np.random.default_rng(0).normal(size=(30, 200)).astype(np.float32)
+    lengths = np.linalg.norm((features - features.mean(axis=0)).astype(np.float64), axis=1)
+    assert np.linalg.norm(projector.principal(features, 50), axis=1) == pytest.approx(lengths, rel=1e-3)
+
+
+def test_network_whose_answers_are_no_numbers_costs_the_points_and_not_the_fit(photos, monkeypatch):
+    step = Classifier.validation_step
+
+    def spoilt(self, batch, batch_idx):
+        hook = self.network[1].features.register_forward_hook(lambda _, __, output: output * math.inf)
+        made = step(self, batch, batch_idx)
+        hook.remove()
+        return made
+
+    monkeypatch.setattr(Classifier, "validation_step", spoilt)
+    assert cli.main(FIT) == 0
+    assert not list(RUN.glob("*projector*"))
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,8 @@ def test_the_result_in_the_header_is_what_comes_out(name, workplace):
         assert cli.main(["test"]) == 0
         measured = json.loads((run / "test_metrics.json").read_text())[key]
     else:
-        measured = next(float(row[key]) for row in csv.DictReader((run / "metrics.csv").open()) if row[key])
+        rows = csv.DictReader((run / "metrics.csv").read_text().splitlines())
+        measured = next(float(row[key]) for row in rows if row[key])
     assert measured == pytest.approx(value, abs=TOLERANCE[key])
 
 
