@@ -59,7 +59,8 @@ class Watcher(Callback):
         """Looks for gradients that are not finite, before they reach the weights.
 
         What is not finite anywhere, the loss included, reaches the first layer's gradient on the way back, and after
-        DDP's sum that of every rank; so this one is enough. The CPU looks at once, others every log_every_n_steps.
+        DDP's sum that of every rank; so this one is enough (where a dead ReLU stops it, the epoch's mean loss shows
+        it). The CPU looks at once, others every log_every_n_steps.
         """
         gradient = self._watched.grad
         if gradient is None or trainer.precision == "16-mixed":  # whose scaler meets such gradients and leaves them out
