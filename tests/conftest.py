@@ -26,8 +26,10 @@ SMALL += SEED
 # is without dropout and batch norm.
 ALIVE = ["--model.name", "timm/test_convnext"]
 # The networks of the tests are so small that threads wait for each other longer than they work. Processes that a test
-# starts compute with as many threads as this one, and so to the same bits.
+# starts compute with as many threads as this one, and so to the same bits. Threads that wait give the core away: where
+# more threads than cores spin, two files of tests take over ten minutes instead of three.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of the processes to come, those of pytest -n among them
 THREADS = int(os.environ["OMP_NUM_THREADS"])
 torch.set_num_threads(THREADS)
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}
