@@ -15,7 +15,7 @@ import torchvision
 from PIL import Image
 
 from project import cli, models
-from project.data import images
+from project.data import images, workers
 
 pytest.register_assert_rewrite("tests.same_run")
 # No test may depend on the course of a training: TEST_SEED=7 OMP_NUM_THREADS=2 make test gives every fit another one.
@@ -45,6 +45,12 @@ def make_pictures(root: Path, classes: dict[str, int], seed: int = 0) -> Path:
             pixels = np.clip(random.normal(colour, 30, (30, 40, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(root / name / f"{number:03d}.png")
     return root
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _worker_server():
+    """DataLoaders' workers come from a process that starts here: a test's folder may be gone before it has started."""
+    workers.start_server()
 
 
 @pytest.fixture
