@@ -1,7 +1,7 @@
-# Serves a bundle that `export` has made, without torch:
+# Serves a bundle made by `export`, without torch:
 #   docker build -t classifier .
 #   docker run --rm --stop-timeout 40 -p 127.0.0.1:8000:8000 -v ./runs/latest/bundle:/bundle:ro -e SERVE_TOKEN classifier
-# In 40 seconds requests that have begun are answered (--timeout 30); another port is the first one after -p.
+# 40 seconds are enough to answer accepted requests (--timeout 30). To use another port, change the first number after -p.
 FROM python:3.11-slim
 
 WORKDIR /app

@@ -1,14 +1,14 @@
-# Every target sets up .venv by itself. PYTHON=... chooses a Python, ARGS=... adds options: make fit ARGS="--data.root photos"
+# Every target sets up .venv first. PYTHON=... chooses a Python, ARGS=... adds options: make fit ARGS="--data.root photos"
 PYTHON ?=
 ARGS ?=
 VENV = .venv/bin/python
 
-.PHONY: help install fit test test-slow torture check board bench clean clean-cache core dev
+.PHONY: help install fit test test-slow test-full torture check board bench clean clean-cache core dev
 
-help:  ## these lines
+help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):[^#]*## /make \1\t/' | expand -t 18
 
-install: dev  ## everything, for developing
+install: dev  ## everything, for development
 
 core:
 	@PYTHON="$(PYTHON)" sh scripts/venv.sh core
@@ -24,23 +24,26 @@ check: dev  ## format, lint, types
 	.venv/bin/mypy
 
 test: check  ## check, then the fast tests
-	$(VENV) -m pytest -m "not slow" -n auto --dist loadfile $(ARGS)
+	$(VENV) -m pytest -m "not slow and not full" -n auto --dist loadfile $(ARGS)
 
-test-slow: dev  ## the tests with many processes, a browser and notebooks
-	$(VENV) -m pytest -m slow $(ARGS)
+test-slow: dev  ## tests with several processes, a browser or a notebook
+	$(VENV) -m pytest -m "slow and not full" $(ARGS)
 
-torture: dev  ## forty fits killed at random and resumed until done; 10,000 malformed requests (a quarter of an hour)
-	TORTURE=40 $(VENV) -m pytest tests/test_torture.py tests/test_serving.py tests/test_board.py -k "killed or abuse or cost_of" -s $(ARGS)
+test-full: dev  ## long and rare tests: whole trainings, the notebooks as they are, torture (half an hour)
+	$(VENV) -m pytest -m full $(ARGS)
 
-board: core  ## TensorBoard on runs/; a run of a new name needs a restart
+torture: dev  ## part of test-full: forty fits killed at random and resumed, 10,000 malformed requests (a quarter of an hour)
+	$(VENV) -m pytest -m full -k "killed or abuse" -s $(ARGS)
+
+board: core  ## TensorBoard on runs/; restart it to see a run with a new name
 	@sh scripts/board.sh $(ARGS)
 
-bench: core  ## how fast this machine trains, beside the usual ways
-	$(VENV) -m project.cli bench $(ARGS)
+bench: dev  ## compare with other programs: ARGS=training, reading, predict, serve, bundle or accuracy
+	$(VENV) -m benchmarks $(ARGS)
 
-clean-cache:  ## decoded pictures and kept lists of files; they are made again
+clean-cache:  ## remove decoded images; the next fit decodes them again
 	rm -rf data/cache
 
-clean:  ## caches and the environment; never runs/ or data/
+clean:  ## remove caches and the environment; never runs/ or data/
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find project tests -name __pycache__ -prune -exec rm -rf {} +

@@ -6,7 +6,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from project.predictor import load
+    from project.inference.load import load
 
 __all__ = ["load"]
 __version__ = "0.1.0"
@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from project.predictor import load
+        from project.inference.load import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

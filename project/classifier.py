@@ -1,37 +1,32 @@
-"""Classifier: the network with its loss, metrics and optimiser. Change the loss or the optimiser here."""
+"""Classifier: the network with its loss, metrics and optimiser. Change the loss here, the optimiser in optim.py."""
 
 import copy
-import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat, restricted_number_type
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 from torchvision.transforms import v2
 
-from project import models
-from project.errors import UserError
+from project import models, optim
+from project.batch import Batch
 from project.metrics import Mean, metrics
 from project.models import weights as sources
-from project.models.normalize import Normalize
+from project.models.normalize import BATCH_NORMS, Normalize
 
 if TYPE_CHECKING:
-    from project.data.dataset import Batch
+    Share = float
+else:
+    Share = restricted_number_type("Share", float, [(">=", 0), ("<", 1)])
 
 Mix = Literal["none", "mixup", "cutmix"]
 Freeze = Literal["none", "backbone", "gradual"]
-Rule = Literal["adam", "adamw", "sgd"]
-# the highest learning rate unless told. Adam's usual 1e-3 is known to be too high for AlexNet, which has no batch norm;
-# 0.01 is the one of torchvision's reference recipe for it
-RATES: dict[Rule, float] = {"adam": 3e-4, "adamw": 3e-4, "sgd": 0.01}
-STAGES = 4  # into which `gradual` cuts what is below the head
 # alpha as in torchvision's reference training
 MIXERS: dict[str, Callable[[int], Any]] = {
     "none": lambda _: None,
@@ -41,16 +36,16 @@ MIXERS: dict[str, Callable[[int], Any]] = {
 
 
 class Classifier(LightningModule):
-    """Trains a network to tell classes apart, with cross-entropy and Adam.
+    """Trains a network to classify images, with cross-entropy and Adam.
 
     Args:
         class_names: K names, from the data.
         image_size: Side of the square images, in pixels, from the data.
         name: The network: alexnet, any of torchvision's classification networks, or timm/NAME.
         weights: What it starts from: none (random), DEFAULT or another name of published weights, or a file: a
-            checkpoint of this project, a state dict, safetensors. Of other classes' weights the head is left out.
-        freeze: Transfer learning: backbone trains the head alone; gradual starts with the head, and what is below joins
-            from the top downwards during the first half of the fit.
+            checkpoint of this project, a state dict, safetensors. If the classes differ, the head is re-initialised.
+        freeze: Transfer learning: backbone trains the head alone; gradual starts with the head and unfreezes the
+            layers below from the top downwards during the first half of the fit.
         optimizer: adam, adamw or sgd (with momentum 0.9).
         lr: Highest learning rate; by default 3e-4, for sgd 0.01.
         backbone_lr: Learning rate below the head, as a share of `lr`; by default 0.1 with weights, else 1.
@@ -58,10 +53,10 @@ class Classifier(LightningModule):
         weight_decay: Pull of weights towards 0 at each step; biases and norms have none.
         label_smoothing: Share of the target that is spread over all classes, in training.
         positive: Of two classes, the one that precision, recall and F1 are about; by default the second.
-        mix: Training pictures are blended (mixup, arXiv:1710.09412) or cut and pasted (cutmix, arXiv:1905.04899) in
+        mix: Training images are blended (mixup, arXiv:1710.09412) or cut and pasted (cutmix, arXiv:1905.04899) in
             pairs, their labels likewise: none, mixup or cutmix.
-        compile: Compile the network by torch.compile; where that does not work here, it says so and goes on without.
-        class_weights: What each class weighs in the training loss, from the data; None means the same.
+        compile: Compile the network by torch.compile; if that fails, a message says so and the fit continues without.
+        class_weights: Weight of each class in the training loss, from the data; None means the same.
     """
 
     def __init__(
@@ -71,59 +66,50 @@ class Classifier(LightningModule):
         name: str = "alexnet",
         weights: str = "none",
         freeze: Freeze = "none",
-        optimizer: Rule = "adam",
-        lr: float | None = None,
-        backbone_lr: float | None = None,
-        warmup: float = 0.1,
-        weight_decay: float = 0.0,
-        label_smoothing: float = 0.0,
+        optimizer: optim.Rule = "adam",
+        lr: PositiveFloat | None = None,
+        backbone_lr: PositiveFloat | None = None,
+        warmup: Share = 0.1,
+        weight_decay: NonNegativeFloat = 0.0,
+        label_smoothing: Share = 0.0,
         positive: str | None = None,
         mix: Mix = "none",
         compile: bool = False,
         class_weights: list[float] | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False, ignore="weights")  # in a fit that goes on they are a checkpoint's
-        for option, value, right, range_ in (
-            ("lr", lr, lr is None or lr > 0, "above 0"),
-            ("backbone_lr", backbone_lr, backbone_lr is None or backbone_lr > 0, "above 0"),
-            ("warmup", warmup, 0 <= warmup < 1, "from 0 to below 1"),
-            ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
-            ("label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "from 0 to below 1"),
-        ):
-            if not right:
-                raise UserError(f"--model.{option} is {value}; it must be {range_}.")
+        self.save_hyperparameters(logger=False, ignore="weights")  # when resuming, `weights` is the run's checkpoint
         measured = metrics(class_names, positive)
         self.name, self.class_names, self.image_size = name, class_names, image_size
-        self.rule, self.lr, self.warmup = optimizer, lr if lr is not None else RATES[optimizer], warmup
-        self.backbone_lr = backbone_lr if backbone_lr is not None else 1.0 if weights == "none" else 0.1
-        self.hparams["backbone_lr"] = self.backbone_lr
-        self.weight_decay, self.label_smoothing = weight_decay, label_smoothing
+        self.transfer, self.compiled, self.rule = freeze, compile, optimizer
+        self.lr = float(lr or optim.RATES[optimizer])
+        self.backbone_lr = float(backbone_lr or (1.0 if weights == "none" else 0.1))
+        self.warmup, self.weight_decay, self.label_smoothing = map(float, (warmup, weight_decay, label_smoothing))
+        # plain numbers: jsonargparse's types would be code in a checkpoint
+        plain = {name: float(value) for name, value in self.hparams.items() if isinstance(value, float)}
+        self.hparams.update(plain | {"backbone_lr": self.backbone_lr})
         network, self.weights_note = sources.start(name, class_names, weights)
         self.network = network.to(memory_format=torch.channels_last)
         models.require_size(self.network, name, image_size)
         self.head_name, head = models.head(self.network)
-        self.transfer, self.compiled = freeze, compile
         if freeze == "backbone":
             self.network.requires_grad_(False).eval()
             head.requires_grad_(True)
-        self.batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.network.modules())
+        self.batch_norm = any(isinstance(m, BATCH_NORMS) for m in self.network.modules())
         self.mix = MIXERS[mix](len(class_names))
-        weighed = torch.tensor(class_weights) if class_weights else None
-        self.register_buffer("class_weights", weighed, persistent=False)
+        self.class_weights: Tensor | None
+        self.register_buffer("class_weights", torch.tensor(class_weights) if class_weights else None, persistent=False)
         self.train_loss, self.val_loss, self.test_loss, self.train_accuracy = (Mean() for _ in range(4))
         self.val_metrics, self.test_metrics = measured.clone("val/"), measured.clone("test/")
-        self.class_weights: Tensor | None
-        self.metadata: dict[str, Any] = {}  # what else a checkpoint should say; the command line fills it
+        self.metadata: dict[str, Any] = {}  # further entries of a checkpoint's metadata; the command line fills it
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> Any:
         """Maps images (B, 3, H, W) uint8 to logits (B, K)."""
-        logits: Tensor = self.network(image)
-        return logits
+        return self.network(image)
 
     @property
     def head(self) -> nn.Module:
-        """The layer that makes the logits."""
+        """The layer that computes the logits."""
         return self.network.get_submodule(self.head_name)
 
     def train(self, mode: bool = True) -> "Classifier":
@@ -134,15 +120,14 @@ class Classifier(LightningModule):
         return self
 
     def on_fit_start(self) -> None:
-        """Compiles the network, where that is wished and possible."""
+        """Compiles the network if --model.compile is set and it works here."""
         if not self.compiled:
             return
         trainer: Any = self.trainer
-        rows = max(2, trainer.datamodule.batch_size // trainer.world_size)
-        image = torch.zeros(rows, 3, self.image_size, self.image_size, dtype=torch.uint8, device=self.device)
-        image = image.to(memory_format=torch.channels_last)
-        # a copy is tried first, with its gradients: where its code cannot be built, the network itself is as it was;
-        # what could be built is in the compiler's cache
+        shape = (max(2, trainer.datamodule.batch_size // trainer.world_size), 3, self.image_size, self.image_size)
+        image = torch.zeros(shape, dtype=torch.uint8, device=self.device).to(memory_format=torch.channels_last)
+        # A copy is compiled first, with its gradients: if that fails, the network itself is unchanged; if not, the
+        # code is in the compiler's cache.
         trial = copy.deepcopy(self.network)
         try:
             trial.compile()
@@ -153,19 +138,15 @@ class Classifier(LightningModule):
                 trial.eval()(image)
         except Exception as error:  # compilers and their drivers fail in many ways
             reason = str(error).strip().splitlines()[0]
-            self.print(f"--model.compile does not work here, going on without: {reason}")
+            self.print(f"--model.compile does not work here, continuing without: {reason}")
         else:
             self.network.compile()
 
     def on_train_start(self) -> None:
-        """The rate of the next step is that of this schedule, also where a fit goes on that had fewer epochs."""
-        for schedule in (config.scheduler for config in self.trainer.lr_scheduler_configs):
-            if isinstance(schedule, LambdaLR):  # not that of tune
-                groups = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
-                for group, base, factor in groups:
-                    group["lr"] = base * factor(schedule.last_epoch)
+        for config in self.trainer.lr_scheduler_configs:
+            optim.reset_rates(config.scheduler)
 
-    def training_step(self, batch: "Batch", batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch."""
         loss, _ = self._step(batch, "train")
         self.log_epoch()
@@ -177,28 +158,28 @@ class Classifier(LightningModule):
         return loss
 
     def log_epoch(self) -> None:
-        """Has the figures of the training epoch logged at its end."""
+        """Logs loss and accuracy of the training epoch at its end."""
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
         self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True)
 
     def sums(self) -> list[tuple[Tensor, Tensor]]:
-        """What the training epoch's figures have summed so far, on this rank."""
-        return [metric.sums for metric in (self.train_loss, self.train_accuracy)]
+        """Sum and count of loss and accuracy in the training epoch so far, on this rank."""
+        return [(metric.total, metric.count) for metric in (self.train_loss, self.train_accuracy)]
 
     def take_sums(self, sums: Sequence[tuple[float, float]]) -> None:
-        """Goes on from them."""
-        for metric, pair in zip((self.train_loss, self.train_accuracy), sums, strict=True):
-            metric.sums = pair
+        """Continues an epoch with the sums of a checkpoint."""
+        for metric, (total, count) in zip((self.train_loss, self.train_accuracy), sums, strict=True):
+            metric.update(torch.tensor(total, device=self.device), count)
 
-    def validation_step(self, batch: "Batch", batch_idx: int) -> Tensor:
-        """Adds a batch to the validation figures and returns its probabilities (B, K)."""
-        return self._measure(batch, "val", self.val_metrics)
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Adds a batch to the validation metrics and returns its probabilities (B, K)."""
+        return self._evaluate(batch, "val", self.val_metrics)
 
-    def test_step(self, batch: "Batch", batch_idx: int) -> Tensor:
-        """Adds a batch to the test figures and returns its probabilities (B, K)."""
-        return self._measure(batch, "test", self.test_metrics)
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Adds a batch to the test metrics and returns its probabilities (B, K)."""
+        return self._evaluate(batch, "test", self.test_metrics)
 
-    def _measure(self, batch: "Batch", split: str, measured: MetricCollection) -> Tensor:
+    def _evaluate(self, batch: Batch, split: str, measured: MetricCollection) -> Tensor:
         _, logits = self._step(batch, split)
         probabilities = logits.float().softmax(dim=1)
         if len(batch.label):
@@ -207,69 +188,45 @@ class Classifier(LightningModule):
         self.log_dict(measured)
         return probabilities
 
-    def _step(self, batch: "Batch", split: str) -> tuple[Tensor, Tensor]:
+    def _step(self, batch: Batch, split: str) -> tuple[Tensor, Tensor]:
+        """Loss, a scalar, and logits (B, K) of a batch."""
         target = batch.label  # (B,), when mixed (B, K)
         too_few = self.batch_norm and self.network.training and len(target) < 2
-        if too_few:  # one picture, or none, has no batch statistics
+        if too_few:  # one image, or none, has no batch statistics
             self.network.eval()
-        if batch.image.ndim == 2:  # what the frozen layers make of the pictures, (B, F): see features.py
+        if batch.image.ndim == 2:  # the output of the frozen layers, (B, F): see training/frozen_features.py
             logits: Tensor = self.head(batch.image)
         elif split == "train" and self.mix and len(target):
             image, target = self.mix(self.network[0](batch.image), target)  # after normalising: v2 refuses uint8
             logits = self.network[1](image)
         else:
-            logits = self.network(batch.image)  # (B, K)
+            logits = self.network(batch.image)
         if too_few:
             self.network.train()
+        if not len(target):  # no image could be read; the batch still takes part, so that no rank waits for another
+            return logits.sum(), logits
+        weight, smoothing = (self.class_weights, self.label_smoothing) if split == "train" else (None, 0.0)
+        loss = functional.cross_entropy(logits, target, weight, reduction="sum", label_smoothing=smoothing)
         mean: Mean = getattr(self, f"{split}_loss")
-        if not len(target):  # none of them could be read; it still takes part, so that no rank waits for another
-            loss = logits.sum()
-        else:
-            weight, smoothing = (self.class_weights, self.label_smoothing) if split == "train" else (None, 0.0)
-            loss = functional.cross_entropy(logits, target, weight, reduction="sum", label_smoothing=smoothing)
-            loss = loss / len(target)
-            mean.update(loss.detach(), weight=len(target))
-            if split == "train":
-                self.train_accuracy.update(_right(logits.detach(), target))
-        return loss, logits
+        mean.update(loss.detach(), len(target))
+        if split == "train":
+            self.train_accuracy.update(_right(logits.detach(), target), len(target))
+        return loss / len(target), logits
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Adam, AdamW or SGD; each group's learning rate is a function of the step alone."""
-        # One kernel for all parameters: the step takes 43 ms instead of 504 at 57 M parameters on two cores. Under
-        # 16-mixed it would take the gradients' scaling out only inside the step, after they have been clipped.
-        fused = self.trainer.precision != "16-mixed"
-        total = self.trainer.estimated_stepping_batches
-        groups: list[dict[str, Any]] = []
-        factors: list[Callable[[int], float]] = []
-        for stage, parameters in self._stages():
-            rate = self.lr * (self.backbone_lr if stage else 1)
-            joins = stage / STAGES / 2 if self.transfer == "gradual" else 0.0
-            without = [p for p in parameters if p.ndim <= 1] if self.weight_decay else []  # biases and norms
-            decayed = [p for p in parameters if p.ndim > 1] if self.weight_decay else parameters
-            for name, decay, members in (("", self.weight_decay, decayed), (", no decay", 0.0, without)):
-                if members:
-                    place = f"below {stage}" if stage else "head"
-                    groups.append({"params": members, "lr": rate, "weight_decay": decay, "name": f"{place}{name}"})
-                    factors.append(partial(lr_factor, total=total, warmup=self.warmup, joins=joins))
-        if len(groups) == 1:
-            del groups[0]["name"]
-        optimizer = make_optimizer(self.rule, groups, fused)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "step"}}
-
-    def _stages(self) -> Iterator[tuple[int, list[nn.Parameter]]]:
-        """The trained parameters, the head's as stage 0, then those below it; 1 is the uppermost of `STAGES`."""
-        if self.transfer == "none" and self.backbone_lr == 1:
-            yield 0, list(self.network.parameters())
-            return
-        of_head = list(self.head.parameters())
-        below = [p for p in self.network.parameters() if p.requires_grad and not any(p is other for other in of_head)]
-        yield 0, of_head
-        if self.transfer != "gradual":
-            yield 1, below
-            return
-        for stage in range(STAGES):
-            start, end = (len(below) * part // STAGES for part in (stage, stage + 1))
-            yield STAGES - stage, below[start:end]
+        """The optimiser and its schedule; see optim.py."""
+        return optim.configure(
+            self.network,
+            self.head,
+            rule=self.rule,
+            lr=self.lr,
+            backbone_lr=self.backbone_lr,
+            warmup=self.warmup,
+            weight_decay=self.weight_decay,
+            freeze=self.transfer,
+            total_steps=self.trainer.estimated_stepping_batches,
+            fused=self.trainer.precision != "16-mixed",  # a fused Adam would unscale gradients after they are clipped
+        )
 
     def configure_gradient_clipping(
         self,
@@ -277,7 +234,7 @@ class Classifier(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips here because Lightning refuses to with a fused optimiser under mixed precision."""
+        """Clips here because Lightning 2.6 refuses to with a fused optimiser, also under bf16-mixed."""
         if not gradient_clip_val:
             return
         if gradient_clip_algorithm == "value":
@@ -286,7 +243,7 @@ class Classifier(LightningModule):
             nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what a reader of the checkpoint needs, as plain types."""
+        """Adds the metadata that readers of the checkpoint need, as plain types."""
         normalize = self.network[0]
         assert isinstance(normalize, Normalize)
         checkpoint["metadata"] = self.metadata | {
@@ -300,33 +257,8 @@ class Classifier(LightningModule):
 
 
 def _right(logits: Tensor, target: Tensor) -> Tensor:
-    """How much of each target the likeliest class has right: (B,) of 0 or 1; between them for mixed targets (B, K)."""
+    """Share of the targets, (B,) or when mixed (B, K), that the likeliest classes have, summed over the batch."""
     likeliest = logits.argmax(dim=1)
     if target.ndim == 1:
-        return (likeliest == target).float()
-    return target.gather(1, likeliest[:, None])[:, 0]
-
-
-def make_optimizer(rule: Rule, groups: list[dict[str, Any]], fused: bool) -> Optimizer:
-    """The optimiser of a name, for groups that say their own learning rate and weight decay."""
-    if rule == "sgd":
-        return SGD(groups, momentum=0.9, fused=fused)
-    return (Adam if rule == "adam" else AdamW)(groups, fused=fused)
-
-
-def lr_factor(step: int, total: float, warmup: float, joins: float = 0.0) -> float:
-    """The learning rate's share of its highest value: a linear rise, then half a cosine down to a hundredth.
-
-    Args:
-        step: Optimiser steps made so far.
-        total: Optimiser steps of the whole fit; beyond it, and where it is infinite, the factor stays.
-        warmup: Share of `total` that the rise takes; 100 steps where `total` is infinite.
-        joins: Share of `total` (or of 1,000 steps) before which it is 0.
-    """
-    if step < joins * (total if math.isfinite(total) else 1000):
-        return 0.0
-    rise = max(1.0, warmup * total) if math.isfinite(total) else 100.0
-    if step < rise:
-        return (step + 1) / (rise + 1)
-    done = min(1.0, (step - rise) / max(1.0, total - rise)) if math.isfinite(total) else 0.0
-    return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
+        return (likeliest == target).float().sum()
+    return target.gather(1, likeliest[:, None]).sum()

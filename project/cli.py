@@ -1,34 +1,37 @@
-"""The verbs. Run `python -m project.cli --help`.
+"""The verbs of the command line. Run `python -m project.cli --help`.
 
-The Trainer's verbs go through LightningCLI (training.py); each other verb is a typed function in a file of its own,
+The Trainer's verbs go through LightningCLI (training/cli.py); each other verb is a typed function in a file of its own,
 whose signature is its options and whose docstring is its help. Nothing heavy is imported before a verb needs it.
 """
 
 import importlib
 import io
+import os
 import sys
 
 from project.data import workers
 from project.errors import FailedRun, UserError, did_you_mean
 
 TRAINER_VERBS = {
-    "fit": "train on a folder of pictures (the bundled digits, if none is given)",
-    "validate": "measure a checkpoint on its validation pictures",
-    "test": "measure a checkpoint on its test pictures",
+    "fit": "train on a folder of images (by default the bundled digits)",
+    "validate": "measure a checkpoint on its validation images",
+    "test": "measure a checkpoint on its test images",
     "tune": "find a learning rate and a batch size for fit",
 }
-# verb: its module in project/, which has a function of the verb's name, and what it does
+# verb: its function's module in project/commands/, and what it does
 COMMANDS = {
-    "predict": ("predict", "label pictures with a checkpoint"),
-    "report": ("report", "one page on what a checkpoint has learned"),
-    "explain": ("explain", "draw over pictures where the network sees a class"),
-    "export": ("export", "pack a checkpoint as ONNX and safetensors, checked, with a model card"),
-    "serve": ("serve", "answer over HTTP what is on pictures, with a page for people"),
-    "models": ("models.listing", "list the networks, their size and published accuracy"),
-    "check": ("check", "look through a folder of pictures before training on it"),
-    "bench": ("bench", "measure how fast this machine trains and reads, beside the usual ways"),
+    "predict": "label images with a checkpoint",
+    "report": "write a page about what a checkpoint has learned",
+    "explain": "explain predictions with heat maps",
+    "export": "convert a checkpoint to ONNX and safetensors, verified, with a model card",
+    "serve": "serve predictions over HTTP, with a web page",
+    "models": "list the networks, their size and published accuracy",
+    "check": "check a folder of images before training on it",
+    "bench": "measure how fast this machine trains and reads images",
 }
-VERBS = TRAINER_VERBS | {verb: text for verb, (_, text) in COMMANDS.items()}
+VERBS = TRAINER_VERBS | COMMANDS
+MOVED_BENCHMARKS = ("predict", "accuracy", "bundle", "serve")
+CLOSED_PIPE = 141  # as a shell reports a process that SIGPIPE has ended
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,13 +41,28 @@ def main(argv: list[str] | None = None) -> int:
         argv: The words after the program's name; by default the process's own.
 
     Returns:
-        The exit code: 0 fine, 1 findings or a failed run, 2 the user's mistake, 130 Ctrl-C, 143 SIGTERM.
+        The exit code: 0 success, 1 findings or a failed run, 2 the user's mistake, 130 Ctrl-C, 141 a closed pipe, 143
+        SIGTERM.
     """
-    for stream in (sys.stdout, sys.stderr, sys.stdin):  # a file's name may be no text in this locale
+    for stream in (sys.stdout, sys.stderr, sys.stdin):  # a file name may not be text in this locale
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "backslashreplace")
     try:
-        return _run(sys.argv[1:] if argv is None else argv)
+        code = _exit_code(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # the reader of the output has ended, as `| head` does after some lines
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python exits
+            return CLOSED_PIPE
+        raise
+    return code
+
+
+def _exit_code(argv: list[str]) -> int:
+    try:
+        return _run(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -61,7 +79,10 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     verb, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     if verb in ("-h", "--help"):
-        print(_help())
+        lines = [f"  {name:{max(map(len, VERBS))}}  {text}" for name, text in VERBS.items()]
+        print("\n".join(["usage: python -m project.cli VERB [options]", "", *lines, ""]))
+        print("  fit --data.root DIR          train on your own images: DIR/<class>/*.jpg")
+        print("  VERB --help                  the options of a verb")
         return 0
     if verb.startswith("-"):
         later = next((word for word in rest if word in VERBS), "fit")
@@ -71,32 +92,18 @@ def _run(argv: list[str]) -> int:
     if verb in TRAINER_VERBS:
         if any(word.startswith(("--data.root", "--config")) for word in rest):
             workers.start_server()  # it imports torch while this process imports Lightning
-        from project import training
+        from project.training import cli as trainer_cli
 
         if verb == "tune":
-            from project.tune import Tuning
+            from project.commands.tune import Tuning
 
-            return training.run("fit", rest, Tuning)
-        return training.run(verb, rest)
-    from project import usage
+            return trainer_cli.run("fit", rest, Tuning)
+        return trainer_cli.run(verb, rest)
+    if verb == "bench" and (moved := next((word for word in rest if word in MOVED_BENCHMARKS), None)):
+        raise UserError(f"bench {moved} compares with other programs; in a checkout run: make bench ARGS={moved}")
+    from project import arguments
 
-    module = importlib.import_module(f"project.{COMMANDS[verb][0]}")
-    return usage.call(getattr(module, verb), verb, rest)
-
-
-def _help() -> str:
-    width = max(map(len, VERBS))
-    lines = [f"  {verb:{width}}  {text}" for verb, text in VERBS.items()]
-    return "\n".join(
-        [
-            "usage: python -m project.cli VERB [options]",
-            "",
-            *lines,
-            "",
-            "  fit --data.root DIR          train on your own pictures: DIR/<class>/*.jpg",
-            "  VERB --help                  all options of a verb",
-        ]
-    )
+    return arguments.call(getattr(importlib.import_module(f"project.commands.{verb}"), verb), verb, rest)
 
 
 if __name__ == "__main__":

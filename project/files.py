@@ -7,9 +7,9 @@ import platform
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from project.errors import UserError
 
@@ -17,12 +17,12 @@ _serial = itertools.count()
 
 
 def beside(file: Path) -> Path:
-    """A name for the unfinished `file`, hidden and of its own, in the same folder.
+    """A hidden name for the unfinished `file`, in its folder: a rename is atomic only within one file system.
 
-    Beside its target, because a rename is atomic only within one file system. It names machine and process, so that
-    `sweep` knows when nobody will finish it.
+    The name holds process and machine, by which leftovers of killed processes are recognised; they are removed here.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
+    sweep(file.parent)
     return file.with_name(f".{file.name}.{os.getpid()}@{platform.node()}.{next(_serial)}.tmp")
 
 
@@ -30,97 +30,81 @@ def sweep(folder: Path, mine: bool = False) -> None:
     """Removes what killed processes have left unfinished in a folder.
 
     Args:
-        folder: Looked through, not the folders in it.
-        mine: Nobody else may write here now, so that nothing unfinished will be finished; otherwise only what is of
-            processes of this machine that have ended.
+        folder: Its subfolders are left alone.
+        mine: Remove all unfinished files, as nobody else may write here; otherwise those of this machine's processes
+            that have ended.
     """
     for file in folder.glob(".*.tmp"):
         owner = re.search(r"\.(\d+)@(.+)\.\d+\.tmp$", file.name)
-        if owner and (mine or (owner[2] == platform.node() and not _runs(int(owner[1])))):
-            with contextlib.suppress(OSError):  # another process sweeps too
+        if owner and (mine or (owner[2] == platform.node() and not _is_running(int(owner[1])))):
+            with contextlib.suppress(OSError):  # another process may sweep, too
                 shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
 
 
-def _runs(process: int) -> bool:
-    if os.name != "posix":  # there, signal 0 would end it
-        return True
+def _is_running(process: int) -> bool:
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
+        if os.name == "posix":  # elsewhere, signal 0 would end the process
+            os.kill(process, 0)
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
 def require_new(file: Path, option: str, overwrite: bool | None = None) -> None:
-    """Checks that an output file can be made and is not there yet.
+    """Checks that an output file can be created and does not exist yet.
 
     Args:
         file: The output.
         option: Its name on the command line.
-        overwrite: One that is there may be replaced, if it is a file; None where the verb has no such option.
+        overwrite: Whether an existing file may be replaced; None if the verb has no such option.
 
     Raises:
-        UserError: It cannot, or it is.
+        UserError: The file exists or cannot be created.
     """
     folder = file.absolute().parent
     try:
-        there = os.path.lexists(file)
-        if not there:
-            file.stat()
+        file.lstat()
     except FileNotFoundError:
-        pass
+        if not folder.is_dir():
+            raise UserError(f"There is no folder {folder} for --{option} {file}; make it first.") from None
     except OSError as error:
         raise UserError(f"Cannot write --{option} {file}: {error.strerror}; give another file.") from error
-    if there and overwrite and not file.is_file():
-        raise UserError(f"{file} is not a file, which --overwrite could replace; give another by --{option}.")
-    if there and not overwrite:
-        way_out = "remove it" if overwrite is None else "add --overwrite"
-        raise UserError(f"{file} exists; give another file by --{option}, or {way_out}.")
-    if not folder.is_dir():
-        raise UserError(f"There is no folder {folder} for --{option} {file}; make it first.")
+    else:
+        if not overwrite:
+            way_out = "remove it" if overwrite is None else "add --overwrite"
+            raise UserError(f"{file} exists; give another file by --{option}, or {way_out}.")
+        if not file.is_file():
+            raise UserError(f"{file} is not a file, which --overwrite could replace; give another by --{option}.")
     if not os.access(folder, os.W_OK):
         raise UserError(f"Cannot write into {folder} for --{option} {file}; change its permissions.")
 
 
-def settle(unfinished: Path, file: Path) -> None:
-    """Brings a finished file to the disk, then puts it in its target's place."""
+def replacing(file: Path) -> AbstractContextManager[TextIO]:
+    """Opens a text file (UTF-8, line ends as given) that replaces `file` when the block ends without an error."""
+    return _replacing(file, "w", encoding="utf-8", errors="surrogateescape", newline="")
+
+
+def replacing_bytes(file: Path) -> AbstractContextManager[BinaryIO]:
+    """Opens a binary file that replaces `file` when the block ends without an error."""
+    return _replacing(file, "wb")
+
+
+@contextmanager
+def _replacing(file: Path, mode: str, **options: Any) -> Iterator[Any]:
+    unfinished = beside(file)
     try:
-        with unfinished.open("rb+") as stream:
+        with unfinished.open(mode, **options) as stream:
+            yield stream
+            stream.flush()
             os.fsync(stream.fileno())
         unfinished.replace(file)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def folder_to_disk(folder: Path) -> None:
-    """Returns when the names in a folder are on the disk; where that cannot be asked for, at once."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-@contextmanager
-def replacing(file: Path) -> Iterator[TextIO]:
-    """Opens a text file (UTF-8, line ends as given) that takes `file`'s place when the block ends well."""
-    with _placed(file) as unfinished, unfinished.open("w", encoding="utf-8", errors="surrogateescape", newline="") as f:
-        yield f
-
-
-@contextmanager
-def replacing_bytes(file: Path) -> Iterator[BinaryIO]:
-    """Likewise, for bytes."""
-    with _placed(file) as unfinished, unfinished.open("wb") as stream:
-        yield stream
-
-
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Gives a hidden folder for files, which gets its name when the block ends well; they are on the disk by then."""
+    """Yields a hidden folder for files that is renamed to `folder` when the block ends without an error."""
     unfinished = beside(folder)
     unfinished.mkdir()
     try:
@@ -128,18 +112,16 @@ def new_folder(folder: Path) -> Iterator[Path]:
         for file in unfinished.iterdir():
             with file.open("rb+") as stream:
                 os.fsync(stream.fileno())
-        folder_to_disk(unfinished)
         unfinished.rename(folder)
-        folder_to_disk(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-@contextmanager
-def _placed(file: Path) -> Iterator[Path]:
-    unfinished = beside(file)
-    try:
-        yield unfinished
-        settle(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+def folder_to_disk(folder: Path) -> None:
+    """Returns when the names in a folder are on the disk; at once where the system cannot wait for that."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Which figures are measured: one definition for validation, test and report.
+"""The metrics: one definition for validation, test and report. A further one is one line in `metrics`.
 
 The article's own precision and recall compare a (B, 1) with a (B,) tensor, which broadcasts to (B, B), and its AUC
 ranks a raw logit; tests/test_metrics.py shows what that gives. scikit-learn's definitions are the reference.
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Accuracy, F1Score, MeanMetric, Metric, MetricCollection, Precision, Recall
+from torchmetrics import Accuracy, F1Score, Metric, MetricCollection, Precision, Recall
 from torchmetrics.classification import BinaryAUROC, MulticlassAUROC
 from torchmetrics.functional.classification import binary_auroc
 from torchmetrics.utilities import dim_zero_cat
@@ -20,23 +20,21 @@ from project.errors import UserError
 def metrics(class_names: Sequence[str], positive: str | None = None) -> MetricCollection:
     """Accuracy, precision, recall, F1 and AUROC; update with probabilities (B, K) and label (B,).
 
-    Two classes: binary figures of the positive class. More: accuracy over all pictures, the others macro averages
-    over the classes that occur. AUROC is exact (every prediction is kept).
+    Two classes: binary metrics of the positive class. More: accuracy over all images, the others macro averages
+    over the classes that occur. AUROC is exact (all predictions are stored).
 
     Args:
         class_names: K names.
-        positive: The class that is looked for, of two; by default the second.
+        positive: The positive class of two; by default the second.
 
     Raises:
         UserError: `positive` is not among the names, or there are not two of them.
     """
-    place = positive_index(class_names, positive)
-    # validate_args would look at the values, which waits for the device at every step
-    task: dict[str, Any] = {"validate_args": False}
-    if place is not None:
-        task |= {"task": "binary"}
-        auroc: Metric = PositiveAUROC(validate_args=False)
-    else:
+    index = positive_index(class_names, positive)
+    # validate_args would read the values, which waits for the device at every step
+    task: dict[str, Any] = {"validate_args": False, "task": "binary"}
+    auroc: Metric = PositiveAUROC(validate_args=False)
+    if index is None:
         task |= {"task": "multiclass", "num_classes": len(class_names), "average": "macro"}
         auroc = PresentAUROC(len(class_names), validate_args=False)
     return Probabilities(
@@ -47,12 +45,12 @@ def metrics(class_names: Sequence[str], positive: str | None = None) -> MetricCo
             "f1": F1Score(**task),
             "auroc": auroc,
         },
-        place,
+        index,
     )
 
 
 def positive_index(class_names: Sequence[str], positive: str | None) -> int | None:
-    """Place of the positive class of two; None where there are more than two classes.
+    """Index of the positive class of two; None if there are more classes.
 
     Raises:
         UserError: `positive` is not among the names, or there are not two of them.
@@ -67,7 +65,7 @@ def positive_index(class_names: Sequence[str], positive: str | None) -> int | No
 
 
 class Probabilities(MetricCollection):
-    """A collection that is given all classes' probabilities, also where its members want the positive one's."""
+    """A collection that takes the probabilities of all classes, also if its members take those of the positive one."""
 
     def __init__(self, members: dict[str, Metric | MetricCollection], positive: int | None) -> None:
         super().__init__(members)
@@ -80,27 +78,25 @@ class Probabilities(MetricCollection):
         super().update(probabilities, label)
 
 
-class Mean(MeanMetric):
-    """A weighted mean in which a value that is no number shows.
+class Mean(Metric):
+    """A mean that propagates NaN, which torchmetrics' MeanMetric drops and waits for the device to find."""
 
-    torchmetrics' own leaves such values out, and looks for them at every update, which waits for the device; told not
-    to, it forgets the weights (nan_strategy="disable" in 1.9).
-    """
+    full_state_update = False
+    total: Tensor
+    count: Tensor
 
-    def update(self, value: Tensor, weight: float = 1.0) -> None:  # type: ignore[override]
-        """Adds values of any shape, each of this weight."""
-        self.mean_value = self.mean_value + value.to(self.mean_value.dtype).sum() * weight
-        self.weight = self.weight + weight * value.numel()
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "count"):
+            self.add_state(name, torch.tensor(0.0), dist_reduce_fx="sum")
 
-    @property
-    def sums(self) -> tuple[Tensor, Tensor]:
-        """Sum of weighted values, and of weights; tensors that later updates leave as they are."""
-        return self.mean_value, self.weight
+    def update(self, total: Tensor, count: float) -> None:
+        """Adds the sum of some values and their number; earlier sums stay unchanged, as a checkpoint may hold them."""
+        self.total = self.total + total.to(self.total.dtype)
+        self.count = self.count + count
 
-    @sums.setter
-    def sums(self, sums: tuple[float, float]) -> None:
-        self.mean_value, self.weight = (torch.tensor(number, device=self.device) for number in sums)
-        self._update_count = 1
+    def compute(self) -> Tensor:
+        return self.total / self.count
 
 
 class PresentAUROC(MulticlassAUROC):
@@ -110,7 +106,6 @@ class PresentAUROC(MulticlassAUROC):
     """
 
     def compute(self) -> Tensor:  # type: ignore[override]
-        """The average, a scalar."""
         probabilities, label = dim_zero_cat(self.preds), dim_zero_cat(self.target)
         return torch.stack([_auroc(p, label == c) for c, p in enumerate(probabilities.T)]).nanmean()
 
@@ -119,7 +114,6 @@ class PositiveAUROC(BinaryAUROC):
     """AUROC of the positive class; nan where only one of the two classes occurs (torchmetrics gives 0)."""
 
     def compute(self) -> Tensor:  # type: ignore[override]
-        """The area, a scalar."""
         return _auroc(dim_zero_cat(self.preds), dim_zero_cat(self.target) == 1)
 
 

@@ -1,6 +1,7 @@
-"""Run folders, runs/<name>/version_N: make the next one, hold it while a fit writes, and find a checkpoint in them."""
+"""Run folders, runs/<name>/version_N: make the next one, lock it while a fit writes, read and write its files."""
 
 import contextlib
+import csv
 import json
 import os
 from collections.abc import Callable
@@ -13,22 +14,24 @@ from project.errors import UserError
 ROOT = Path("runs")
 VARIABLE = "PROJECT_RUN"  # hands the run's folder to the processes of other ranks, which run the same command
 STATUS = "status.json"
+METRICS = "metrics.csv"
+Curve = tuple[list[float], list[float]]  # epochs and values
 
 
-class Hold:
-    """A folder that no other fit may write into; the system lets go of it however this process ends.
+class RunLock:
+    """An exclusive lock on a run folder, released by the operating system when the process exits.
 
     Args:
-        folder: Keeps its hold when it is renamed.
+        folder: The run's folder; it may be renamed while it is locked.
 
     Raises:
-        BlockingIOError: Another process holds it.
+        BlockingIOError: Another process holds the lock.
     """
 
     def __init__(self, folder: Path) -> None:
         self._descriptor: int | None = None
         with contextlib.suppress(ImportError):
-            import fcntl  # not to be had on Windows, where two fits of one run are not noticed
+            import fcntl  # Windows has none: two fits of one run are not noticed there
 
             self._descriptor = os.open(folder, os.O_RDONLY)
             try:
@@ -38,68 +41,57 @@ class Hold:
                 raise
 
     def release(self) -> None:
-        """Lets go."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
 
-def claim(name: str, fill: Callable[[Path], None], runs: Path = ROOT) -> tuple[Path, Hold]:
-    """Makes the next runs/<name>/version_N, which appears with its first files in it, and points runs/latest at it.
+def create_run(name: str, fill: Callable[[Path], None], runs: Path = ROOT) -> tuple[Path, RunLock]:
+    """Makes the next runs/<name>/version_N, which appears with its first files in it.
 
     Args:
-        name: Of the folder in `runs`.
+        name: Name of the folder in `runs`.
         fill: Writes the first files into the folder that it is given.
-        runs: Where runs lie.
+        runs: The folder of all runs.
 
     Returns:
-        The run, held.
+        The run's folder and its lock.
 
     Raises:
-        UserError: It cannot be written.
+        UserError: The folder cannot be written.
     """
-    require_name(name)
     try:
         unfinished = files.beside(runs / name / "version")
-        files.sweep(unfinished.parent)
         unfinished.mkdir()
-        hold = Hold(unfinished)
+        lock = RunLock(unfinished)
         fill(unfinished)
         taken = [int(n) for p in (runs / name).glob("version_*") if (n := p.name.removeprefix("version_")).isdigit()]
         number = max(taken, default=-1) + 1
         while True:
             run = runs / name / f"version_{number}"
             try:
-                unfinished.rename(run)  # of two fits that start together, one gets the next number
+                unfinished.rename(run)
                 break
             except OSError:
                 if not run.exists():
                     raise
-                number += 1
-        point_latest(run, runs / "latest")
+                number += 1  # another fit, started at the same time, has this number
     except OSError as error:
         raise UserError(
             f"Cannot write into {runs}/: {error.strerror} ({error.filename}); check its permissions."
         ) from error
     os.environ[VARIABLE] = str(run)
-    return run, hold
+    return run, lock
 
 
 def require_name(name: str) -> None:
-    """Checks that a run can be called this.
-
-    Raises:
-        UserError: It cannot.
-    """
-    if (
-        name in ("", ".", "..", "latest") or Path(name).name != name or {",", ":"} & set(name)
-    ):  # , and : are TensorBoard's
+    """Raises UserError where a run cannot have this name; TensorBoard splits names at `,` and `:`."""
+    if name in ("", ".", "..", "latest") or Path(name).name != name or {",", ":"} & set(name):
         raise UserError(f"A run cannot be called {name!r}; give a name without / , : and other than latest by --name.")
 
 
 def point_latest(run: Path, latest: Path) -> None:
-    """Makes `latest` a link to the run, or a file with its path where there are no links; replaced in one step."""
-    files.sweep(latest.parent)
+    """Replaces `latest` by a link to the run, or by a file with its path where links are not available."""
     unfinished = files.beside(latest)
     target = str(run.relative_to(latest.parent))
     try:
@@ -109,11 +101,8 @@ def point_latest(run: Path, latest: Path) -> None:
     unfinished.replace(latest)
 
 
-def status(run: Path) -> dict[str, Any]:
-    """How the run's last fit stands: its `state`, which is running, stopped, failed or finished, and more.
-
-    A fit that is killed leaves it running.
-    """
+def read_status(run: Path) -> dict[str, Any]:
+    """The status of the run's last fit; its `state` is running (also after a kill), stopped, failed or finished."""
     try:
         content = json.loads((run / STATUS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -121,21 +110,21 @@ def status(run: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def note(run: Path, **news: Any) -> None:
+def write_status(run: Path, **entries: Any) -> None:
     """Changes some entries of a run's status."""
     with files.replacing(run / STATUS) as stream:
-        json.dump(status(run) | news, stream, indent=2)
+        json.dump(read_status(run) | entries, stream, indent=2)
 
 
 def unfinished(runs: Path = ROOT) -> list[Path]:
-    """Runs whose fit has not come to its end, the newest first."""
-    found = [file.parent for file in runs.glob(f"*/version_*/{STATUS}")]
-    found = [run for run in found if status(run).get("state") not in (None, "finished")]
-    return sorted(found, key=_started, reverse=True)
+    """Runs whose fit has not finished, the newest first."""
+    folders = [file.parent for file in runs.glob(f"*/version_*/{STATUS}")]
+    waiting = [run for run in folders if read_status(run).get("state") not in (None, "finished")]
+    return sorted(waiting, key=_started, reverse=True)
 
 
 def folder_of(path: Path) -> Path:
-    """The run that a checkpoint belongs to, or the checkpoint's folder where it has been moved out of its run."""
+    """The run that a checkpoint belongs to, or the folder of a checkpoint that has been moved out of its run."""
     return path.parent.parent if is_inside(path) else path.parent
 
 
@@ -145,45 +134,59 @@ def is_inside(path: Path) -> bool:
 
 
 def name_of(path: Path) -> str:
-    """What the data of a checkpoint's run are called; of a checkpoint outside a run, or of a bundle, its own name."""
+    """The name of a checkpoint's run; for a checkpoint outside a run, or a bundle, its own name."""
     return folder_of(path).resolve().parent.name if is_inside(path) else path.absolute().stem
 
 
-def find(path: str | os.PathLike[str] | None = None, runs: Path = ROOT) -> Path:
-    """The checkpoint file that is meant.
-
-    Args:
-        path: A checkpoint or a run's folder; None means the newest run that has a best.ckpt.
-        runs: Where runs lie.
+def newest_checkpoint(runs: Path = ROOT) -> Path:
+    """The best.ckpt of the newest run that has one.
 
     Raises:
-        UserError: There is none.
+        UserError: No run has one.
     """
-    if path is None:
-        found = sorted(runs.glob("*/version_*/checkpoints/best.ckpt"), key=lambda file: _started(folder_of(file)))
-        if not found:
-            raise UserError(f"No run in {runs}/ has a best.ckpt; train one first: python -m project.cli fit.")
-        return found[-1]
-    try:
-        given = followed(Path(path))
-        file = given / "checkpoints" / "best.ckpt" if given.is_dir() else given
-        if file.is_file():
-            return file
-    except OSError as error:  # a name that is too long, a folder that may not be looked into
-        raise UserError(f"Cannot read {path}: {error.strerror}; give a .ckpt file or a run's folder.") from error
-    from project import bundle
-
-    what = f"{given} is a bundle, no checkpoint" if bundle.is_bundle(given) else f"There is no checkpoint {file}"
-    raise UserError(f"{what}; give a .ckpt file or a run's folder, runs/<name>/version_N.")
+    files = sorted(runs.glob("*/version_*/checkpoints/best.ckpt"), key=lambda file: _started(folder_of(file)))
+    if not files:
+        raise UserError(f"No run in {runs}/ has a best.ckpt; train one first: python -m project.cli fit.")
+    return files[-1]
 
 
-def followed(path: Path) -> Path:
-    """What runs/latest means where there are no links; any other path as it is."""
-    if path.name == "latest" and path.is_file():  # see point_latest
+def resolve_latest(path: Path) -> Path:
+    """The run that runs/latest names where it is a file (see `point_latest`); any other path unchanged."""
+    if path.name == "latest" and path.is_file():
         return path.parent / path.read_text(encoding="utf-8")
     return path
 
 
 def _started(run: Path) -> float:
-    config = run / "config.yaml"  # written when a fit starts, or goes on
+    config = run / "config.yaml"  # written when a fit starts or is resumed
     return (config if config.exists() else run).stat().st_mtime
+
+
+def read_metrics(file: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and complete rows of a metrics.csv; a row that a killed process has cut off is left out."""
+    text = file.read_text(encoding="utf-8")
+    reader = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+    rows = list(reader)
+    return list(reader.fieldnames or []), rows
+
+
+def write_metrics(file: Path, columns: list[str], rows: list[Any]) -> None:
+    """Writes a metrics.csv atomically."""
+    with files.replacing(file) as stream:
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def curves(file: Path) -> dict[str, Curve]:
+    """Each metric of a metrics.csv over the epochs (the first is 1); empty without the file."""
+    curves: dict[str, Curve] = {}
+    if not file.exists():
+        return curves
+    for row in read_metrics(file)[1]:
+        for name, value in row.items():
+            if name.startswith(("train/", "val/")) and not name.endswith("_step") and value:
+                epochs, values = curves.setdefault(name, ([], []))
+                epochs.append(float(row["epoch"]) + 1)
+                values.append(float(value))
+    return curves

@@ -1,8 +1,8 @@
 #!/bin/sh
-# Opens TensorBoard on runs/, without runs/latest, which would show the newest run twice: sh scripts/board.sh [options]
-# PYTHON=/path/to/python chooses the Python that has TensorBoard.
+# Opens TensorBoard on runs/ but not on runs/latest, which would show the newest run twice: sh scripts/board.sh [options]
+# PYTHON=/path/to/python chooses a Python that has TensorBoard.
 set -eu
-# A folder of links to the runs' folders: its PROJECTOR tab works with --logdir alone, not with a list of folders.
+# A folder of links to the runs' folders: the PROJECTOR tab works with --logdir only, not with a list of folders.
 links=runs/.board
 mkdir -p "$links"
 find "$links" -type l -exec rm -f {} +
@@ -13,5 +13,5 @@ for folder in runs/*/; do
         *) ln -s "../$name" "$links/$name" ;;
     esac
 done
-[ -n "$(ls "$links")" ] || { echo "board: there are no runs yet; make one: make fit" >&2; exit 1; }
+[ -n "$(ls "$links")" ] || { echo "board: there are no runs yet; make one with: make fit" >&2; exit 1; }
 exec "${PYTHON:-.venv/bin/python}" -m tensorboard.main --logdir "$links" --host 127.0.0.1 "$@"

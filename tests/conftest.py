@@ -1,5 +1,6 @@
-"""What the tests share: a small made folder of pictures, and runs of a small network on it."""
+"""Shared by the tests: a small generated folder of images, and runs of a small network on it."""
 
+import contextlib
 import csv
 import errno
 import os
@@ -18,24 +19,24 @@ from project import cli, models
 from project.data import images, workers
 
 pytest.register_assert_rewrite("tests.same_run")
-# No test may depend on the course of a training: TEST_SEED=7 OMP_NUM_THREADS=2 make test gives every fit another one.
+# No test may depend on the course of a training, which TEST_SEED=7 OMP_NUM_THREADS=2 make test changes for every fit.
 SEED = ["--seed_everything", os.environ["TEST_SEED"]] if "TEST_SEED" in os.environ else []
 SMALL = ["--model.name", "squeezenet1_1", "--data.image_size", "32", "--data.workers", "0", "--data.batch_size", "8"]
 SMALL += SEED
-# Its last ReLU leaves SqueezeNet without a gradient from many a start; what has to learn takes this network, which also
-# is without dropout and batch norm.
+# SqueezeNet's last ReLU leaves it without a gradient after some initialisations. Tests that have to learn use this
+# network, which also has neither dropout nor batch norm.
 ALIVE = ["--model.name", "timm/test_convnext"]
 # The networks of the tests are so small that threads wait for each other longer than they work. Processes that a test
-# starts compute with as many threads as this one, and so to the same bits. Threads that wait give the core away: where
-# more threads than cores spin, two files of tests take over ten minutes instead of three.
+# starts use as many threads as this one, and so compute the same bits. Waiting threads yield the core: if more threads
+# than cores spin, two files of tests take over ten minutes instead of three.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of the processes to come, those of pytest -n among them
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for child processes, those of pytest -n among them
 THREADS = int(os.environ["OMP_NUM_THREADS"])
 torch.set_num_threads(THREADS)
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}
 
 
-def make_pictures(root: Path, classes: dict[str, int], seed: int = 0) -> Path:
+def make_images(root: Path, classes: dict[str, int], seed: int = 0) -> Path:
     """Writes root/<class>/<number>.png: noise around the class's colour, 40x30."""
     random = np.random.default_rng(seed)
     for name, count in classes.items():
@@ -49,7 +50,7 @@ def make_pictures(root: Path, classes: dict[str, int], seed: int = 0) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _worker_server():
-    """DataLoaders' workers come from a process that starts here: a test's folder may be gone before it has started."""
+    """Starts the process that forks DataLoader workers outside any test's folder, which may be removed too early."""
     workers.start_server()
 
 
@@ -64,25 +65,20 @@ def workplace(tmp_path, monkeypatch):
 
 @pytest.fixture
 def photos(workplace):
-    """photos/: three colours, 40 pictures of each."""
-    return make_pictures(workplace / "photos", dict.fromkeys(COLOURS, 40)).relative_to(workplace)
+    """photos/: three colours, 40 images of each."""
+    return make_images(workplace / "photos", dict.fromkeys(COLOURS, 40)).relative_to(workplace)
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A folder with photos/ and one finished run of a small network; copy what you change."""
-    place = tmp_path_factory.mktemp("trained")
-    make_pictures(place / "photos", dict.fromkeys(COLOURS, 40))
-    before = Path.cwd()
-    os.chdir(place)
-    try:
-        assert (
-            cli.main(["fit", "--data.root", "photos", *SMALL, "--trainer.max_epochs", "3", "--model.lr", "0.001"]) == 0
-        )
-    finally:
-        os.chdir(before)
-        os.environ.pop("PROJECT_RUN", None)
-    return place
+    folder = tmp_path_factory.mktemp("trained")
+    make_images(folder / "photos", dict.fromkeys(COLOURS, 40))
+    with contextlib.chdir(folder):
+        fit = ["fit", "--data.root", "photos", *SMALL, "--trainer.max_epochs", "3", "--model.lr", "0.001"]
+        assert cli.main(fit) == 0
+    os.environ.pop("PROJECT_RUN", None)
+    return folder
 
 
 @pytest.fixture
@@ -94,7 +90,7 @@ def at_trained(trained, monkeypatch):
 
 @pytest.fixture(scope="session")
 def lively(trained, tmp_path_factory):
-    """A copy of the finished run with another network, which was not trained but made: all its answers are right."""
+    """A copy of the finished run with a constructed instead of a trained network: all its predictions are right."""
     run = tmp_path_factory.mktemp("lively") / "runs" / "photos" / "version_0"
     shutil.copytree(trained / "runs" / "photos" / "version_0", run)
     content = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
@@ -105,9 +101,9 @@ def lively(trained, tmp_path_factory):
 
 
 def network_that_knows_colours(photos: Path) -> torch.nn.Module:
-    """A random network with a head that gives the mean features of each class the logits of `wanted`.
+    """A random network whose head maps the mean features of each class to the logits in `wanted`.
 
-    No course of a training decides what it answers: the right class with 0.5 to 0.8, and no two pictures alike.
+    It predicts the right class with a probability of 0.5 to 0.8, no two images alike, whatever the processor.
     """
     wanted = torch.tensor([[2.0, 0.3, 0.6], [0.6, 2.0, 0.3], [0.3, 0.6, 2.0]])
     torch.manual_seed(0)
@@ -124,40 +120,35 @@ def network_that_knows_colours(photos: Path) -> torch.nn.Module:
 
 
 def mislabel(photos: Path, split: Path) -> None:
-    """Every third validation and test picture shows what is blue, so that not all of its labels are right."""
+    """Replaces every third validation and test image by a blue one, so that not all labels are right."""
     with split.open() as stream:
-        hard = [row["path"] for row in csv.DictReader(stream) if row["split"] in ("val", "test")][::3]
+        replaced = [row["path"] for row in csv.DictReader(stream) if row["split"] in ("val", "test")][::3]
     blue = [file.read_bytes() for file in sorted((photos / "blue").iterdir())]
-    for number, path in enumerate(hard):
+    for path, content in zip(replaced, blue, strict=False):
         if "blue" not in path:
-            (photos / path).write_bytes(blue[number])
+            (photos / path).write_bytes(content)
 
 
 @pytest.fixture(scope="session")
 def tested(trained, lively, tmp_path_factory):
-    """A folder with photos/, of which some labels are wrong, and a tested run; copy what you change."""
-    place = tmp_path_factory.mktemp("tested")
-    shutil.copytree(trained / "photos", place / "photos")
-    run = shutil.copytree(lively, place / "runs" / "photos" / "version_0")
+    """A folder with photos/, some of them with wrong labels, and a tested run; copy what you change."""
+    folder = tmp_path_factory.mktemp("tested")
+    shutil.copytree(trained / "photos", folder / "photos")
+    run = shutil.copytree(lively, folder / "runs" / "photos" / "version_0")
     run.parent.with_name("latest").symlink_to(Path("photos", run.name))
-    mislabel(place / "photos", run / "split.csv")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
+    mislabel(folder / "photos", run / "split.csv")
+    with contextlib.chdir(folder):
         assert cli.main(["test"]) == 0
-    return place
+    return folder
 
 
 @pytest.fixture(scope="session")
 def packed(lively, trained, tmp_path_factory):
-    """A bundle of it; copy what you change."""
-    place = tmp_path_factory.mktemp("packed") / "bundle"
-    before = Path.cwd()
-    os.chdir(trained)
-    try:
-        assert cli.main(["export", str(lively), "--out", str(place)]) == 0
-    finally:
-        os.chdir(before)
-    return place
+    """A bundle of the run `lively`; copy what you change."""
+    folder = tmp_path_factory.mktemp("packed") / "bundle"
+    with contextlib.chdir(trained):
+        assert cli.main(["export", str(lively), "--out", str(folder)]) == 0
+    return folder
 
 
 @pytest.fixture
@@ -169,13 +160,13 @@ def hub(tmp_path, monkeypatch):
         raise urllib.request.URLError("no connection")
 
     monkeypatch.setattr(torch.hub, "urlopen", refuse)
-    place = tmp_path / "hub" / "checkpoints"
-    place.mkdir(parents=True)
-    return place
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
 
 
 def put_in_cache(hub, name):
-    """Random weights under the name of the published ones."""
+    """Writes random weights under the name of the published ones; returns the network."""
     torch.manual_seed(3)
     network = torchvision.models.get_model(name)
     entry = torchvision.models.get_model_weights(name).DEFAULT
@@ -184,7 +175,7 @@ def put_in_cache(hub, name):
 
 
 def full_disk(monkeypatch, times=10**9):
-    """The first writes that must reach the disk fail as on a full one, at the system call."""
+    """Makes the first `times` calls of fsync fail as on a full disk."""
     left, fsync = [times], os.fsync
 
     def fail(descriptor):
@@ -220,17 +211,17 @@ def browser(tmp_path):
         "--window-size=1500,1100",
     ):
         options.add_argument(flag)
-    made = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield made
-    made.quit()
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield chrome
+    chrome.quit()
 
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Has fits follow a script: the probability of the true class in training and in validation, an epoch each.
+    """Scripts the probability of the true class in each epoch of training and of validation.
 
-    With `always`, that class has it, whatever is true. Loss, figures and all that looks at them are real; the gradients
-    are 0, so the weights stay as they are.
+    With `always`, that class gets the probability instead. The loss, the metrics and everything computed from them are
+    real; the gradients are 0, so that the weights do not change.
     """
 
     def follow(train: list[float], val: list[float], always: int | None = None) -> None:
@@ -240,13 +231,11 @@ def scripted(monkeypatch):
 
         def by_script(self, batch, split):
             share, classes = (train if split == "train" else val)[self.trainer.current_epoch], len(self.class_names)
-            answer = batch.label if always is None else torch.full_like(batch.label, always)
-            probability = torch.full((len(answer), classes), (1 - share) / (classes - 1))
-            probability[torch.arange(len(answer)), answer] = share
-            hook = self.network.register_forward_hook(lambda _, __, logits: logits * 0 + probability.log())
-            made = step(self, batch, split)
-            hook.remove()
-            return made
+            label = batch.label if always is None else torch.full_like(batch.label, always)
+            probability = torch.full((len(label), classes), (1 - share) / (classes - 1))
+            probability[torch.arange(len(label)), label] = share
+            with self.network.register_forward_hook(lambda _, __, logits: logits * 0 + probability.log()):
+                return step(self, batch, split)
 
         monkeypatch.setattr(Classifier, "_step", by_script)
 
@@ -272,7 +261,7 @@ def refused(capsys):
 
 @pytest.fixture(autouse=True)
 def _threads():
-    """As many for every test, whatever the one before has set."""
+    """Resets what the test before may have set."""
     torch.set_num_threads(THREADS)
 
 

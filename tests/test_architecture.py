@@ -1,55 +1,109 @@
-"""Who may import whom, held by reading the imports."""
+"""The structure of project/, held by reading its sources: floors, circles, ceilings, other libraries' private names."""
 
 import ast
+import importlib
+import inspect
+import re
+import sys
+import tomllib
+from collections import Counter
+from functools import cache
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "project"
+PACKAGE = Path(__file__).parents[1] / "project"
 MODULES = {
-    ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): file
+    ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").strip("."): file
     for file in PACKAGE.rglob("*.py")
 }
+# A room imports rooms of lower floors only. An import for a type counts, too.
+FLOORS = [
+    {"errors", "optim", "batch"},
+    {"files", "arguments", "metrics", "models"},
+    {"runs", "data", "classifier"},
+    {"inference"},
+    {"evaluation"},
+    {"training", "export", "serving"},
+    {"commands"},
+    {"cli"},
+    {"__main__"},
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+# Ceilings: what would break one is paid for by something that goes.
+ENTRIES, LINES, FILE, FUNCTION, CLASS, BENCHMARKS = 20, 10_750, 330, 60, 250, 960
+# Uses of private names of other libraries, by file; at most 12. Why: arguments lists a parser's options, loop_state
+# sets the loops of a resumed fit, signals reads the options of the user's SLURMEnvironment.
+PRIVATE = {"arguments": 1, "training.loop_state": 9, "training.signals": 1}
+LOOP_KEYS = {"epoch_progress", "is_last_batch"}  # with every key that begins with epoch_loop.
+UNDOCUMENTED = {  # modules without a page in their library's documentation
+    "lightning.pytorch.loops",
+    "lightning.pytorch.trainer.connectors",
+    "starlette.formparsers",
+    "tensorboard.compat",
+    "tensorboard.plugins",
+    "tensorboard.summary",
+    "uvicorn.protocols",
+    "uvicorn.server",
+}
+PUBLIC = {"_asdict", "_exit", "_fields", "_make", "_replace"}  # documented, of named tuples and os
 
 
-def imports(file, top_level_only=False):
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    nodes = tree.body if top_level_only else list(ast.walk(tree))
+@cache
+def tree(name):
+    return ast.parse(MODULES[name].read_text(encoding="utf-8"))
+
+
+@cache
+def imported(name):
+    """The modules of the package that a module imports, anywhere in it."""
     found = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "project":
+            base = node.module.removeprefix("project").strip(".")
+            for alias in node.names:
+                module = f"{base}.{alias.name}".strip(".")
+                found.add(module if module in MODULES else base)
     return found
 
 
-def ours(file):
-    return {name for name in imports(file) if name in MODULES and name != "project"}
+def room(module):
+    return module.partition(".")[0]
 
 
-@pytest.mark.parametrize("room", ["data", "models"])
-def test_data_and_models_import_nothing_else_of_the_package(room):
-    for name, file in MODULES.items():
-        if name.startswith(f"project.{room}"):
-            others = {o for o in ours(file) if not o.startswith(f"project.{room}")}
-            assert others <= {"project.errors", "project.files"}, name
-    assert not ours(MODULES["project.errors"])
-    assert ours(MODULES["project.files"]) == {"project.errors"}
+def test_every_room_has_a_floor_and_imports_only_lower_ones():
+    assert {room(name) for name in MODULES if name} == set(FLOOR)
+    for name in filter(None, MODULES):
+        for other in imported(name):
+            same_or_lower = room(other) == room(name) or FLOOR[room(other)] < FLOOR[room(name)]
+            assert same_or_lower, f"{name} imports {other}"
 
 
-def test_nothing_imports_the_command_line():
-    for name, file in MODULES.items():
-        if name != "project.__main__":
-            assert "project.cli" not in ours(file), name
+def test_no_module_imports_itself_through_others():
+    done, above = set(), []
+
+    def visit(name):
+        assert name not in above, f"a circle: {' -> '.join([*above, name])}"
+        if name not in done:
+            above.append(name)
+            for other in imported(name):
+                visit(other)
+            above.pop()
+            done.add(name)
+
+    for name in MODULES:
+        visit(name)
+
+
+def test_only_load_decides_whether_a_path_is_a_bundle():
+    asks = {name for name in MODULES if "is_bundle(" in MODULES[name].read_text(encoding="utf-8")}
+    assert asks == {"inference.load"}
 
 
 def test_data_and_model_meet_only_in_training():
-    """Elsewhere a type's name at most, which nothing imports when it runs."""
-    for name in ("project.classifier", "project.callbacks", "project.metrics"):
-        assert not {o for o in imports(MODULES[name], top_level_only=True) if o.startswith("project.data")}, name
-    meet = {n for n, f in MODULES.items() if {"project.classifier", "project.data.datamodule"} <= ours(f)}
-    assert meet == {"project.training"}
+    meet = {name for name in MODULES if {"classifier", "data.datamodule"} <= imported(name)}
+    assert {room(name) for name in meet} == {"training"}
 
 
 def test_nothing_unpickles_code_or_names_a_device():
@@ -59,39 +113,90 @@ def test_nothing_unpickles_code_or_names_a_device():
             assert forbidden not in text, name
 
 
-def test_every_module_has_its_test_file():
-    tests = {file.stem for file in Path(__file__).parent.glob("test_*.py")}
-    covered_by = {
-        "classifier": "training",
-        "callbacks": "training",
-        "answers": "board",
-        "projector": "board",
-        "pace": "watcher",
-        "runs": "training",
-        "origin": "training",
-        "average": "saving",
-        "place": "resuming",
-        "stopping": "processes",
-        "errors": "cli",
-        "usage": "cli",
-    }
-    covered_by |= {
-        "files": "checkpoint",
-        "predictions": "predict",
-        "figures": "report",
-        "page": "report",
-        "gallery": "report",
-        "comparison": "report",
-        "results": "report",
-        "attribution": "explain",
-        "lettering": "explain",
-        "curves": "logs",
-        "card": "export",
-        "convert": "export",
-        "parity": "export",
-        "expected": "bundle",
-        "__init__": "cli",
-        "__main__": "cli",
-    }
-    for file in PACKAGE.glob("[a-z]*.py"):
-        assert f"test_{covered_by.get(file.stem, file.stem)}" in tests, file.name
+def test_rooms_files_functions_and_classes_stay_below_their_ceilings():
+    entries = [entry for entry in PACKAGE.iterdir() if entry.name != "__pycache__"]
+    assert len(entries) <= ENTRIES
+    lengths = {name: len(file.read_text(encoding="utf-8").splitlines()) for name, file in MODULES.items()}
+    assert sum(lengths.values()) <= LINES
+    assert sum(len(file.read_text().splitlines()) for file in PACKAGE.parent.glob("benchmarks/*.py")) <= BENCHMARKS
+    assert {name: length for name, length in lengths.items() if length > FILE} == {}
+    functions, classes = {}, {}
+    for name in MODULES:
+        for node in ast.walk(tree(name)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+                if body:
+                    functions[f"{name}:{node.name}"] = body[-1].end_lineno - body[0].lineno + 1
+            elif isinstance(node, ast.ClassDef):
+                classes[f"{name}:{node.name}"] = node.end_lineno - node.lineno + 1
+    too_long = {name: length for name, length in functions.items() if length > FUNCTION}
+    assert too_long == {}
+    assert {name: length for name, length in classes.items() if length > CLASS} == {}
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__") and name != "_" and name not in PUBLIC
+
+
+@cache
+def own_private_names():
+    """Every name with an underscore that the package itself defines."""
+    own = set()
+    for name in MODULES:
+        for node in ast.walk(tree(name)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                own.add(node.name)
+            elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+                own.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return own
+
+
+def foreign_private_names(name):
+    """Attributes and imports with an underscore that are not the package's own, and overrides of other classes'."""
+    own, found = own_private_names(), []
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own:
+            found.append(node.attr)
+        elif isinstance(node, ast.ImportFrom) and room(node.module or "") != "project":
+            found += [part for part in (node.module or "").split(".") if is_private(part)]
+            found += [alias.name for alias in node.names if is_private(alias.name)]
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "setattr", "hasattr"):
+            found += [a.value for a in node.args if is_private(str(getattr(a, "value", ""))) and a.value not in own]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):  # keys of Lightning's loop state
+            is_key = node.value in LOOP_KEYS or node.value.startswith("epoch_loop.")
+            found += [node.value] * (is_key or bool(re.fullmatch("_[a-z]+(_[a-z]+)+", node.value)))
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            found += [m for m in modules if any(m == u or m.startswith(f"{u}.") for u in UNDOCUMENTED)]
+    module = importlib.import_module(f"project.{name}".rstrip("."))
+    for _, kind in inspect.getmembers(module, inspect.isclass):
+        if kind.__module__ == module.__name__:
+            above = {n for base in kind.__mro__[1:] if room(base.__module__) != "project" for n in vars(base)}
+            found += [n for n in vars(kind) if is_private(n) and n in above and not n.startswith("_abc")]
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"", "__main__"}))
+def test_private_names_of_other_libraries_are_on_the_list(name):
+    found = foreign_private_names(name)
+    assert len(found) <= PRIVATE.get(name, 0), Counter(found)
+    assert sum(PRIVATE.values()) <= 12
+
+
+def test_every_imported_distribution_is_declared():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    extras = {name: needed for name, needed in project["optional-dependencies"].items() if name != "dev"}
+    lines = [*project["dependencies"], *(line for needed in extras.values() for line in needed)]
+    declared = {re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", line)[0]).lower() for line in lines}
+    nodes = [node for name in MODULES for node in ast.walk(tree(name))]
+    modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    modules += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    packages, distributions = {room(module) for module in modules} - sys.stdlib_module_names, packages_distributions()
+    for package in packages - {"project"}:
+        names = {re.sub(r"[-_.]+", "-", name).lower() for name in distributions[package]}
+        assert names & declared, f"{package} is imported, but {names} is not declared in pyproject.toml"
+
+
+def test_every_room_has_tests():
+    folders = {folder.name for folder in Path(__file__).parent.iterdir() if folder.is_dir()}
+    assert {name for name in FLOOR if (PACKAGE / name).is_dir()} <= folders

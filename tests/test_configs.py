@@ -50,9 +50,10 @@ def claimed(head):
 TOLERANCE = {"test/accuracy": 0.03, "val/loss": 0.15}
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)  # a slow processor
-@pytest.mark.parametrize("name", ["default", "quick"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("default", marks=pytest.mark.full), pytest.param("quick", marks=pytest.mark.slow)]
+)
 def test_the_result_in_the_header_is_what_comes_out(name, workplace):
     config = next(c for c in CONFIGS if c.stem == name)
     key, value = claimed(config.read_text())
@@ -67,7 +68,12 @@ def test_the_result_in_the_header_is_what_comes_out(name, workplace):
     assert measured == pytest.approx(value, abs=TOLERANCE[key])
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.stem)
+QUICK = ("default", "finetune", "linear-probe")  # the others differ in few options
+
+
+@pytest.mark.parametrize(
+    "config", [pytest.param(c, marks=[pytest.mark.slow] * (c.stem not in QUICK), id=c.stem) for c in CONFIGS]
+)
 def test_fit_test_and_predict_with_every_config(config, photos, hub):
     put_in_cache(hub, "squeezenet1_1")
     small = ["--config", str(config), "--data.root", "photos", *SMALL, "--trainer.max_epochs", "1"]

@@ -11,14 +11,24 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")  # Jupyter's own
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(
+            ["--model.name", "squeezenet1_1", "--trainer.max_epochs", "1"], marks=pytest.mark.slow, id="brief"
+        ),
+        pytest.param([], marks=pytest.mark.full, id="unchanged"),
+    ],
+)
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)
-def test_notebook_runs(notebook, workplace, monkeypatch):
+def test_notebook_runs(notebook, options, workplace):
     (workplace / "notebooks").mkdir()
     shutil.copy(notebook, workplace / "notebooks")
     book = nbformat.read(workplace / "notebooks" / notebook.name, as_version=4)
+    for cell in book.cells:
+        cell.source = cell.source.replace('main(["fit"])', f"main({['fit', *options]})")
     client = NotebookClient(book, timeout=500, resources={"metadata": {"path": str(workplace / "notebooks")}})
     client.execute()
     outputs = [output for cell in book.cells for output in cell.get("outputs", [])]

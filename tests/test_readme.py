@@ -1,102 +1,155 @@
-"""The README is true: its files exist, its commands and snippets run."""
+"""README.md and docs/ are true: their files, options and targets exist, their commands and snippets run."""
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from torchvision import datasets
 
 from project import cli
 from project.data import digits
-from tests.conftest import SMALL
+from tests.conftest import SMALL, make_images
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {file: file.read_text(encoding="utf-8") for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+README, RECIPE = PAGES[ROOT / "README.md"], PAGES[ROOT / "docs" / "recipe.md"]
+SHORT = {
+    "fit": [*SMALL, "--trainer.max_epochs", "1"],
+    "tune": [*SMALL, "--steps", "30"],
+    "bench": ["--count", "8", "--rounds", "1"],
+}
 
 
-def blocks(language):
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    return [text for name, text in fenced if name == language]
+def blocks(language, *pages):
+    text = "\n".join(pages or PAGES.values())
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [body for name, body in fenced if name == language]
 
 
-def commands(program):
-    lines = "\n".join(blocks("sh")).splitlines()
-    return [shlex.split(line, comments=True) for line in lines if line.startswith(program)]
+def commands(program, *pages):
+    lines = "\n".join(blocks("sh", *pages)).splitlines()
+    unique = dict.fromkeys(line for line in lines if line.startswith(program))
+    return [shlex.split(line, comments=True) for line in unique]
+
+
+def run(command):
+    _, _, _, verb, *options = command
+    assert cli.main([verb, *options, *SHORT.get(verb, [])]) == 0, command
 
 
 @pytest.fixture
-def as_in_the_readme(photos):
-    """DIR is a folder of pictures, and the digits and a first run are there."""
+def as_in_the_docs(photos):
+    """DIR is a folder of images, and the digits and a first run are there."""
     photos.rename("DIR")
     digits.write()
-    (photos.parent / "configs").symlink_to(ROOT / "configs")
-    assert cli.main(["fit", "--data.root", "DIR", *SMALL, "--trainer.max_epochs", "1"]) == 0
+    for file in sorted(Path("data/digits/test/7").iterdir())[3:]:
+        file.unlink()
+    Path("configs").symlink_to(ROOT / "configs")
+    run(["python", "-m", "project.cli", "fit", "--data.root", "DIR"])
 
 
 @pytest.mark.slow
-def test_commands_run(as_in_the_readme):
-    found = commands("python -m project.cli")
-    assert {command[3] for command in found} == {
-        "fit",
-        "test",
-        "predict",
-        "check",
-        "bench",
-        "models",
-        "report",
-        "explain",
-        "export",
-    }
-    for _, _, _, verb, *options in found:
-        small = {"fit": [*SMALL, "--trainer.max_epochs", "1"], "bench": ["--count", "8", "--rounds", "1"]}
-        assert cli.main([verb, *options, *small.get(verb, [])]) == 0, options
+def test_commands_run(as_in_the_docs):
+    pages = [text for text in PAGES.values() if text != RECIPE]
+    found = commands("python -m project.cli", *pages)
+    assert {command[3] for command in found} == set(cli.VERBS) - {"serve", "validate"}  # tests/serving serves
+    for command in found:
+        run(command)
 
 
-def test_python_snippet_runs(as_in_the_readme, capsys):
+@pytest.mark.slow
+def test_the_recipes_commands_run(workplace):
+    make_images(workplace / "photos", {"defective": 20, "functional": 40})
+    (snippet,) = blocks("python", RECIPE)
+    exec(snippet, {})
+    for command in commands("python -m project.cli", RECIPE):
+        run([re.sub(r"\bN\b", "0", word) for word in command])
+
+
+def test_python_snippet_runs(as_in_the_docs, capsys):
     for number, name in enumerate(("one.jpg", "two.png")):
         Path(name).write_bytes(sorted(Path("DIR").rglob("*.png"))[50 * number].read_bytes())
-    (snippet,) = [text for text in blocks("python") if "import load" in text]
+    (snippet,) = blocks("python", README)
     exec(snippet, {})
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-2:]] == ["one.jpg", "two.png"]
 
 
 def test_public_data_set_becomes_a_folder_that_fit_takes(workplace, monkeypatch):
-    class Pictures(datasets.FakeData):  # what can be had without a download
+    class Images(datasets.FakeData):  # available without a download
         classes = ("cat", "dog")
 
         def __init__(self, root, train, download):
             super().__init__(size=30 if train else 10, image_size=(3, 32, 32), num_classes=2)
 
-    monkeypatch.setattr(datasets, "CIFAR10", Pictures)
+    monkeypatch.setattr(datasets, "CIFAR10", Images)
     (snippet,) = [text for text in blocks("python") if "torchvision" in text]
     exec(snippet, {})
     assert len(list(Path("cifar10").rglob("*.png"))) == 40
-    assert cli.main(["fit", "--data.root", "cifar10", *SMALL, "--trainer.max_epochs", "1"]) == 0
+    assert cli.main(["fit", "--data.root", "cifar10", *SHORT["fit"]]) == 0
 
 
-def test_make_targets_exist():
-    makefile = (ROOT / "Makefile").read_text()
-    for _, target, *_ in commands("make") + [["make", t] for t in re.findall(r"`make ([\w-]+)`", README)]:
+def test_make_targets_benchmarks_and_extras_exist():
+    text, makefile = "\n".join(PAGES.values()), (ROOT / "Makefile").read_text()
+    for target in [words[1] for words in commands("make")] + re.findall(r"`make ([\w-]+)`", text):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    benchmarks = re.search(r"auto_cli\(\[(.*?)\]", (ROOT / "benchmarks" / "__main__.py").read_text())[1].split(", ")
+    assert set(re.findall(r'make bench ARGS="?(\w+)', text)) == set(benchmarks)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(re.findall(r"pip install -e \.\[(\w+)\]", text)) <= set(extras)
 
 
-def test_every_file_is_in_the_tree_and_the_tree_is_true():
-    tree = next(block for block in blocks("") if block.startswith("project/"))
-    named = set(re.findall(r"[\w.-]+\.(?:py|yaml|ipynb)", tree))
-    written = {f.name for f in (ROOT / "project").rglob("*.py")} - {"__init__.py", "__main__.py"}
-    assert written <= named
-    assert named <= written | {f.name for f in [*(ROOT / "configs").iterdir(), *(ROOT / "notebooks").iterdir()]}
+def test_options_exist(workplace, capsys):
+    assert cli.main(["fit", "--print_config"]) == 0
+    settings = yaml.safe_load(capsys.readouterr().out)
+    for verb in cli.COMMANDS:
+        assert cli.main([verb, "--help"]) == 0
+    options = set(re.findall(r"--[\w.]+", capsys.readouterr().out))
+    for key, value in settings.items():
+        options |= {f"--{key}.{name}" for name in value} if isinstance(value, dict) else {f"--{key}"}
+    foreign = {"--target", "--epochs", "--seconds", "--no", "--config", "--help", "--ckpt_path"}  # of make bench, pip
+    for file, text in PAGES.items():
+        assert set(re.findall(r"(?<![\w-])--[a-z][\w.]*\w", text)) <= options | foreign, file
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+def test_every_room_is_in_the_tree_and_the_tree_is_true():
+    tree = next(block for block in blocks("", README) if block.startswith("project/"))
+    parents, edited = [ROOT], set()
+    for line in tree.splitlines():
+        depth, (name, *words) = (len(line) - len(line.lstrip())) // 2, line.split()
+        parents[depth + 1 :] = [parents[depth] / name]
+        assert parents[-1].exists(), line
+        edited |= {parents[-1]} if "EDIT" in words else set()
+    rooms = {path.name for path in (ROOT / "project").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert rooms <= {line.split()[0].rstrip("/") for line in tree.splitlines()}
+    (sentence,) = re.findall(r"^Edit: (.*?)\. The rest", README, re.MULTILINE)
+    named = {
+        next(base / name for base in (ROOT / "project", ROOT) if (base / name).exists())
+        for name in sentence.split(", ")
+    }
+    assert named == {file.parent if file.parent.name == "models" else file for file in edited}
+
+
+def test_files_and_links_exist():
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            assert target.startswith("https://") or (page.parent / target).exists(), (page, target)
+        for name in re.findall(r"`((?:[a-z_.]+/)+[\w.-]*\.(?:py|md|yaml|yml|ipynb))`", text):
+            assert (ROOT / name).exists() or (ROOT / "project" / name).exists(), (page, name)
+
+
+def test_readme_is_short_and_its_first_screen_says_what_to_do():
+    lines = README.splitlines()
+    assert len(lines) <= 250
+    first = "\n".join(lines[:30])
+    assert all(words in first for words in ("make fit", "make test", "tensorboard.png", "data/──▶", "Edit: data/"))
 
 
 def test_a_run_leaves_what_the_tree_shows(tested):
-    run = tested / "runs" / "photos" / "version_0"
-    tree = next(block for block in blocks("") if block.startswith("runs/"))
+    version = tested / "runs" / "photos" / "version_0"
+    tree = next(block for block in blocks("", README) if block.startswith("runs/"))
     shown = {line.split()[0] for line in tree.splitlines()[1:]}
-    there = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()}
+    there = {str(file.relative_to(version)) for file in version.rglob("*") if file.is_file()}
     assert {re.sub(r"tfevents.*", "tfevents…", name) for name in there} == shown

@@ -1,4 +1,4 @@
-"""ImageData: a folder of pictures as Lightning's train, val and test loaders."""
+"""ImageData: a folder of images as Lightning's train, val and test loaders."""
 
 from functools import cached_property
 from pathlib import Path
@@ -6,17 +6,19 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from project.batch import Batch
+from project.data import cache as caches
 from project.data import digits, manifest
 from project.data import workers as processes
-from project.data.cache import Cache, Choice, choose
-from project.data.dataset import Batch, Features, ImageDataset, loader, read_size
+from project.data.dataset import Features, ImageDataset, read_size
 from project.data.images import ImageError, Resize
-from project.data.sampler import BatchSampler
-from project.data.table import Manifest
+from project.data.loader import BatchSampler, loader
+from project.data.manifest import Manifest
 from project.data.transforms import Augment
 from project.errors import UserError
 
@@ -25,26 +27,26 @@ STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)
 
 
 class ImageData(LightningDataModule):
-    """Feeds a folder of pictures to the Trainer.
+    """Feeds a folder of images to the Trainer.
 
     Args:
-        root: The pictures: root/<class>/**.jpg, or root/train|val|test/<class>/**.jpg, or a CSV file with the columns
+        root: The images: root/<class>/**.jpg, or root/train|val|test/<class>/**.jpg, or a CSV file with the columns
             path and label, and perhaps split and group. The default, data/digits, is written on first use.
         split: A run's split.csv, to use the very same rows again.
-        split_seed: Decides which picture goes into which split.
-        group: Regular expression; pictures in whose path it matches the same text stay in one split (the first
-            parentheses, if there are any): all pictures of one patient, module or video.
+        split_seed: Decides which image goes into which split.
+        group: Regular expression; images in whose path it matches the same text stay in one split (the first
+            parentheses, if there are any): all images of one patient, module or video.
         folds: Number of equal parts for cross-validation; `fold` of them is the test split.
         fold: Which part, from 0.
-        exclude: CSV file with a column path: pictures to leave out, as `check --quarantine` writes it.
+        exclude: CSV file with a column path: images to leave out, as `check --quarantine` writes it.
         image_size: Side of the square images, in pixels; by default 64 for the bundled digits, else 224.
-        resize: How a picture becomes square: stretch, crop (the centre square) or pad (black borders).
-        augment: What is done to training pictures, each adding to the one before: none, flip, crop
+        resize: How an image becomes square: stretch, crop (the centre square) or pad (black borders).
+        augment: What is done to training images, each adding to the one before: none, flip, crop
             (RandomResizedCrop) or trivial (TrivialAugmentWide); by default none for the digits, else flip.
         balance: Against unequal classes: none, loss (rare classes weigh more) or sample (they are drawn more often).
-        cache: Keep decoded pictures in data/cache: on, off or auto, which means on where there is room.
-        batch_size: Pictures a step, over all devices; by default 64, less for fewer than 512 training pictures.
-        workers: Processes that read pictures; by default none for the digits, else the usable cores, at most 8.
+        cache: Keep decoded images in data/cache: on, off or auto, which means on where there is room.
+        batch_size: Images a step, over all devices; by default 64, less for fewer than 512 training images.
+        workers: Processes that read images; by default none for the digits, else one for each usable core, at most 8.
         seed: Order and augmentation; the command line sets it to --seed_everything.
     """
 
@@ -57,38 +59,33 @@ class ImageData(LightningDataModule):
         folds: int | None = None,
         fold: int | None = None,
         exclude: str | None = None,
-        image_size: int | None = None,
+        image_size: PositiveInt | None = None,
         resize: Resize = "stretch",
         augment: Augment | None = None,
         balance: Balance = "none",
-        cache: Choice = "auto",
-        batch_size: int | None = None,
-        workers: int | None = None,
+        cache: caches.Choice = "auto",
+        batch_size: PositiveInt | None = None,
+        workers: NonNegativeInt | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.root = Path(root)
         self.split, self.split_seed, self.seed = split, split_seed, seed
         self.group, self.folds, self.fold, self.exclude = group, folds, fold, exclude
-        self._bundled = bundled = self.root.resolve() == digits.ROOT.resolve()
-        if bundled:
+        self.is_bundled = self.root.resolve() == digits.ROOT.resolve()
+        if self.is_bundled:
             digits.write(self.root)
-        self.image_size: int = image_size if image_size is not None else digits.IMAGE_SIZE if bundled else 224
+        self.image_size = int(image_size or (digits.IMAGE_SIZE if self.is_bundled else 224))
         self.resize: Resize = resize
         self.balance, self.cache = balance, cache
-        self.augment: Augment = augment or ("none" if bundled else "flip")
-        self.workers = workers if workers is not None else 0 if bundled else min(processes.usable_cores(), 8)
-        self._batch_size = batch_size
+        self.augment: Augment = augment or ("none" if self.is_bundled else "flip")
+        default = 0 if self.is_bundled else min(processes.usable_cores(), 8)
+        self.workers = default if workers is None else int(workers)
+        if batch_size is not None:
+            self.batch_size = int(batch_size)
         self._datasets: dict[str, ImageDataset] = {}
         self._features: dict[str, Features] = {}
-        self._start = (0, 0)
-        for name, value, least in (
-            ("image_size", self.image_size, 1),
-            ("batch_size", batch_size, 1),
-            ("workers", workers, 0),
-        ):
-            if value is not None and value < least:
-                raise UserError(f"--data.{name} is {value}; it must be at least {least}.")
+        self._start = (0, 0)  # epoch and batch
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -101,7 +98,6 @@ class ImageData(LightningDataModule):
             folds=self.folds,
             fold=self.fold,
             exclude=Path(self.exclude) if self.exclude else None,
-            keep=self.cache != "off",
         )
 
     @property
@@ -111,64 +107,62 @@ class ImageData(LightningDataModule):
 
     @property
     def class_weights(self) -> list[float] | None:
-        """What a training picture of each class weighs in the loss, 1 on average; None where all weigh the same."""
+        """Weight of each class in the training loss, 1 on average over the images; None where all weigh the same."""
         return self._weights().tolist() if self.balance == "loss" else None
 
     def _weights(self) -> npt.NDArray[np.float64]:
         labels = self.manifest.labels[self.manifest.rows("train")]
         return len(labels) / (len(self.class_names) * np.bincount(labels, minlength=len(self.class_names)))
 
-    @property
+    @cached_property
     def batch_size(self) -> int:
-        """Rows in a global batch: at least eight steps an epoch where the folder is small."""
-        if self._batch_size is not None:
-            return self._batch_size
+        """Rows in a global batch; by default small enough for eight steps an epoch."""
         rows = len(self.manifest.rows("train"))
         return max(1, min(64, rows, max(8, rows // 8)))
 
     @property
     def layout(self) -> list[int]:
-        """Batch size and training rows: where these are the same, so are the batches of an epoch."""
+        """Batch size and number of training rows, which decide how an epoch is split into batches."""
         return [self.batch_size, len(self.manifest.rows("train"))]
 
     def start_from(self, epoch: int, batch: int) -> None:
-        """Makes training go on at a batch of an epoch."""
+        """Makes training start at a batch of an epoch."""
         self._start = (epoch, batch)
 
     @property
     def epochs(self) -> int:
-        """How many a fit takes unless told: about 600 steps, but at least 6 and at most 24; for the digits 8."""
-        if self._bundled:
+        """Default number of epochs: about 600 steps, but at least 6 and at most 24 epochs; for the digits 8."""
+        if self.is_bundled:
             return 8
         steps = max(1, len(self.manifest.rows("train")) // self.batch_size)
         return min(24, max(6, round(600 / steps)))
 
     def setup(self, stage: str) -> None:
-        """Reads the rows and checks that the stage can run; no picture but the first readable one is decoded.
+        """Reads the rows and checks that the stage can run; decodes images up to the first readable one.
 
         Raises:
-            UserError: No test split, no readable picture, or a batch larger than the training set.
+            UserError: No test split, no readable image, or a batch larger than the training set.
         """
         for split in STAGE_SPLITS[stage]:
             dataset = self.dataset(split)
             if not len(dataset):
-                raise UserError(f"{self.root} has no {split} pictures; put some in {self.root}/{split}/<class>/.")
+                raise UserError(f"{self.root} has no {split} images; put some in {self.root}/{split}/<class>/.")
             self._require_readable(dataset, split)
         if stage == "fit" and self.batch_size > len(self.dataset("train")):
             raise UserError(
                 f"--data.batch_size {self.batch_size} is larger than the training set of "
-                f"{len(self.dataset('train'))} pictures; give a smaller one."
+                f"{len(self.dataset('train'))} images; give a smaller one."
             )
 
     def require_enough_for(self, ranks: int, stage: str) -> None:
-        """Checks that each of so many processes has something to do.
+        """Checks that each rank gets at least one image.
 
         Raises:
-            UserError: It has not.
+            UserError: A split, or a batch, has fewer images than there are ranks.
         """
-        least = {f"{split} pictures": len(self.dataset(split)) for split in STAGE_SPLITS[stage]}
+        least = {f"{split} images": len(self.dataset(split)) for split in STAGE_SPLITS[stage]}
         if stage == "fit":
-            least["pictures in a batch"] = self.batch_size
+            least["images in a batch"] = self.batch_size
         for what, count in least.items():
             if count < ranks:
                 raise UserError(
@@ -180,45 +174,41 @@ class ImageData(LightningDataModule):
         for row in range(len(dataset)):
             try:
                 dataset[row]
+                return
             except ImageError as error:
                 errors.append(error)
-            else:
-                return
-        raise UserError(f"None of the {len(errors)} {split} pictures can be read; the first: {errors[0]}.")
+        raise UserError(f"None of the {len(errors)} {split} images can be read; the first: {errors[0]}.")
 
     def dataset(self, split: str) -> ImageDataset:
         """One split's rows; only the training split is augmented."""
-        if split in self._datasets:
-            return self._datasets[split]
-        augment: Augment = self.augment if split == "train" else "none"
-        self._datasets[split] = ImageDataset(
-            root=self.manifest.root,
-            paths=self.manifest.paths,
-            labels=self.manifest.labels,
-            image_size=self.image_size,
-            resize=self.resize,
-            augment=augment,
-            seed=self.seed,
-            rows=self.manifest.rows(split).astype(np.int32),
-            kept=self.kept(augment)[0],
-        )
+        if split not in self._datasets:
+            augment: Augment = self.augment if split == "train" else "none"
+            self._datasets[split] = ImageDataset(
+                root=self.manifest.root,
+                paths=self.manifest.paths,
+                labels=self.manifest.labels,
+                image_size=self.image_size,
+                resize=self.resize,
+                augment=augment,
+                seed=self.seed,
+                rows=self.manifest.rows(split).astype(np.int32),
+                cache=self.image_cache(augment)[0],
+            )
         return self._datasets[split]
 
-    def kept(self, augment: Augment) -> tuple[Cache | None, str]:
-        """The cache of the pictures at the size that an augmentation wants, and a sentence about it."""
+    def image_cache(self, augment: Augment) -> tuple[caches.Cache | None, str]:
+        """The cache of decoded images at the size that an augmentation needs, and a sentence about it."""
         size = read_size(self.image_size, augment)
-        return choose(self.cache, manifest.CACHE, self.root, self.manifest.paths, size, self.resize)
+        return caches.choose(self.cache, caches.FOLDER, self.root, self.manifest.paths, size, self.resize)
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled batches of `Batch`, the incomplete last one left out."""
+        """Shuffled batches of `Batch`; an incomplete last one is dropped."""
         return self._loader("train")
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Every validation picture once."""
         return self._loader("val")
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Every test picture once."""
         return self._loader("test")
 
     def _loader(self, split: str) -> DataLoader[Batch]:
@@ -243,10 +233,10 @@ class ImageData(LightningDataModule):
         )
 
     def in_order(self, split: str) -> DataLoader[Batch]:
-        """Every picture of a split once, in order of its rows, on each rank alike."""
+        """Every image of a split once, in the order of its rows, the same on each rank."""
         dataset = self.dataset(split)
         return loader(dataset, BatchSampler(len(dataset), self.batch_size, shuffle=False), self.workers)
 
     def use_features(self, split: str, values: Tensor, failed: dict[int, str]) -> None:
-        """From now on a split's batches hold these (N, F) instead of its pictures; see `Features`."""
+        """Makes the batches of a split hold these (N, F) instead of its images; see `Features`."""
         self._features[split] = Features(self.dataset(split), values, failed)

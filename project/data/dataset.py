@@ -1,52 +1,37 @@
-"""Rows become uint8 images and labels, read when they are asked for."""
+"""Rows become uint8 images and labels, read on demand."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from project.data import cache, images, transforms, workers
-from project.data.cache import Cache
-from project.data.sampler import BatchSampler, Key
+from project.batch import Batch
+from project.data import images, transforms
+from project.data.cache import Cache, stamp
 
-UNKNOWN = -1  # the label of a picture that has none
-
-
-class Batch(NamedTuple):
-    """What a loader yields.
-
-    Attributes:
-        image: (B, 3, H, W) uint8, RGB; its memory is channels-last, as the network wants it.
-        label: (B,) int64.
-        row: (B,) int64, the place in the data set.
-        failed: (row, reason) of the pictures that could not be read; they are not among the B.
-    """
-
-    image: Tensor
-    label: Tensor
-    row: Tensor
-    failed: list[tuple[int, str]]
+UNKNOWN = -1  # the label of an unlabelled image
+Key = tuple[int, int]  # epoch, row: the epoch travels with the row, so that workers augment each epoch differently
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
-    """Reads pictures on demand; holds paths, never pixels.
+    """Reads images on demand; holds paths, never pixels.
 
     Args:
         root: Folder that `paths` are relative to.
-        paths: One a picture.
-        labels: (N,) integers, or None where they are unknown.
+        paths: One an image.
+        labels: (N,) integers; None if they are unknown.
         image_size: Side of the square images, in pixels.
-        resize: How a picture becomes square; see `images.read`.
+        resize: How an image becomes square; see `images.read`.
         augment: Name of the augmentation, from `transforms.AUGMENTATIONS`.
         seed: Augmentation is drawn from (seed, epoch, row).
-        rows: Which of `paths` and `labels` are in this set, and in which order; by default all.
-        kept: Keeps every one of `paths` decoded; its size is `read_size`.
+        rows: Indices into `paths` and `labels`, in the order of this set; by default all.
+        cache: Decoded images of all `paths`, of `read_size`.
     """
 
     def __init__(
@@ -59,12 +44,12 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         augment: transforms.Augment = "none",
         seed: int = 0,
         rows: npt.NDArray[np.integer[Any]] | None = None,
-        kept: Cache | None = None,
+        cache: Cache | None = None,
     ) -> None:
         self.root, self.paths = "" if root == Path() else str(root), paths
         self.rows = np.arange(len(paths)) if rows is None else rows
         self.labels = np.full(len(self.rows), UNKNOWN) if labels is None else labels[self.rows].astype(np.int64)
-        self.image_size, self.resize, self.seed, self.kept = image_size, resize, seed, kept
+        self.image_size, self.resize, self.seed, self.cache = image_size, resize, seed, cache
         self.augment = transforms.AUGMENTATIONS[augment]
         self.read_size = read_size(image_size, augment)
 
@@ -72,16 +57,16 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return len(self.rows)
 
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
-        """Image (3, H, W) uint8 and label of one row, as the first epoch has it.
+        """Image (3, H, W) uint8 and label of one row, augmented as in the first epoch.
 
         Raises:
-            ImageError: The picture cannot be read.
+            ImageError: The image cannot be read.
         """
         image = torch.from_numpy(self._read((0, row)).copy())  # Pillow's own memory is not writable
         return image.permute(2, 0, 1), int(self.labels[row])
 
     def __getitems__(self, keys: list[Key]) -> Batch:
-        """A batch in one call; unreadable pictures are left out and named in `failed`."""
+        """A batch in one call; unreadable images are left out and named in `failed`."""
         size = self.image_size
         pixels = np.empty((len(keys), size, size, 3), dtype=np.uint8)
         rows: list[int] = []
@@ -97,7 +82,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return Batch(image, torch.from_numpy(self.labels[rows]), torch.tensor(rows, dtype=torch.int64), failed)
 
     def path(self, row: int) -> str:
-        """Where a row's picture lies, as the root was given."""
+        """The file of a row's image, below the root as it was given."""
         return os.path.join(self.root, self.paths[self.rows[row]])  # noqa: PTH118 (a tenth of a Path's time)
 
     def _read(self, key: Key) -> images.Pixels:
@@ -107,28 +92,26 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return self.augment.apply(image, np.random.default_rng((self.seed, *key)), self.image_size)
 
     def _square(self, row: int) -> images.Pixels:
-        path = self.path(row)
-        if self.kept is None:
+        path, index = self.path(row), int(self.rows[row])
+        if self.cache is None:
             return images.read(path, self.read_size, self.resize)
         try:
-            stamp = cache.stamp(path)
-        except (OSError, ValueError):  # it is not there, or cannot be: `read` says so
+            version = stamp(path)
+        except (OSError, ValueError):  # the file is missing, or its name impossible: `read` raises the reason
             return images.read(path, self.read_size, self.resize)
-        place = int(self.rows[row])
-        if (image := self.kept.get(place, stamp)) is not None:
-            return image
-        image = images.read(path, self.read_size, self.resize)
-        self.kept.put(place, stamp, image)
+        if (image := self.cache.get(index, version)) is None:
+            image = images.read(path, self.read_size, self.resize)
+            self.cache.put(index, version, image)
         return image
 
 
 class Features(Dataset[tuple[Tensor, int]]):
-    """Rows of an `ImageDataset` with what frozen layers make of their pictures, instead of these.
+    """Rows of an `ImageDataset` with the output of frozen layers instead of images.
 
     Args:
         dataset: Without augmentation.
         values: (N, F) float, in the order of its rows.
-        failed: Reason by row, where the picture could not be read.
+        failed: Reasons by row of the images that could not be read.
     """
 
     def __init__(self, dataset: ImageDataset, values: Tensor, failed: dict[int, str]) -> None:
@@ -147,30 +130,3 @@ class Features(Dataset[tuple[Tensor, int]]):
 def read_size(image_size: int, augment: transforms.Augment) -> int:
     """Side of the square that an augmentation starts from, in pixels."""
     return round(image_size * transforms.AUGMENTATIONS[augment].margin)
-
-
-def loader(
-    dataset: ImageDataset | Features, sampler: BatchSampler, num_workers: int, pin_memory: bool = False
-) -> DataLoader[Batch]:
-    """A DataLoader whose workers live as long as it does and leave Ctrl-C to the main process.
-
-    They start from a small server process where the system has that: a worker forked from the training process would
-    keep its weights and the optimiser's state alive as they were at that moment, 0.7 GB for AlexNet.
-    """
-    if num_workers:
-        workers.start_server()
-    return DataLoader(
-        cast(Dataset[Batch], dataset),  # what __getitems__ makes of many rows
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=_as_is,
-        pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
-        multiprocessing_context="forkserver" if num_workers and workers.HAS_SERVER else None,
-        worker_init_fn=workers.prepare,
-        generator=torch.Generator(),  # not the global one: what the network draws must not depend on the workers
-    )
-
-
-def _as_is(batch: Any) -> Any:
-    return batch  # `ImageDataset.__getitems__` has made the batch already

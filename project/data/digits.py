@@ -1,46 +1,45 @@
-"""The bundled pictures: 1,797 handwritten digits (UCI, CC BY 4.0; digits.md), written out as an image folder."""
+"""The bundled images: 1,797 handwritten digits (UCI, CC BY 4.0; digits.md), written out as an image folder."""
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from project import files
 from project.data import splits
 from project.data.splits import Row
 from project.errors import UserError
 
 ROOT = Path("data/digits")
-IMAGE_SIZE = 64  # the pictures are 8x8; AlexNet needs 63
+IMAGE_SIZE = 64  # the images are 8x8; AlexNet needs 63
 
 
 def write(root: Path = ROOT) -> None:
-    """Writes `root/train|val|test/<digit>/<number>.png` (70/10/20), unless it is there.
+    """Writes `root/train|val|test/<digit>/<number>.png` (70/10/20), unless `root` exists.
 
-    The folder appears by one rename, so that of several processes that start together one wins and none sees half.
+    The folder appears by one rename, so that of several processes that start together none sees half of it.
     """
     if root.exists():
         return
     with np.load(Path(__file__).with_name("digits.npz")) as stored:
         images, labels = stored["images"], stored["labels"]
-    pictures = [Row(f"{label}/{number:04d}.png", str(label)) for number, label in enumerate(labels)]
+    rows = [Row(f"{label}/{number:04d}.png", str(label)) for number, label in enumerate(labels)]
     try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+        unfinished = files.beside(root)
+        unfinished.mkdir()
     except OSError as error:
         raise UserError(f"Cannot write the digits into {root}: {error.strerror}; change folder.") from error
     try:
-        unfinished.chmod(0o755)
-        for path, _, split, _ in splits.assign(pictures, seed=0):
+        for path, _, split, _ in splits.assign(rows, seed=0):
             file = unfinished / split / path
             file.parent.mkdir(parents=True, exist_ok=True)
             grey = images[int(Path(path).stem)].astype(np.uint16) * 255 // 16  # 0-16 to 0-255
             Image.fromarray(grey.astype(np.uint8)).save(file)
         os.rename(unfinished, root)  # noqa: PTH104 (Path.rename is the same call; this one names what matters)
     except OSError:
-        if not root.is_dir():  # not merely that another process was first
+        if not root.is_dir():  # unless another process was first
             raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,35 +1,28 @@
-"""Walks folders for pictures, and keeps account of what it passes over and which folders it has read."""
+"""Walks folders for images and logs what is skipped."""
 
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from project.data.images import is_picture
+from project.data.images import is_image
 from project.errors import UserError
 
 SPLIT_OF_FOLDER = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 EXAMPLES = 20
 
 
-class Findings:
-    """What a reader passes over, counted by kind with some names; what else it has to say; which places it read."""
+class ScanLog:
+    """What a scan skips, counted by kind with some names, and further notices for the user."""
 
     def __init__(self) -> None:
         self.skipped: dict[str, tuple[int, list[str]]] = {}
         self.notices: list[str] = []
-        self.read: list[str] = []  # folders and files: the rows are as they were while these stay as they are
 
     def skip(self, kind: str, path: str) -> None:
-        """Counts one that is passed over."""
         count, names = self.skipped.get(kind, (0, []))
         self.skipped[kind] = (count + 1, names if count >= EXAMPLES else [*names, path])
 
-    def say(self, sentence: str) -> None:
-        """Keeps a sentence for the user."""
-        self.notices.append(sentence)
-
     def sentences(self) -> list[str]:
-        """Everything for the user, a sentence each."""
         return self.notices + [
             f"left out, {kind}: {', '.join(names[:3])}" + (f" and {count - 3:,} more" if count > 3 else "")
             for kind, (count, names) in self.skipped.items()
@@ -37,89 +30,84 @@ class Findings:
 
 
 def entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, in order of name.
+    """The entries of a folder, sorted by name.
 
     Raises:
-        UserError: It cannot be read.
+        UserError: The folder cannot be read.
     """
     try:
-        with os.scandir(folder) as found:
-            return sorted(found, key=lambda entry: entry.name)
+        with os.scandir(folder) as scan:
+            return sorted(scan, key=lambda entry: entry.name)
     except OSError as error:
         raise UserError(f"Cannot read the folder {folder}: {error.strerror}; change its permissions.") from error
 
 
-def by_class(root: Path, found: Findings, below: str = "") -> Iterable[tuple[str, str]]:
-    """Yields (path relative to `root`, folder directly below `below`) of every picture; links are followed."""
-    found.read.append(str(root / below))
+def by_class(root: Path, log: ScanLog, below: str = "") -> Iterable[tuple[str, str]]:
+    """Yields (path relative to `root`, folder directly below `below`) of every image; links are followed."""
     for entry in entries(root / below):
         path = f"{below}/{entry.name}" if below else entry.name
         if entry.name.startswith("."):
-            found.skip("hidden", path)
+            log.skip("hidden", path)
         elif not entry.is_dir():
-            found.skip("not inside a class folder", path)
+            log.skip("not inside a class folder", path)
         else:
-            count = 0
-            for picture in _pictures(entry.path, path, found, frozenset()):
-                count += 1
-                yield picture, entry.name
-            if not count:
-                found.skip("folder without pictures", path)
+            is_empty = True
+            for image in _images(entry.path, path, log, frozenset()):
+                is_empty = False
+                yield image, entry.name
+            if is_empty:
+                log.skip("folder without images", path)
 
 
-def pictures(folder: str) -> Iterable[str]:
-    """Yields the path of every picture in a folder and below it, in order of name; hidden ones are passed over."""
-    return _pictures(folder, folder.rstrip("/"), Findings(), frozenset())
+def images(folder: str) -> Iterable[str]:
+    """Yields the path of every image in a folder and below it, sorted by name; hidden ones are skipped."""
+    return _images(folder, folder.rstrip("/"), ScanLog(), frozenset())
 
 
-def _pictures(folder: str, relative: str, found: Findings, above: frozenset[str]) -> Iterable[str]:
+def _images(folder: str, relative: str, log: ScanLog, parents: frozenset[str]) -> Iterable[str]:
     real = os.path.realpath(folder)
-    if real in above:  # a link to a folder above itself
+    if real in parents:  # a link to a folder above itself
         return
-    found.read.append(folder)
     for entry in entries(folder):
         path = f"{relative}/{entry.name}"
         if entry.name.startswith("."):
-            found.skip("hidden", path)
+            log.skip("hidden", path)
         elif entry.is_dir():
-            yield from _pictures(entry.path, path, found, above | {real})
-        elif is_picture(entry.name):
+            yield from _images(entry.path, path, log, parents | {real})
+        elif is_image(entry.name):
             yield path
         else:
-            found.skip("not a picture", path)
+            log.skip("not an image", path)
 
 
 def is_split(root: Path) -> bool:
     """Whether `root` holds train/<class>/ rather than a class that happens to be called "train".
 
     Raises:
-        UserError: It has val or test but no train.
+        UserError: There is a folder val or test but none for train.
     """
     folders = {e.name.casefold(): e for e in entries(root) if e.is_dir() and not e.name.startswith(".")}
-    if "train" not in folders:
-        if folders and folders.keys() <= SPLIT_OF_FOLDER.keys():
-            raise UserError(
-                f"{root} has {', '.join(sorted(folders))} but no train; rename the training folder to train."
-            )
-        return False
-    return any(entry.is_dir() for entry in entries(folders["train"].path))
+    if "train" in folders:
+        return any(entry.is_dir() for entry in entries(folders["train"].path))
+    if folders and folders.keys() <= SPLIT_OF_FOLDER.keys():
+        raise UserError(f"{root} has {', '.join(sorted(folders))} but no train; rename the training folder to train.")
+    return False
 
 
-def by_split(root: Path, found: Findings) -> Iterable[tuple[str, str, str]]:
-    """Yields (path relative to `root`, class, split) of every picture of root/train|val|test/<class>/.
+def by_split(root: Path, log: ScanLog) -> Iterable[tuple[str, str, str]]:
+    """Yields (path relative to `root`, class, split) of every image of root/train|val|test/<class>/.
 
     Raises:
         UserError: Two folders are for the same split.
     """
-    found.read.append(str(root))
     sources: dict[str, str] = {}
     for entry in entries(root):
         split = SPLIT_OF_FOLDER.get(entry.name.casefold())
         if split is None or not entry.is_dir():
-            found.skip("hidden" if entry.name.startswith(".") else "not one of train, val, test", entry.name)
+            log.skip("hidden" if entry.name.startswith(".") else "not one of train, val, test", entry.name)
             continue
         if split in sources:
             raise UserError(f"{root} has both {sources[split]} and {entry.name}; keep one of them.")
         sources[split] = entry.name
-        for path, label in by_class(root, found, entry.name):
+        for path, label in by_class(root, log, entry.name):
             yield path, label, split

@@ -1,4 +1,4 @@
-"""Bytes to RGB uint8: the one way a picture is read and resized, for training, prediction and serving alike.
+"""Bytes to RGB uint8: the one way an image is read and resized, for training, prediction and serving alike.
 
 Only Pillow and NumPy, so that whoever consumes an exported model without torch gets the same pixels.
 """
@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,20 +24,17 @@ EXTENSIONS = frozenset(f".{ending}" for ending in _ENDINGS.split())
 # Only these decoders see a file's bytes, whatever its name says: Pillow would hand PostScript to Ghostscript.
 Image.init()
 FORMATS = tuple({"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"} & set(Image.OPEN))
-ORIENTATION = 0x0112  # EXIF's number for it
-MAX_PIXELS = 89_478_485  # Pillow's own limit, at which it only warns; here it refuses
+ORIENTATION = 0x0112  # EXIF tag
+MAX_PIXELS = 89_478_485  # Pillow's limit, at which it only warns; here an image above it is refused
+MAX_MARKERS = 100  # libtiff's limit of scans for JPEGs inside TIFFs; a usual progressive JPEG has ten
 
-SCANS = (b"\xff\xda\x00", 100, "scans")  # libtiff's own limit for JPEGs inside TIFFs; a usual picture has ten
-MOST = {"JPEG": SCANS, "MPO": SCANS, "PPM": (b"#", 100, "comments")}  # what begins one, how many there may be
-PLAIN = (b"P1", b"P2", b"P3")  # beginnings of PPMs that are text
-STRIP = 1_000_000  # pixels that are converted at once: in between, one takes 24 bytes or more
-
-# Pillow warns between MAX_PIXELS and twice that; the check below judges the same header, and refuses.
+# Pillow warns between MAX_PIXELS and twice that; `opened` checks the same header and refuses.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+assert not ImageFile.LOAD_TRUNCATED_IMAGES, "a truncated image must raise, not turn grey"
 
 
 class ImageError(Exception):
-    """A picture that cannot be used.
+    """An image that cannot be used.
 
     Attributes:
         path: The file as it was given, or a name for bytes.
@@ -46,21 +43,20 @@ class ImageError(Exception):
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)  # both, so that it pickles across worker processes
-        self.path = path
-        self.reason = reason
+        self.path, self.reason = path, reason
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
 
 
 def read(source: str | os.PathLike[str] | bytes, size: int, resize: Resize = "stretch") -> Pixels:
-    """Reads one picture as the network sees it.
+    """Reads one image as the network sees it.
 
     EXIF orientation is applied, transparency is laid on white, an animation gives its first frame, 16-bit and float
     greys are scaled to 8 bits (see `to_rgb`).
 
     Args:
-        source: A path, or the encoded bytes of a picture.
+        source: A path, or the encoded bytes of an image.
         size: Side of the square result, in pixels.
         resize: `stretch` ignores the aspect ratio (the article's `Resize((224, 224))`), `crop` cuts out the centre
             square, `pad` keeps everything and adds black borders. All are Pillow's BILINEAR.
@@ -69,7 +65,7 @@ def read(source: str | os.PathLike[str] | bytes, size: int, resize: Resize = "st
         (size, size, 3) uint8, RGB.
 
     Raises:
-        ImageError: The file is missing, unreadable, truncated, not a picture, or larger than `MAX_PIXELS`.
+        ImageError: The file is missing, unreadable, truncated, not an image, or larger than `MAX_PIXELS`.
     """
     with opened(source) as image:
         square = RESIZERS[resize]
@@ -81,20 +77,19 @@ def read(source: str | os.PathLike[str] | bytes, size: int, resize: Resize = "st
 
 @contextmanager
 def opened(source: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
-    """Opens a picture, not yet decoded, whose header is in order.
+    """Opens an image, not yet decoded, whose header is in order.
 
     Raises:
-        ImageError: As `read`; whatever goes wrong until the block ends is the picture's fault.
+        ImageError: As `read`; an exception inside the `with` block becomes one, too.
     """
     name = "<bytes>" if isinstance(source, bytes) else os.fspath(source)
     try:
-        if not isinstance(source, bytes) and not stat.S_ISREG(Path(source).stat().st_mode):  # a pipe would wait
+        if not isinstance(source, bytes) and not stat.S_ISREG(Path(source).stat().st_mode):  # a pipe would block
             raise ImageError(name, "not a regular file")
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ImageError(name, f"{width}x{height} pixels, more than the {MAX_PIXELS:,} allowed")
-            _require_short_work(name, image)
             yield image
     except ImageError:
         raise
@@ -102,26 +97,26 @@ def opened(source: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
         raise ImageError(name, _reason(error)) from error
 
 
-def _require_short_work(name: str, image: Image.Image) -> None:
-    """Refuses what is small but keeps a decoder busy: each scan of a JPEG goes over the whole picture again."""
-    if (kind := MOST.get(image.format or "")) and isinstance(image, ImageFile.ImageFile):
-        mark, most, what = kind
-        stream: Any = image.fp
-        place = stream.tell()
-        stream.seek(0)
-        content = stream.read() if image.format != "PPM" or stream.read(2) in PLAIN else b""
-        stream.seek(place)
-        if (found := content.count(mark)) > most:
-            raise ImageError(name, f"{found:,} {what}, more than the {most} allowed")
+def require_short_decoding(content: bytes, name: str = "<bytes>") -> None:
+    """Checks that a small file does not keep its decoder busy for minutes, as a stranger's upload may.
+
+    Raises:
+        ImageError: A JPEG has too many scans, each of which covers the whole image, or a text PPM too many comments.
+    """
+    marker, what = (b"\xff\xda\x00", "scans") if content.startswith(b"\xff\xd8") else (b"#", "comments")
+    if what == "comments" and not content.startswith((b"P1", b"P2", b"P3")):
+        return
+    if (count := content.count(marker)) > MAX_MARKERS:
+        raise ImageError(name, f"{count:,} {what}, more than the {MAX_MARKERS} allowed")
 
 
 def is_plain_grey(image: Image.Image) -> bool:
-    """Whether a picture is 8-bit grey and nothing else."""
+    """Whether an image is 8-bit grey without transparency."""
     return image.mode == "L" and "transparency" not in image.info
 
 
 def upright(image: Image.Image) -> None:
-    """Turns a picture as its EXIF orientation says."""
+    """Applies the EXIF orientation, in place."""
     if image.getexif().get(ORIENTATION, 1) != 1:
         ImageOps.exif_transpose(image, in_place=True)
 
@@ -130,69 +125,40 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Converts any mode to 8-bit RGB.
 
     Integer greys are scaled by their type, not by their content, so that brightness stays comparable between
-    pictures: 16 bits by 1/257; 32-bit values and floats by the smallest of the usual ranges that holds them
+    images: 16 bits by 1/257; 32-bit values and floats by the smallest of the usual ranges that holds them
     (0 to 1 for floats, 0 to 255, 0 to 65535), and by their own minimum and maximum where none does.
     """
-    if image.mode == "RGB" and "transparency" not in image.info:
+    if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith(("I", "F")):
-        low, high = _range(image)
-        factor = 255.0 / max(high - low, 1e-12)
-        return _in_strips(
-            image, lambda strip: Image.fromarray(np.round((_values(strip) - low) * factor).astype(np.uint8))
-        )
+        return _scaled(image).convert("RGB")
     if image.has_transparency_data:
-        return _in_strips(image, _on_white)
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return image.convert("RGB")
 
 
-def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    made = Image.new("RGB", image.size)
-    for box in _strips(image):
-        made.paste(convert(image.crop(box)).convert("RGB"), box)
-    return made
+def _scaled(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.float64)  # changed in place: 8 bytes a pixel are enough
+    np.nan_to_num(values, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = (0.0, 65535.0) if image.mode.startswith("I;16") else _range(values)
+    values -= low
+    values *= 255.0 / max(high - low, 1e-12)
+    return Image.fromarray(np.round(values, out=values).astype(np.uint8))
 
 
-def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
-    width, height = image.size
-    rows = max(1, STRIP // width)
-    return ((0, top, width, min(top + rows, height)) for top in range(0, height, rows))
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    rgba = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-
-
-def _values(image: Image.Image) -> npt.NDArray[np.float64]:
-    return np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _range(image: Image.Image) -> tuple[float, float]:
-    """Values that become 0 and 255."""
-    if image.mode.startswith("I;16"):
-        return 0.0, 65535.0
-    low, high, is_whole = np.inf, -np.inf, True
-    for box in _strips(image):
-        values = _values(image.crop(box))
-        low, high = min(low, float(values.min())), max(high, float(values.max()))
-        is_whole = is_whole and not np.any(values % 1)
-    limits = (255.0, 65535.0) if is_whole else (1.0, 255.0, 65535.0)
-    if low >= 0 and high <= limits[-1]:
-        return 0.0, next(limit for limit in limits if high <= limit)
-    return low, high
-
-
-def _stretch(image: Image.Image, size: int) -> Image.Image:
-    return image.resize((size, size), Image.Resampling.BILINEAR)
-
-
-def _crop(image: Image.Image, size: int) -> Image.Image:
-    return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+def _range(values: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """The values that become 0 and 255."""
+    low, high = float(values.min()), float(values.max())
+    if low < 0 or high > 65535:
+        return low, high
+    if high <= 1 and not np.all((values == 0) | (values == 1)):
+        return 0.0, 1.0
+    return 0.0, 255.0 if high <= 255 else 65535.0
 
 
 def _pad(image: Image.Image, size: int) -> Image.Image:
-    # not ImageOps.pad: it rounds the short side of a very long picture to 0 and fails
+    # not ImageOps.pad: it rounds the short side of a very long image to 0 and fails
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     square = Image.new(image.mode, (size, size))
@@ -200,7 +166,11 @@ def _pad(image: Image.Image, size: int) -> Image.Image:
     return square
 
 
-RESIZERS: dict[str, Callable[[Image.Image, int], Image.Image]] = {"stretch": _stretch, "crop": _crop, "pad": _pad}
+RESIZERS: dict[Resize, Callable[[Image.Image, int], Image.Image]] = {
+    "stretch": lambda image, size: image.resize((size, size), Image.Resampling.BILINEAR),
+    "crop": lambda image, size: ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR),
+    "pad": _pad,
+}
 
 
 def _reason(error: Exception) -> str:
@@ -209,13 +179,10 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:  # the system's own: no such file, permission denied
         return error.strerror.lower()
     if isinstance(error, UnidentifiedImageError):
-        return "not a picture, or of an unknown format"
+        return "not an image, or of an unknown format"
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def is_picture(name: str) -> bool:
-    """Whether a file's name says that it is a picture."""
+def is_image(name: str) -> bool:
+    """Whether a file's name says that it is an image."""
     return Path(name).suffix.lower() in EXTENSIONS
-
-
-assert not ImageFile.LOAD_TRUNCATED_IMAGES, "a truncated picture must raise, not turn grey"

@@ -1,4 +1,4 @@
-"""Augmentation of uint8 pictures: a function of the pixels and a random generator, nothing else."""
+"""Augmentation of uint8 images: a function of the pixels and a random generator, nothing else."""
 
 import math
 from collections.abc import Callable
@@ -15,11 +15,11 @@ Transform = Callable[[Pixels, np.random.Generator, int], Pixels]
 
 
 class Augmentation(NamedTuple):
-    """What is done to a training picture.
+    """A random change of training images.
 
     Attributes:
-        apply: (picture (S, S, 3), random generator, side of the result) to the result.
-        margin: Side of the picture that it wants, as a multiple of the result's.
+        apply: Maps (image (S, S, 3), random generator, side of the result) to the result.
+        margin: Side S of its input, as a multiple of the result's.
     """
 
     apply: Transform
@@ -27,7 +27,7 @@ class Augmentation(NamedTuple):
 
 
 def none(image: Pixels, _: np.random.Generator, size: int) -> Pixels:
-    """The picture as it is: for digits, text and whatever else changes its meaning in a mirror."""
+    """The image as it is: for digits, text and whatever else a mirror changes the meaning of."""
     return image
 
 
@@ -56,7 +56,7 @@ def trivial(image: Pixels, random: np.random.Generator, size: int) -> Pixels:
     import torch
 
     cropped = Image.fromarray(crop(image, random, size))
-    with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator: it is put back
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
         torch.default_generator.manual_seed(int(random.integers(2**63)))
         return np.asarray(_trivial_augment()(cropped))
 

@@ -1,4 +1,4 @@
-"""The processes that read pictures: how many, and where they come from."""
+"""The processes that read images: their number and how they start; without torch, for those that only count cores."""
 
 import multiprocessing
 import os
@@ -9,21 +9,21 @@ HAS_SERVER = "forkserver" in multiprocessing.get_all_start_methods()
 
 
 def usable_cores() -> int:
-    """Cores this process may use; a container's or scheduler's share, not the machine's whole number."""
+    """Number of cores that this process may use, in a container or under a scheduler fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def start_server() -> None:
-    """Starts the process that workers come from, which takes some seconds: call it early."""
+    """Starts the process that workers are forked from, which takes some seconds: call it early."""
     if HAS_SERVER:
-        from multiprocessing import forkserver  # not to be had on Windows
+        from multiprocessing import forkserver  # missing on Windows
 
         multiprocessing.get_context("forkserver").set_forkserver_preload(["project.data.dataset"])
         forkserver.ensure_running()
 
 
 def prepare(_: int) -> None:
-    """Leaves Ctrl-C to the main process, and ends with it however it ends; a DataLoader calls this in each worker."""
+    """Makes a worker ignore Ctrl-C and end with the main process, however that ends; the DataLoader calls it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_main_process, daemon=True).start()
 

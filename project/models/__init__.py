@@ -8,20 +8,20 @@ from project.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from torch import nn
 
-TIMM = "timm/"  # before the names of that library's networks
-MOMENTUM = 0.1  # of BatchNorm, PyTorch's own; see _settle
+TIMM = "timm/"  # prefix of the names of timm's networks
+MOMENTUM = 0.1  # of BatchNorm, PyTorch's default; see _raise_momentum
 
 
 def build(
     name: str, num_classes: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> "nn.Sequential":
-    """Makes a network with random weights. An own network is one file in this folder and one line here.
+    """Creates a network with random weights.
 
     Args:
         name: `alexnet`, any of torchvision's classification networks, or `timm/` and one of timm's.
         num_classes: K.
-        mean: Of the pixels the network was made for, a channel each, on the scale of 0 to 1; by default 0.5.
-        std: Likewise, their standard deviation.
+        mean: Of the pixels the network was trained on, a channel each, on the scale of 0 to 1; by default 0.5.
+        std: Their standard deviation.
 
     Raises:
         UserError: There is no network of that name.
@@ -31,11 +31,12 @@ def build(
     from project.models.normalize import SCRATCH, Normalize
 
     network = _network(name, num_classes)
-    _settle(network)
+    _raise_momentum(network)
     return nn.Sequential(Normalize(mean or SCRATCH, std or SCRATCH), network)
 
 
 def _network(name: str, num_classes: int) -> "nn.Module":
+    """An own network is one file in this folder and one line here."""
     from project.models.alexnet import AlexNet
 
     if name == "alexnet":
@@ -52,23 +53,23 @@ def _network(name: str, num_classes: int) -> "nn.Module":
         )
     options = {}
     if name in ("googlenet", "inception_v3"):
-        # they would answer with a tuple of logits while they train, and rescale the pixels once more
+        # otherwise they return a tuple of logits in training, and rescale the pixels once more
         options = {"aux_logits": False, "init_weights": True, "transform_input": False}
     network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
     return network
 
 
-def _settle(network: "nn.Module") -> None:
-    """Lets the running means of BatchNorm follow within a short training.
+def _raise_momentum(network: "nn.Module") -> None:
+    """Lets the running statistics of BatchNorm follow within a short training.
 
     torchvision's MobileNetV3, the largest of its EfficientNets and MaxViT (0.01) and MNASNet (0.0003) are made for
-    hundreds of thousands of steps: after a few hundred some of them know all training pictures, and answer validation
-    pictures as if they had learned nothing.
+    hundreds of thousands of steps: after a few hundred some of them fit all training images but predict validation
+    images as if they had learned nothing.
     """
-    from torch.nn.modules.batchnorm import _BatchNorm
+    from project.models.normalize import BATCH_NORMS
 
     for module in network.modules():
-        if isinstance(module, _BatchNorm) and module.momentum is not None:
+        if isinstance(module, BATCH_NORMS) and module.momentum is not None:
             module.momentum = max(module.momentum, MOMENTUM)
 
 
@@ -80,7 +81,7 @@ def torchvision_names() -> list[str]:
 
 
 def timm_network(name: str, **options: Any) -> "nn.Module":
-    """A network of timm's.
+    """Creates one of timm's networks.
 
     Raises:
         UserError: timm is not installed, or has none of that name.
@@ -98,10 +99,10 @@ def timm_network(name: str, **options: Any) -> "nn.Module":
 
 
 def import_timm() -> Any:
-    """The library, an extra of this project.
+    """Imports timm, an extra of this project.
 
     Raises:
-        UserError: It is not installed.
+        UserError: timm is not installed.
     """
     try:
         import timm
@@ -111,7 +112,7 @@ def import_timm() -> Any:
 
 
 def head(network: "nn.Module") -> tuple[str, "nn.Module"]:
-    """The layer that makes the logits, by its name in the network: the last linear or convolutional one."""
+    """Name and module of the layer that computes the logits: the last linear or convolutional one."""
     from torch import nn
 
     layers = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
@@ -119,10 +120,10 @@ def head(network: "nn.Module") -> tuple[str, "nn.Module"]:
 
 
 def require_size(network: "nn.Module", name: str, image_size: int) -> None:
-    """Checks that a network can take a size, by showing it one black picture.
+    """Checks, with one black image, that a network takes images of a size.
 
     Raises:
-        UserError: It cannot; the sentence gives the next size that it takes.
+        UserError: The network does not; the sentence gives the next size that it takes.
     """
     import torch
 

@@ -1,5 +1,6 @@
-"""Where a network's weights start: random, published ones, or a file; nothing is ever unpickled."""
+"""The weights that a network starts with: random, published or from a file; no code in a file is ever executed."""
 
+import copy
 import json
 import pickle
 import re
@@ -17,18 +18,19 @@ from project import models
 from project.errors import UserError, did_you_mean
 
 FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+DESCRIPTION = ("mean", "std", "class_names", "model")  # keys of a checkpoint's metadata, in the order of Weights
 
 
 class Weights(NamedTuple):
-    """What a source holds.
+    """Tensors with what is known about them.
 
     Attributes:
-        tensors: By name, as the source calls them.
+        tensors: By name, as their source has them.
         source: Its name, for messages.
-        mean: Of the pixels they were trained on, a channel each, on the scale of 0 to 1; None where that is unknown.
-        std: Likewise, the standard deviation.
-        class_names: What its classes are called, where that is known.
-        model: The network they are of, where that is known.
+        mean: Of the pixels they were trained on, a channel each, on the scale of 0 to 1; None if unknown.
+        std: Their standard deviation.
+        class_names: The classes, if known.
+        model: The name of the network, if known.
     """
 
     tensors: Mapping[str, Tensor]
@@ -40,7 +42,7 @@ class Weights(NamedTuple):
 
 
 def start(name: str, class_names: Sequence[str], weights: str) -> tuple[nn.Sequential, str]:
-    """Makes a network that starts from weights; its head is new where the weights are of other classes.
+    """Creates a network with weights; if these are of other classes, its head is re-initialised.
 
     Args:
         name: Of the network.
@@ -49,10 +51,10 @@ def start(name: str, class_names: Sequence[str], weights: str) -> tuple[nn.Seque
             run's folder), a state dict or safetensors (or the folder of a bundle).
 
     Returns:
-        Normalize ► network, and a sentence on what was taken; empty for `none`.
+        Normalize ► network, and a sentence on what was loaded; empty for `none`.
 
     Raises:
-        UserError: There are no such weights, they cannot be had, or they are another network's.
+        UserError: The weights do not exist, cannot be downloaded, or are another network's.
     """
     if weights == "none":
         return models.build(name, len(class_names)), ""
@@ -60,60 +62,63 @@ def start(name: str, class_names: Sequence[str], weights: str) -> tuple[nn.Seque
     if file.is_dir():  # a bundle's or a run's
         bundled = file / "model.safetensors"
         file = bundled if bundled.is_file() else file / "checkpoints" / "best.ckpt"
-    given = from_file(file) if file.suffix in FILES or file.is_file() else published(name, weights)
-    if given.model not in (None, name):
+    loaded = from_file(file) if file.suffix in FILES or file.is_file() else published(name, weights)
+    if loaded.model not in (None, name):
         raise UserError(
-            f"{given.source} holds the weights of {given.model}, not of {name}; give --model.name {given.model}."
+            f"{loaded.source} holds the weights of {loaded.model}, not of {name}; give --model.name {loaded.model}."
         )
-    network = models.build(name, len(class_names), given.mean, given.std)
-    return network, put(network[1], name, given, class_names)
+    network = models.build(name, len(class_names), loaded.mean, loaded.std)
+    return network, _load(network[1], name, loaded, class_names)
 
 
-def put(network: nn.Module, name: str, given: Weights, class_names: Sequence[str]) -> str:
-    """Loads all weights, those of the head only if they are of the same classes, and says which."""
-    own, renamed = network.state_dict(), _renamed(given.tensors, network)
-    tensors = renamed
+def _load(network: nn.Module, name: str, weights: Weights, class_names: Sequence[str]) -> str:
+    """Loads all weights, those of the head only if they are of the same classes; returns a sentence about that."""
+    own, tensors = network.state_dict(), _renamed(weights.tensors, network)
+
+    def same_shape(key: str, start: int = 0) -> bool:
+        return bool(tensors[key].shape[start:] == own[key].shape[start:])
+
     head = models.head(network)[0]
-    of_head = {key for key in own if key.startswith(f"{head}.")}
-    # further heads (side outputs, those of distilled networks): what differs in the number of classes alone
-    of_head |= {
+    # further heads (side outputs, those of distilled networks) differ in the number of classes alone
+    of_head = {
         key
-        for key, tensor in own.items()
-        if key in tensors and tensor.shape != tensors[key].shape and tensor.shape[1:] == tensors[key].shape[1:]
-        if len(tensor) == len(class_names)
-    }
-    other = given.class_names is not None and list(given.class_names) != list(class_names)
-    if other or any(key not in tensors or tensors[key].shape != own[key].shape for key in of_head):
-        tensors = {key: tensor for key, tensor in tensors.items() if key not in of_head}
-        rows = next((len(tensor) for key, tensor in renamed.items() if key in of_head), 0)
-        theirs = _some(given.class_names) if given.class_names else f"{rows} classes"
-        note = f"weights: {given.source}; the head is new: the weights have {theirs}, the data {_some(class_names)}"
-    else:
-        note, of_head = f"weights: {given.source}, head included", set()
-    missing = [key for key in own if key not in tensors and key not in of_head and "num_batches_tracked" not in key]
-    strange = [key for key in tensors if key not in own and "aux" not in key.lower()]  # side outputs: see build
-    unequal = [
-        f"{key} {tuple(tensors[key].shape)} for {tuple(own[key].shape)}"
         for key in own
-        if key in tensors and tensors[key].shape != own[key].shape
-    ]
-    if missing or strange or unequal:
-        faults = (("it lacks", missing), ("it has besides", strange), ("other shapes", unequal))
+        if key.startswith(f"{head}.")
+        or (key in tensors and not same_shape(key) and same_shape(key, 1) and len(own[key]) == len(class_names))
+    }
+    other_classes = weights.class_names is not None and list(weights.class_names) != list(class_names)
+    if other_classes or any(key not in tensors or not same_shape(key) for key in of_head):
+        rows = next((len(tensor) for key, tensor in tensors.items() if key in of_head), 0)
+        theirs = _shortened(weights.class_names) if weights.class_names else f"{rows} classes"
+        note = f"; the head is new: the weights have {theirs}, the data {_shortened(class_names)}"
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in of_head}
+    else:
+        note, of_head = ", head included", set()
+    faults = {
+        "it lacks": [key for key in own if key not in {*tensors, *of_head} and "num_batches_tracked" not in key],
+        "it has besides": [key for key in tensors if key not in own and "aux" not in key.lower()],  # see models.build
+        "other shapes": [
+            f"{key} {tuple(tensors[key].shape)} for {tuple(own[key].shape)}"
+            for key in own
+            if key in tensors and not same_shape(key)
+        ],
+    }
+    if any(faults.values()):
+        listed = "; ".join(f"{fault} {_shortened(keys)}" for fault, keys in faults.items() if keys)
         raise UserError(
-            f"{given.source} does not fit {name}: "
-            + "; ".join(f"{what} {_some(keys)}" for what, keys in faults if keys)
-            + ". Give the network that the weights are of by --model.name."
+            f"{weights.source} does not fit {name}: {listed}. Give the network that the weights are of by --model.name."
         )
-    state = OrderedDict((key, tensor) for key, tensor in tensors.items() if key in own)
-    # the layers' versions, by which some networks know how to read older weights
-    versions = own if next(iter(own)) not in given.tensors else given.tensors
-    vars(state)["_metadata"] = getattr(versions, "_metadata", vars(own)["_metadata"])
+    # a copy keeps the layers' versions, by which some networks convert older weights
+    has_versions = isinstance(weights.tensors, OrderedDict) and next(iter(own)) in weights.tensors
+    state: Any = copy.copy(weights.tensors if has_versions else own)
+    state.clear()
+    state.update((key, tensor) for key, tensor in tensors.items() if key in own)
     network.load_state_dict(state, strict=False)
-    return note
+    return f"weights: {weights.source}{note}"
 
 
 def published(name: str, choice: str) -> Weights:
-    """Weights that a library's authors have trained, from its cache folder or the network.
+    """Weights that torchvision's or timm's authors have trained, from the library's cache or downloaded.
 
     Raises:
         UserError: There are none of that name, or they cannot be downloaded.
@@ -131,16 +136,16 @@ def published(name: str, choice: str) -> Weights:
             f"{', '.join(entry.name for entry in known)} or a file ({', '.join(FILES)})."
         )
     entry = known[choice] if choice in known.__members__ else known.DEFAULT
-    place = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(entry.url).path).name
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(entry.url).path).name
     try:
         tensors = entry.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu")
     except OSError as error:  # urllib's errors are of this kind
         raise UserError(
             f"Cannot download the weights {entry.name} of {name} ({getattr(error, 'reason', error)}); "
-            f"without a connection, put {place.name} into {place.parent}."
+            f"without a connection, put {cached.name} into {cached.parent}."
         ) from error
     except Exception as error:  # bytes from anywhere make the unpickler raise anything
-        raise UserError(f"{place} is damaged; remove it, and it is downloaded again.") from error
+        raise UserError(f"{cached} is damaged; remove it, and it is downloaded again.") from error
     source = f"{name} {entry.name}"
     if name in ("googlenet", "inception_v3"):  # trained on pixels from -1 to 1, as networks from scratch are here
         return Weights(tensors, source)
@@ -155,47 +160,46 @@ def _of_timm(name: str, choice: str) -> Weights:
     except UserError:
         raise
     except Exception as error:  # the hub's client has many kinds, some of them its own
-        own = tagged.removeprefix(models.TIMM)
         raise UserError(
-            f"Cannot get the weights of {own} ({type(error).__name__}); without a connection, download its "
-            "model.safetensors elsewhere and give that file by --model.weights."
+            f"Cannot get the weights of {tagged.removeprefix(models.TIMM)} ({type(error).__name__}); without a "
+            "connection, download its model.safetensors elsewhere and give that file by --model.weights."
         ) from error
     config: Any = network.pretrained_cfg
     return Weights(network.state_dict(), tagged, list(config["mean"]), list(config["std"]))
 
 
 def from_file(file: Path) -> Weights:
-    """A checkpoint of this project, a state dict of any, or safetensors.
+    """Reads a checkpoint of this project, any state dict, or safetensors.
 
     Raises:
-        UserError: It is not there, damaged, or holds something else.
+        UserError: The file is missing, damaged, or holds something else.
     """
     if not file.is_file():
         raise UserError(f"There are no weights {file}; give a file, or DEFAULT.")
-    keys = ("mean", "std", "class_names", "model")
+    content: Any
     if file.suffix == ".safetensors":
-        known = _described(file.with_name("config.json"), keys)
-        return Weights(_safetensors(file), str(file), *(known.get(key) for key in keys))
-    content = read(file)
-    metadata = content.get("metadata") if isinstance(content, dict) else None
-    known = metadata if isinstance(metadata, dict) else {}
-    while isinstance(content, dict) and (inner := next((k for k in ("state_dict", "model") if k in content), None)):
-        content = content[inner]
+        content, known = _safetensors(file), _bundle_config(file.with_name("config.json"))
+    else:
+        content = read(file)
+        metadata = content.get("metadata") if isinstance(content, dict) else None
+        known = metadata if isinstance(metadata, dict) else {}
+        while isinstance(content, dict) and (inner := next((k for k in ("state_dict", "model") if k in content), None)):
+            content = content[inner]
     if not isinstance(content, dict) or not content or not all(isinstance(t, Tensor) for t in content.values()):
         raise UserError(f"{file} holds no weights by name; give a checkpoint, a state dict or safetensors.")
-    return Weights(content, str(file), *(known.get(key) for key in keys))
+    return Weights(content, str(file), *(known.get(key) for key in DESCRIPTION))
 
 
 def read(file: Path) -> Any:
-    """What torch.save has written; tensors stay on disk until they are used.
+    """Reads a file of torch.save without executing code; tensors stay on disk until they are used.
 
     Raises:
-        UserError: It cannot be read, is damaged, or holds code.
+        UserError: The file cannot be read, is damaged, or holds code.
     """
     zipped = zipfile.is_zipfile(file)
     try:
         if zipped and not is_whole(file):
-            raise ValueError("its content does not fit its checksums")
+            raise ValueError("a checksum is wrong")
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except OSError as error:
         raise UserError(f"Cannot read {file}: {error.strerror or error}.") from error
@@ -208,16 +212,16 @@ def read(file: Path) -> Any:
 
 
 def is_whole(file: Path) -> bool:
-    """Whether a file of torch.save, a zip archive, is as it was written: PyTorch itself does not look at its checksums.
+    """Whether the checksums of a file of torch.save, a zip archive, are right, which PyTorch itself does not check.
 
     Takes 0.2 s a GB.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
     """
     try:
         with zipfile.ZipFile(file) as archive:
-            has_checksums = any(record.CRC for record in archive.infolist())  # torch.save can be told to write none
+            has_checksums = any(record.CRC for record in archive.infolist())  # torch.save can leave them out
             return not has_checksums or archive.testzip() is None
     except OSError:
         raise
@@ -237,24 +241,23 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _described(file: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """What a bundle's config.json says of the weights beside it; nothing where the file is another's."""
+def _bundle_config(file: Path) -> dict[str, Any]:
+    """The config.json of a bundle; empty if there is none, or another program's."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return content if isinstance(content, dict) and set(keys) <= set(content) else {}
+    return content if isinstance(content, dict) and set(DESCRIPTION) <= set(content) else {}
 
 
 def _renamed(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Without what wrappers put before the names (module., network.1.), and DenseNet's old names made new."""
+    """Removes prefixes of wrappers (module., network.1.) and replaces DenseNet's old names."""
     first = next(iter(network.state_dict()))
-    wrapped = [key[: -len(first)] for key in tensors if key.endswith(f".{first}")]
-    before = "" if first in tensors else min(wrapped, key=len, default="")
+    prefixes = [key[: -len(first)] for key in tensors if key.endswith(f".{first}")]
+    prefix = "" if first in tensors else min(prefixes, key=len, default="")
     old = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
-    return {old.sub(r"\1", key.removeprefix(before)): tensor for key, tensor in tensors.items()}
+    return {old.sub(r"\1", key.removeprefix(prefix)): tensor for key, tensor in tensors.items()}
 
 
-def _some(names: Sequence[str], count: int = 4) -> str:
-    more = len(names) - count
-    return ", ".join(names[:count]) + (f" and {more:,} more" if more > 0 else "")
+def _shortened(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "")

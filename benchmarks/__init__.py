@@ -1,0 +1,1 @@
+"""Measurements of this project beside others, in one run: python -m benchmarks NAME, or make bench ARGS=NAME."""

@@ -1,0 +1,179 @@
+"""report.html: a self-contained page on how good a classifier is and how it was trained."""
+
+import platform
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from project import files, runs
+from project.data import check, images, manifest
+from project.data.splits import SPLITS
+from project.errors import UserError
+from project.evaluation import attribution, comparison, figures, html, results, run_split, scores
+from project.evaluation.comparison import ComparedRun
+from project.evaluation.fonts import shortened
+from project.evaluation.results import Results
+from project.evaluation.scores import ScoredPredictions
+from project.inference.load import Source
+from project.inference.predictor import Predictor
+
+PAGE = "report.html"
+TEMPLATE = Path(__file__).with_name("templates") / PAGE
+SHOWN = 12  # images in a gallery
+
+
+def write(source: Source, out: Path | None = None, others: Sequence[ComparedRun] = (), data: str | None = None) -> Path:
+    """Writes the report of a tested checkpoint, or of a bundle, which predicts the test images now.
+
+    Args:
+        source: The checkpoint or bundle.
+        out: The page; by default report.html in the run or in the bundle.
+        others: Runs to compare with.
+        data: The data set's folder or table for a bundle; None means that of its run.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        UserError: Predictions are missing or damaged, or the page cannot be written.
+    """
+    predictor = source.load()
+    text = html.render(TEMPLATE, **_content(results.gather(source, predictor, data), predictor, others))
+    target = out or (source.file if source.is_bundle else source.run) / PAGE
+    try:
+        with files.replacing(target) as stream:
+            stream.write(text)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}; give another path by --out.") from error
+    return target
+
+
+def _content(result: Results, predictor: Predictor, others: Sequence[ComparedRun]) -> dict[str, Any]:
+    names, scored, run = result.test.class_names, result.scored, result.source.run
+    values = scored.scores() | {"ece": scored.ece()}
+    measured = {key.removeprefix("test/"): value for key, value in result.measured.items() if key.startswith("test/")}
+    values |= {name: value for name, value in measured.items() if name not in values}  # added to metrics.py
+    calibrated = None if result.temperature is None else scored.at_temperature(result.temperature)
+    fit = {name: curve for name, curve in result.curves.items() if name.endswith(("/loss", "/accuracy"))}
+    return {
+        "result": result,
+        "scores": scores,
+        "name": runs.name_of(result.source.file),
+        "time": f"{datetime.now().astimezone():%Y-%m-%d %H:%M}",
+        "python": platform.python_version(),
+        "positive": None if scored.positive is None else names[scored.positive],
+        "majority": shortened(names[result.majority], 24),
+        "values": values,
+        "intervals": scores.intervals(scored),
+        "baseline": scored.constant(result.majority).scores(),
+        "classes": _classes(result),
+        "confidence": float(scored.confidence.mean()),
+        "calibrated_ece": None if calibrated is None else calibrated.ece(),
+        "confusion": html.drawing(figures.confusion_matrix, scored.confusion(), names),
+        "roc": html.drawing(figures.roc, scored, names),
+        "precision_recall": html.drawing(figures.precision_recall, scored, names),
+        "reliability": html.drawing(figures.reliability, scored, calibrated),
+        "fewest": figures.FEWEST,
+        "coverage": html.drawing(figures.coverage, scored),
+        "curves": html.drawing(figures.learning_curves, {run.name: fit}) if fit else None,
+        "comparison": comparison.content(result, others) if others else None,
+        "splits": SPLITS,
+        "findings": _findings(result),
+        "configuration": yaml.safe_dump(result.metadata.config, sort_keys=False, allow_unicode=True),
+        **_galleries(result, predictor),
+    }
+
+
+def _classes(result: Results) -> list[dict[str, Any]]:
+    """The scores of each class against the rest, the lowest F1 first; classes without test images are the last."""
+    scored = result.test.scored(None)
+    table = scored.per_class() | {"auroc": scored.aurocs()}
+    for name in ("precision", "recall", "f1"):
+        table[name][table["support"] == 0] = np.nan
+    order = np.argsort(table["f1"], kind="stable")  # nan is the last
+    rows = [{name: float(column[index]) for name, column in table.items()} for index in order]
+    return [{"name": result.test.class_names[index], **row} for index, row in zip(order, rows, strict=True)]
+
+
+def _galleries(result: Results, predictor: Predictor) -> dict[str, Any]:
+    scored, table = result.scored, result.test
+    errors, uncertain = confident_errors(scored), least_certain(scored)
+    shown: dict[int, images.Pixels] = {}
+    for index in {*errors, *uncertain}:
+        try:
+            shown[index] = images.read(table.paths[index], predictor.image_size, predictor.resize)
+        except images.ImageError:
+            continue
+    heat, heat_text = _heat_maps(shown, result, predictor)
+
+    def items(indices: list[int]) -> list[dict[str, Any]]:
+        return [
+            {
+                "path": table.paths[index],
+                "image": html.image(shown[index]),
+                "heat": html.image(heat[index]) if index in heat else None,
+                **{
+                    kind: {"name": table.class_names[label], "probability": float(scored.probabilities[index, label])}
+                    for kind, label in (("true", scored.true[index]), ("predicted", scored.predicted[index]))
+                },
+            }
+            for index in indices
+            if index in shown
+        ]
+
+    missing = "The test images are missing." if errors else "All test images are classified correctly."
+    return {"errors": items(errors), "uncertain": items(uncertain), "no_errors": missing, "heat_text": heat_text}
+
+
+def confident_errors(scored: ScoredPredictions, count: int = SHOWN) -> list[int]:
+    """Indices of the misclassified images, the most confident first."""
+    wrong = np.flatnonzero(scored.predicted != scored.true)
+    confidence = scored.probabilities[wrong, scored.predicted[wrong]]
+    return [int(index) for index in wrong[np.argsort(-confidence, kind="stable")][:count]]
+
+
+def least_certain(scored: ScoredPredictions, count: int = SHOWN) -> list[int]:
+    """Indices of the images whose two likeliest classes have the closest probabilities."""
+    top = np.sort(scored.probabilities, axis=1)[:, -2:]
+    return [int(index) for index in np.argsort(top[:, 1] - top[:, 0], kind="stable")[:count]]
+
+
+def _heat_maps(
+    shown: dict[int, images.Pixels], result: Results, predictor: Predictor
+) -> tuple[dict[int, npt.NDArray[np.uint8]], str]:
+    """The images with the heat map of their predicted class, and a sentence about them."""
+    if not shown:
+        return {}, ""
+    if not attribution.is_available():
+        return {}, " With pip install -e .[explain], a heat map of the predicted class is shown beside each image."
+    import torch
+
+    from project.inference.checkpoint import TorchPredictor
+
+    stacked = torch.from_numpy(np.stack(list(shown.values()))).permute(0, 3, 1, 2)
+    try:
+        network = predictor if isinstance(predictor, TorchPredictor) else result.source.load_network(device="cpu")
+        maps = attribution.heat_maps(network, stacked, result.scored.predicted[list(shown)].tolist())
+    except UserError as error:  # a network without maps for Grad-CAM, a bundle without model.safetensors
+        return {}, f" {error}"
+    overlaid = {index: figures.overlay(shown[index], heat) for index, heat in zip(shown, maps, strict=True)}
+    return overlaid, " The heat maps (Grad-CAM) show the evidence for the predicted class."
+
+
+def _findings(result: Results) -> list[str]:
+    """Problems of the data that show without decoding; `check` inspects every image."""
+    run, root = result.source.run, Path(str(result.measured.get("data", "")))
+    lines = [finding.sentence for finding in check.classes(run_split.rows(run))]
+    for table in (result.test, result.val):
+        lines += [f"unreadable: {path}: {reason}" for path, reason in list(table.errors.items())[:5]] if table else []
+    if (run / run_split.FILE).is_file() and root.exists():
+        try:
+            lines += manifest.load(root, run / run_split.FILE).notices
+        except UserError as error:
+            lines.append(str(error))
+    return lines

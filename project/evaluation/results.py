@@ -1,0 +1,208 @@
+"""The results of a tested run: predictions, learning curves, temperature. Missing predictions are computed."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from project import runs
+from project.errors import UserError
+from project.evaluation import run_split
+from project.evaluation.scores import ScoredPredictions
+from project.inference import calibration, predictions
+from project.inference.load import Source
+from project.inference.metadata import Metadata
+from project.inference.predictions import Prediction
+from project.inference.predictor import Predictor
+
+TEST, VALIDATION, MEASURED = "predictions.csv", "val_predictions.csv", "test_metrics.json"
+
+
+@dataclass(frozen=True)
+class TestPredictions:
+    """Predictions on N images of known classes."""
+
+    class_names: list[str]  # K names
+    paths: list[str]
+    true: npt.NDArray[np.int64]  # (N,) indices of the classes
+    probabilities: npt.NDArray[np.float64]  # (N, K)
+    errors: dict[str, str]  # reason by path, of images that could not be read
+
+    @classmethod
+    def of(cls, rows: Iterable[Prediction], class_names: list[str], source: str) -> "TestPredictions":
+        """Collects predictions; those without a true class are left out.
+
+        Args:
+            rows: The predictions.
+            class_names: K names.
+            source: Where the predictions are from, for the error message.
+
+        Raises:
+            UserError: No image could be read, or no class is known.
+        """
+        paths, true, probabilities, errors = [], [], [], {}
+        for row in rows:
+            if row.error:
+                errors[row.path] = row.error
+            elif row.true:
+                paths.append(row.path)
+                true.append(class_names.index(row.true))
+                probabilities.append(np.array(row.probabilities))
+        if not paths:
+            raise UserError(f"{source} has no readable image of a known class; there is nothing to report.")
+        return cls(class_names, paths, np.array(true), np.stack(probabilities), errors)
+
+    @classmethod
+    def read(cls, file: Path) -> "TestPredictions":
+        """Reads a predictions.csv.
+
+        Raises:
+            UserError: The file is damaged, or has no readable image of a known class.
+        """
+        try:
+            class_names = predictions.read_class_names(file)
+            if not class_names:
+                raise ValueError("it has no column p:<class>")
+            table = cls.of(predictions.read(file), class_names, str(file))
+            if table.probabilities.shape[1] != len(class_names):
+                raise ValueError("its rows do not fit its header")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{file} is not a predictions.csv ({error}); python -m project.cli test writes it anew."
+            ) from error
+        return table
+
+    def scored(self, positive: int | None) -> ScoredPredictions:
+        """The predictions without their paths."""
+        return ScoredPredictions(self.true, self.probabilities, positive)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What is known of a trained classifier."""
+
+    source: Source
+    metadata: Metadata
+    test: TestPredictions
+    val: TestPredictions | None  # None for a bundle, or where the images are missing
+    temperature: float | None  # fitted on the validation images
+    curves: dict[str, runs.Curve]  # what the fit logged over its epochs
+    counts: dict[str, dict[str, int]]  # images of each class in each split
+    measured: dict[str, Any]  # content of test_metrics.json
+    notice: str  # a caveat about the test images; empty if there is none
+    status: dict[str, Any]  # of the fit; see `runs.read_status`
+
+    @cached_property
+    def scored(self) -> ScoredPredictions:
+        """The test predictions, with the positive class of two."""
+        return self.test.scored(positive_index(self.metadata))
+
+    @property
+    def majority(self) -> int:
+        """Index of the class with most training images, or, where these are unknown, with most test images."""
+        names, train = self.test.class_names, self.counts["train"]
+        counts = [train.get(name, 0) for name in names]
+        return int(np.argmax(counts if any(counts) else np.bincount(self.test.true, minlength=len(names))))
+
+
+def positive_index(metadata: Metadata) -> int | None:
+    """Index of the positive class of two, as `metrics.positive_index`, which imports torchmetrics for seconds."""
+    names, chosen = metadata.class_names, metadata.config["model"].get("positive")
+    return None if len(names) != 2 else names.index(chosen) if chosen in names else 1
+
+
+def gather(source: Source, predictor: Predictor, data: str | None = None) -> Results:
+    """Collects the results of a tested checkpoint, or predicts the test images with a bundle.
+
+    Args:
+        source: The checkpoint or bundle; what a bundle does not hold is read from the run that it lies in.
+        predictor: Its classifier.
+        data: The data set's folder or table for a bundle; None means that of its run.
+
+    Raises:
+        UserError: A file is damaged, or there are no test images.
+    """
+    run, metadata, val, temperature, notice = source.run, predictor.metadata, None, None, ""
+    if source.is_bundle:
+        images = run_split.images(run, "test", metadata, data)
+        pairs = [(path, label) for path, label in images.pairs if Path(path).is_file()]
+        if not pairs:
+            missing = f"None of the {len(images.pairs):,} test images of {source.file} is in {images.root}"
+            raise UserError(f"{missing}; give a data set's folder by --data.")
+        test = TestPredictions.of(_predict(predictor, pairs), predictor.class_names, images.root)
+        measured, notice = {"data": images.root}, images.notice
+    else:
+        test = TestPredictions.read(run / TEST)
+        if test.class_names != predictor.class_names:
+            raise UserError(
+                f"{run / TEST} has the classes {', '.join(test.class_names)}, but {source.file} has "
+                f"{', '.join(predictor.class_names)}; run: python -m project.cli test --ckpt_path {source.file}"
+            )
+        measured = json.loads((run / MEASURED).read_text(encoding="utf-8")) if (run / MEASURED).exists() else {}
+        val = _validation(source.file, predictor, measured)
+        temperature = _temperature(source.file, val)
+    curves, counts, status = runs.curves(run / runs.METRICS), run_split.counts(run), runs.read_status(run)
+    return Results(source, metadata, test, val, temperature, curves, counts, measured, notice, status)
+
+
+def is_tested(checkpoint: Path) -> bool:
+    """Whether the predictions in the checkpoint's run are its own, and newer than it."""
+    run = runs.folder_of(checkpoint)
+    try:
+        measured = json.loads((run / MEASURED).read_text(encoding="utf-8"))
+        return Path(measured["checkpoint"]).name == checkpoint.name and _is_newer(run / TEST, checkpoint)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _is_newer(file: Path, than: Path) -> bool:
+    return file.exists() and file.stat().st_mtime >= than.stat().st_mtime
+
+
+def _predict(predictor: Predictor, pairs: list[tuple[str, str]]) -> Iterator[Prediction]:
+    stream = predictor.stream(path for path, _ in pairs)
+    return (prediction.labelled(label) for prediction, (_, label) in zip(stream, pairs, strict=True))
+
+
+def _validation(checkpoint: Path, predictor: Predictor, measured: dict[str, Any]) -> TestPredictions | None:
+    """Predictions on the validation images, from the run or computed now; None if the images are missing."""
+    run = runs.folder_of(checkpoint)
+    file = run / VALIDATION
+    if checkpoint.name == "best.ckpt" and _is_newer(file, checkpoint):
+        return TestPredictions.read(file)
+    if not (run / run_split.FILE).is_file():
+        return None
+    pairs = run_split.images(run, "val", predictor.metadata, measured.get("data")).pairs
+    if not pairs or not all(Path(path).exists() for path, _ in pairs):
+        return None
+    try:
+        predictions.write(file, _predict(predictor, pairs), predictor.class_names)
+        return TestPredictions.read(file)
+    except OSError as error:
+        print(f"{file} cannot be written: {error.strerror}", file=sys.stderr)
+        return TestPredictions.of(_predict(predictor, pairs), predictor.class_names, "The validation split")
+
+
+def _temperature(checkpoint: Path, val: TestPredictions | None) -> float | None:
+    """Fits the temperature on the validation images and keeps it beside the checkpoint; None if there is none."""
+    if val is None:
+        return calibration.read(checkpoint)
+    before = val.scored(None)
+    temperature = calibration.fit_temperature(before.true, before.probabilities)
+    if temperature is None:
+        calibration.forget(checkpoint)
+        return None
+    after = before.at_temperature(temperature)
+    measured = {"n": float(len(before.true)), "ece_before": before.ece(), "ece_after": after.ece()}
+    measured |= {"loss_before": before.scores()["loss"], "loss_after": after.scores()["loss"]}
+    try:
+        calibration.write(checkpoint, temperature, measured)
+    except OSError as error:
+        print(f"the temperature cannot be written beside {checkpoint}: {error.strerror}", file=sys.stderr)
+    return temperature

@@ -1,0 +1,74 @@
+"""The images of a run's splits, as its split.csv lists them."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from project.data import manifest
+from project.data.splits import SPLITS, Row
+from project.errors import UserError
+from project.inference.metadata import Metadata
+
+FILE = "split.csv"
+
+
+class SplitImages(NamedTuple):
+    """The images of one split."""
+
+    pairs: list[tuple[str, str]]  # path and class of each image
+    root: str  # the data set's folder or table
+    notice: str  # a caveat for the user; empty if there is none
+
+
+def images(run: Path, split: str, metadata: Metadata, data: str | None) -> SplitImages:
+    """Finds the images of one split, by the run's split.csv, or by splitting the data again with the run's options.
+
+    Args:
+        run: Folder that may hold a split.csv.
+        split: train, val or test.
+        metadata: Of the run's checkpoint, or of a bundle.
+        data: The data set's folder or table; None means the run's.
+
+    Raises:
+        UserError: The folder cannot be read, or its classes are not the network's.
+    """
+    options, notice = metadata.config["data"], ""
+    location = data or options.get("root") or ""
+    root = Path(location)
+    try:
+        exists = bool(location) and root.exists()
+    except OSError as error:
+        raise UserError(f"Cannot read {root}: {error.strerror}; give the images' folder by --data.") from error
+    if (run / FILE).is_file():
+        pairs = [(row.path, row.label) for row in rows(run) if row.split == split]
+    elif exists:
+        query: dict[str, Any] = {name: options.get(name) for name in ("group", "folds", "fold")}
+        query |= {name: Path(options[name]) for name in ("split", "exclude") if options.get(name)}
+        data_set = manifest.load(root, seed=options.get("split_seed") or 0, **query)
+        indices = data_set.rows(split).tolist()
+        pairs = [(data_set.paths[index], data_set.class_names[data_set.labels[index]]) for index in indices]
+        notice = (
+            f"There is no {FILE} in {run}: the data was split again with the options of the training. If files were "
+            f"added or removed since, the network may have been trained on some of these {split} images."
+        )
+    else:
+        pairs = []
+    if unknown := sorted({label for _, label in pairs} - set(metadata.class_names)):
+        raise UserError(
+            f"The images of {location} have other classes ({', '.join(unknown[:4])}) than the network "
+            f"({', '.join(metadata.class_names[:4])}); give a folder with the network's classes by --data."
+        )
+    folder = root.parent if root.is_file() else root
+    return SplitImages([(str(folder / path), label) for path, label in pairs], location or "no known folder", notice)
+
+
+def rows(run: Path) -> list[Row]:
+    """The rows of a run's split.csv; none where the file is missing."""
+    file = run / FILE
+    return manifest.read_csv(file, {"path", "label", "split"}) if file.is_file() else []
+
+
+def counts(run: Path) -> dict[str, dict[str, int]]:
+    """The number of images of each class in each split; empty splits where there is no split.csv."""
+    number = Counter((row.split, row.label) for row in rows(run))
+    return {split: {label: n for (s, label), n in number.items() if s == split} for split in SPLITS}

@@ -1,0 +1,1 @@
+"""A checkpoint to ONNX: conversion, quantisation, verification, model card."""

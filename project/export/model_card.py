@@ -1,0 +1,76 @@
+"""The model card of a bundle: what the network is for, how good it is, its limits, and how it is called."""
+
+import re
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from project import runs
+from project.data.splits import SPLITS
+from project.evaluation import html, results, run_split, scores
+from project.inference import bundle
+from project.inference.metadata import Metadata
+
+TEMPLATE = Path(__file__).with_name("templates") / "card.md"
+MAX_NAMES = 40  # class names that the card lists
+
+
+def write(file: Path, checkpoint: Path, metadata: Metadata) -> None:
+    """Writes the card.
+
+    Args:
+        file: The card.
+        checkpoint: The exported checkpoint; if its run has been tested, the card has its figures.
+        metadata: Of the bundle.
+    """
+    names = metadata.class_names
+    text = html.render(
+        TEMPLATE,
+        title=_plain(f"{runs.name_of(checkpoint)}: {metadata.model}"),
+        names=[_plain(name) for name in names[:MAX_NAMES]],
+        count=len(names),
+        data=_plain(Path(metadata.config["data"].get("root") or "unknown").name),
+        counts=_counts(runs.folder_of(checkpoint), names),
+        splits=SPLITS,
+        **_figures(checkpoint, metadata),
+        metadata=metadata,
+        trained_with=_versions(metadata.versions),
+        exported_with=_versions(metadata.export["versions"]),
+        checkpoint=_plain(checkpoint.name),
+        date=f"{datetime.now().astimezone():%Y-%m-%d}",
+        program=(file.parent / bundle.PROGRAM).exists(),
+    )
+    file.write_text(text + "\n", encoding="utf-8", errors="replace")
+
+
+def _figures(checkpoint: Path, metadata: Metadata) -> dict[str, Any]:
+    if not results.is_tested(checkpoint):
+        return {"measured": [], "tested": 0, "positive": None}
+    table = results.TestPredictions.read(runs.folder_of(checkpoint) / results.TEST)
+    positive = results.positive_index(metadata)
+    scored = table.scored(positive).at_temperature(metadata.temperature)  # which is built into model.onnx
+    intervals = scores.intervals(scored)
+    measured = [
+        (scores.NAMES.get(name, name), scores.format_score(name, value), scores.format_score(name, *intervals[name]))
+        for name, value in scored.scores().items()
+    ]
+    positive_name = None if positive is None else _plain(metadata.class_names[positive])
+    return {"measured": measured, "tested": len(table.paths), "positive": positive_name}
+
+
+def _counts(run: Path, names: list[str]) -> list[tuple[str, list[int]]]:
+    """Images of each class in each split; empty where the run has no split.csv."""
+    counts = run_split.counts(run)
+    if not any(counts.values()):
+        return []
+    rows = [(_plain(name), [counts[split].get(name, 0) for split in SPLITS]) for name in names[:MAX_NAMES]]
+    return [*rows, ("all classes", [sum(counts[split].values()) for split in SPLITS])]
+
+
+def _versions(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items()) or "unknown versions"
+
+
+def _plain(text: str) -> str:
+    """Escapes what Markdown would interpret."""
+    return re.sub(r"([\\`*_{}\[\]|#~$])", r"\\\1", " ".join(text.split()))

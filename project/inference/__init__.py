@@ -1,0 +1,1 @@
+"""A path to probabilities, without Lightning."""

@@ -1,0 +1,166 @@
+"""Bundles: a folder with a trained network for use elsewhere, made by `export`; read here without torch.
+
+model.onnx maps uint8 images to probabilities: normalisation, temperature and softmax are inside. model.safetensors and
+config.json are the PyTorch network. SHA256SUMS lists the files as they were written. None of them holds code.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from project.data.images import Pixels
+from project.data.workers import usable_cores
+from project.errors import UserError
+from project.inference.metadata import Metadata
+from project.inference.predictor import Predictor
+
+MODEL, WEIGHTS, CONFIG, CARD, PROGRAM = "model.onnx", "model.safetensors", "config.json", "README.md", "model.pt2"
+PARTS = (MODEL, WEIGHTS, CONFIG, CARD, PROGRAM)
+SUMS = "SHA256SUMS"
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime 1.29 and later report which models are used
+ANEW = "make the bundle anew by python -m project.cli export"
+
+
+class OnnxPredictor(Predictor):
+    """A bundle's model.onnx; several threads may use it at once.
+
+    Args:
+        folder: The bundle.
+        threads: That compute one batch; by default one per core that this process may use.
+
+    Raises:
+        UserError: A file is missing or damaged, or contradicts another.
+    """
+
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        self._file = folder / MODEL
+        with ThreadPoolExecutor(1) as pool:  # sums are computed while the model is read
+            verified = pool.submit(verify, folder, MODEL)
+            try:
+                self._session = _session(self._file, threads or usable_cores())
+            except UserError:
+                verified.result()  # where a file is missing or damaged, this error is more precise
+                raise
+            super().__init__(verified.result())
+        _require_match(self._session, self._file, self.metadata)
+
+    def probabilities(self, image: Pixels) -> npt.NDArray[np.float32]:
+        """Maps images (B, H, W, 3) uint8, RGB, to probabilities (B, K)."""
+        try:
+            result: npt.NDArray[np.float32] = self._session.run(None, {"image": image})[0]
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise UserError(f"{self._file} fails on an image: {_line(error)}") from error
+        if result.shape != (len(image), len(self.class_names)):
+            raise UserError(f"{self._file} maps {len(image)} images to an array of shape {result.shape}.")
+        return result
+
+
+def preprocess(metadata: Metadata) -> dict[str, Any]:
+    """Returns what model.onnx holds of its input under the key `preprocess`; NHWC means (B, H, W, 3)."""
+    return {"image_size": metadata.image_size, "resize": metadata.resize, "layout": "NHWC"}
+
+
+def seal(folder: Path, metadata: Metadata) -> None:
+    """Writes config.json, then SHA256SUMS of all files that are there."""
+    values = {name: value for name, value in dataclasses.asdict(metadata).items() if value is not None}
+    content = json.loads(json.dumps(values), parse_constant=lambda _: None)  # JSON has no NaN
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    # backslashreplace: what UTF-8 cannot encode in a path becomes an escape of JSON
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+    write_sums(folder)
+
+
+def write_sums(folder: Path) -> None:
+    """Writes SHA256SUMS of all files that are there."""
+    lines = [f"{_sum(folder / name)}  {name}\n" for name in PARTS if (folder / name).exists()]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+def verify(folder: Path, needed: str) -> Metadata:
+    """Compares the files that are there with SHA256SUMS, and reads config.json.
+
+    Args:
+        folder: The bundle.
+        needed: The file that must be there besides; others may have been left out.
+
+    Raises:
+        UserError: A file is missing or damaged, or config.json is not a bundle's.
+    """
+    for name in (SUMS, CONFIG, needed):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name}; copy the whole bundle, or {ANEW}.")
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        listed = {line[66:]: line[:64] for line in lines if re.fullmatch(r"[0-9a-f]{64}  [\w.]+", line)}
+        if len(listed) != len(lines) or not {CONFIG, needed} <= set(listed):
+            raise UserError(f"{folder / SUMS} is damaged; {ANEW}.")
+        present = [name for name in listed if (folder / name).is_file()]
+        with ThreadPoolExecutor(len(present)) as pool:
+            for name, checksum in zip(present, pool.map(_sum, [folder / name for name in present]), strict=True):
+                if checksum != listed[name]:
+                    raise UserError(f"{folder / name} is damaged: its content does not match {SUMS}; {ANEW}.")
+        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"Cannot read {error.filename or folder}: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{folder / CONFIG} or {SUMS} is not text in the format of a bundle; {ANEW}.") from error
+    refusal = f"{folder / CONFIG} is not the configuration of a bundle"
+    if not isinstance(content, dict):
+        raise UserError(f"{refusal}; {ANEW}.")
+    return Metadata.parse(content, refusal, of_bundle=True)
+
+
+def _sum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _session(file: Path, threads: int) -> Any:
+    try:
+        import onnxruntime as runtime
+    except ImportError as error:
+        raise UserError("A bundle needs the library onnxruntime; install it: pip install -e .[export]") from error
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 4  # errors are raised, not logged
+    # spinning threads would take the cores from the threads that read images, and from other processes
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.load_model_format", "ONNX")
+    # external weights would be read from this folder, which does not exist: all of a bundle's are in model.onnx
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.absolute()))
+    try:
+        return runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        raise UserError(f"{file} cannot be used: {_line(error)}") from error
+
+
+def _require_match(session: Any, file: Path, metadata: Metadata) -> None:
+    """Checks that a model's input, output and properties match config.json."""
+    size, count = metadata.image_size, len(metadata.class_names)
+    inputs = [(node.name, node.type, node.shape[1:]) for node in session.get_inputs()]
+    outputs = [(node.type, node.shape[1:]) for node in session.get_outputs()]
+    if inputs != [("image", "tensor(uint8)", [size, size, 3])] or outputs != [("tensor(float)", [count])]:
+        raise UserError(f"{file} does not map images of {size} pixels to {count} probabilities, as {CONFIG} says.")
+    if isinstance(batch := session.get_inputs()[0].shape[0], int):
+        raise UserError(f"{file} takes batches of {batch} only; {ANEW}.")
+    properties = session.get_modelmeta().custom_metadata_map
+    for key, value in {"preprocess": preprocess(metadata), "class_names": metadata.class_names}.items():
+        try:
+            is_equal = json.loads(properties.get(key, "null")) == value
+        except (ValueError, RecursionError):
+            is_equal = False
+        if not is_equal:
+            raise UserError(f"{file} and {CONFIG} beside it contradict each other in {key}; {ANEW}.")
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split()).rstrip(".")
+    return (text if len(text) <= 300 else f"{text[:300]}…") + "."

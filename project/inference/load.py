@@ -1,0 +1,123 @@
+"""The one door to a trained classifier: what a path means, and how it is loaded.
+
+No other module decides whether a path is a checkpoint, a run or a bundle. torch is imported for checkpoints only.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from project import runs
+from project.errors import UserError
+from project.inference import bundle
+from project.inference.predictor import Predictor
+
+if TYPE_CHECKING:
+    from project.inference.checkpoint import TorchPredictor
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained classifier on disk."""
+
+    file: Path  # the checkpoint, or the bundle's folder
+    is_bundle: bool
+
+    @property
+    def run(self) -> Path:
+        """The run folder of a checkpoint; of a bundle, the folder that contains it, which usually is its run."""
+        return self.file.absolute().parent if self.is_bundle else runs.folder_of(self.file)
+
+    def load(self, calibrated: bool = False, device: str | None = None, threads: int | None = None) -> Predictor:
+        """Like the function `load`; a bundle computes a batch with `threads`, by default one per core."""
+        if not self.is_bundle:
+            return self.load_network(calibrated, device)
+        if device not in (None, "cpu"):
+            raise UserError(
+                f"{self.file} is a bundle, which computes on the CPU, not on {device}; give its checkpoint."
+            )
+        predictor = bundle.OnnxPredictor(self.file, threads)
+        self._require_temperature(predictor, calibrated)
+        return predictor
+
+    def load_network(self, calibrated: bool = False, device: str | None = None) -> "TorchPredictor":
+        """Like the function `load_network`."""
+        try:
+            from project.inference import checkpoint
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"{self.file} is a checkpoint, which needs {error.name}; install it, or give a bundle, which export "
+                "makes of it where torch is."
+            ) from error
+        if not self.is_bundle:
+            return checkpoint.load(self.file, calibrated, device)
+        predictor = checkpoint.load_bundle(self.file, device)
+        self._require_temperature(predictor, calibrated)
+        return predictor
+
+    def _require_temperature(self, predictor: Predictor, calibrated: bool) -> None:
+        if calibrated and not predictor.metadata.calibrated:
+            raise UserError(
+                f"{self.file} was made before a temperature was known; run python -m project.cli report on its run, "
+                "then export again."
+            )
+
+
+def locate(path: str | os.PathLike[str] | None = None) -> Source:
+    """Finds the classifier that a path means.
+
+    Args:
+        path: A checkpoint, a run folder or a bundle; None means the newest run's best.ckpt.
+
+    Raises:
+        UserError: The path is none of these.
+    """
+    if path is None:
+        return Source(runs.newest_checkpoint(), is_bundle=False)
+    try:
+        target = runs.resolve_latest(Path(path))
+        if _is_bundle(target):
+            return Source(target, is_bundle=True)
+        file = target / "checkpoints" / "best.ckpt" if target.is_dir() else target
+        if file.name in bundle.PARTS and _is_bundle(file.parent):
+            raise UserError(f"{file} is a part of a bundle; give the folder, {file.parent}.")
+        if file.is_file():
+            return Source(file, is_bundle=False)
+    except OSError as error:  # a name that is too long, a folder without permission
+        raise UserError(f"Cannot read {path}: {error.strerror}; give a .ckpt file or a run's folder.") from error
+    raise UserError(f"There is no checkpoint {file}; give a .ckpt file or a run's folder, runs/<name>/version_N.")
+
+
+def _is_bundle(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (bundle.MODEL, bundle.CONFIG))  # damaged or not
+
+
+def locate_checkpoint(path: str | os.PathLike[str] | None = None) -> Path:
+    """Like `locate`, but refuses bundles, and returns the file."""
+    source = locate(path)
+    if source.is_bundle:
+        raise UserError(f"{path} is a bundle, not a checkpoint; give a .ckpt file or a run, runs/<name>/version_N.")
+    return source.file
+
+
+def load(path: str | os.PathLike[str] | None = None, calibrated: bool = False, device: str | None = None) -> Predictor:
+    """Loads a trained classifier.
+
+    Args:
+        path: A checkpoint, a run's folder or a bundle made by `export`; None means the newest run's best.ckpt.
+        calibrated: Divide the logits by the temperature that `report` has found, so that probabilities match
+            frequencies. A bundle always uses its built-in temperature; one without a fitted temperature is refused.
+        device: Where the network computes; by default the accelerator, if there is one. A bundle uses the CPU.
+
+    Raises:
+        UserError: The path means nothing, its content cannot be used, or no temperature is known.
+    """
+    return locate(path).load(calibrated, device)
+
+
+def load_network(
+    path: str | os.PathLike[str] | None = None, calibrated: bool = False, device: str | None = None
+) -> "TorchPredictor":
+    """Like `load`, but always as a PyTorch network; a bundle's is in model.safetensors."""
+    return locate(path).load_network(calibrated, device)

@@ -1,0 +1,127 @@
+"""Metadata: what a checkpoint or a bundle's config.json holds beside the weights; torch is not needed here."""
+
+import importlib.metadata
+import importlib.util
+import math
+import platform
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args
+
+from project.data import workers
+from project.data.images import Resize
+from project.errors import UserError
+
+MAX_SIZE = 16_384  # side of an image, in pixels: a foreign file must not decide how much memory is allocated
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What is known of a trained network; the entries without a default are in every file."""
+
+    model: str  # as `models.build` takes it
+    class_names: list[str]
+    image_size: int  # side of the square images, in pixels
+    resize: Resize
+    mean: list[float]  # of the pixels, one per channel, on the scale of 0 to 1
+    std: list[float]
+    config: dict[str, Any]  # the run's options: the sections data, model and trainer, and others by name
+    versions: dict[str, str] = field(default_factory=dict)  # of the libraries that trained it, by name
+    machine: str = ""
+    git_commit: str = ""  # of the code that trained it; with "+" where it had uncommitted changes
+    metrics: dict[str, float | None] = field(default_factory=dict)  # the last values that the fit logged
+    temperature: float = 1.0  # divisor of the logits, built into a bundle; a checkpoint's is in a file of its own
+    calibrated: bool | None = None  # whether a bundle's temperature was fitted; None in a checkpoint
+    precision: str = "float32"  # or int8
+    export: dict[str, Any] = field(default_factory=dict)  # versions and git_commit of the export
+    compared: dict[str, Any] = field(default_factory=dict)  # differences between a bundle and its checkpoint
+    int8: dict[str, Any] | None = None  # accuracy, size and speed in 32 and 8 bits, where 8 bits were tried
+
+    @classmethod
+    def parse(cls, content: Mapping[str, Any], refusal: str, of_bundle: bool = False) -> "Metadata":
+        """Validates the content of a file, whoever wrote it.
+
+        Args:
+            content: Values by name; unknown names are ignored.
+            refusal: How the error message begins: the file, and what it is not.
+            of_bundle: Whether `temperature` and `calibrated` are required, too.
+
+        Raises:
+            UserError: A value is missing or invalid.
+        """
+        required = {
+            entry.name for entry in fields(cls) if entry.default is MISSING and entry.default_factory is MISSING
+        }
+        required |= {"temperature", "calibrated"} if of_bundle else set()
+        known = {name: content[name] for name in RULES if content.get(name) is not None}
+        for name, (expected, is_valid) in RULES.items():
+            if name in required | set(known) and not is_valid(known.get(name)):
+                raise UserError(f"{refusal}: its {name} is not {expected}.")
+        return cls(**known)
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and value.encode("utf-8", "surrogateescape") is not None  # a folder's name
+    except UnicodeEncodeError:
+        return False
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value)) and len(set(value)) == len(value) > 1
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(isinstance(n, float) and math.isfinite(n) for n in value)
+
+
+def _is_config(value: Any) -> bool:
+    if not isinstance(value, dict) or not all(isinstance(value.get(k), dict) for k in ("data", "model", "trainer")):
+        return False
+    texts, numbers = ("root", "split", "group", "exclude"), ("split_seed", "folds", "fold")
+    return all(isinstance(value["data"].get(name), str | None) for name in texts) and all(
+        isinstance(value["data"].get(name), int | None) for name in numbers
+    )
+
+
+RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "model": ("a name", _is_text),
+    "class_names": ("a list of different names", _are_names),
+    "image_size": (f"a number of pixels up to {MAX_SIZE}", lambda size: type(size) is int and 0 < size <= MAX_SIZE),
+    "resize": (f"one of {', '.join(get_args(Resize))}", lambda resize: _is_text(resize) and resize in get_args(Resize)),
+    "mean": ("three numbers", _are_numbers),
+    "std": ("three numbers above 0", lambda std: _are_numbers(std) and min(std) > 0),
+    "config": ("a configuration", _is_config),
+    "temperature": ("a number from 0.01 to 100", lambda number: isinstance(number, float) and 0.01 < number < 100),
+    "calibrated": ("true or false", lambda value: isinstance(value, bool)),
+    **dict.fromkeys(("machine", "git_commit", "precision"), ("text", _is_text)),
+    **dict.fromkeys(
+        ("versions", "metrics", "export", "compared", "int8"), ("an object", lambda v: isinstance(v, dict))
+    ),
+}
+
+
+def provenance() -> dict[str, Any]:
+    """Returns what `Metadata` records of this process: `versions`, `machine` and `git_commit`."""
+    import torch
+
+    packages = ["torch", "torchvision", "lightning", "torchmetrics", "pillow", "numpy"]
+    packages += ["timm"] if importlib.util.find_spec("timm") else []
+    versions = {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
+    machine = f"{platform.system()}, {platform.machine()}, {workers.usable_cores()} cores"
+    if torch.accelerator.is_available():
+        machine += f", {torch.accelerator.device_count()} x {torch.accelerator.current_accelerator()}"
+    return {"versions": versions, "machine": machine, "git_commit": _git_commit()}
+
+
+def _git_commit() -> str:
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""  # not a git checkout, or no git

@@ -1,0 +1,86 @@
+"""predictions.csv: one row per image, with the same columns whoever writes it."""
+
+import csv
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TextIO
+
+from project import files
+
+COLUMNS, CLASS = ("path", "true", "label", "probability", "error"), "p:"  # the prefix of a class's column
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is predicted for one image.
+
+    Attributes:
+        path: As it was given.
+        label: Name of the likeliest class; empty where the image could not be read.
+        probability: Of that class, 0 to 1.
+        probabilities: Of each class, in class order; empty where the image could not be read.
+        error: Why the image could not be read; empty where it could.
+        true: The true class; empty where it is unknown.
+    """
+
+    path: str
+    label: str = ""
+    probability: float = 0.0
+    probabilities: tuple[float, ...] = ()
+    error: str = ""
+    true: str = ""
+
+    @classmethod
+    def of(cls, path: str, probabilities: Sequence[float], class_names: Sequence[str], true: str = "") -> "Prediction":
+        """Makes a prediction from a row of probabilities."""
+        best = max(range(len(class_names)), key=probabilities.__getitem__)
+        return cls(path, class_names[best], probabilities[best], tuple(probabilities), true=true)
+
+    def labelled(self, true: str) -> "Prediction":
+        """Returns a copy with its true class."""
+        return replace(self, true=true)
+
+
+def write(
+    file: Path, predictions: Iterable[Prediction], class_names: Sequence[str], min_confidence: float | None = None
+) -> None:
+    """Writes predictions as CSV, with the columns of `write_into`; the file appears complete or not at all."""
+    with files.replacing(file) as stream:
+        write_into(stream, predictions, class_names, min_confidence)
+
+
+def write_into(
+    stream: TextIO, predictions: Iterable[Prediction], class_names: Sequence[str], min_confidence: float | None = None
+) -> None:
+    """Writes predictions as CSV.
+
+    The columns are path, true, label, probability, error, then p:<class> for each class, with nine significant digits.
+    With a `min_confidence`, the column abstained follows error: 1 where the probability is below it, 0 where it is not,
+    empty where the image could not be read. The label stays the likeliest class, for any other threshold.
+    """
+    writer = csv.writer(stream)
+    abstained = [] if min_confidence is None else ["abstained"]
+    writer.writerow([*COLUMNS, *abstained, *(f"{CLASS}{name}" for name in class_names)])
+    for row in predictions:
+        numbers = [f"{p:.9g}" for p in row.probabilities] or [""] * len(class_names)
+        probability = "" if row.error else f"{row.probability:.9g}"
+        if min_confidence is not None:
+            abstained = ["" if row.error else str(int(row.probability < min_confidence))]
+        writer.writerow([row.path, row.true, row.label, probability, row.error, *abstained, *numbers])
+
+
+def read(file: Path) -> Iterator[Prediction]:
+    """Reads predictions that were written without a `min_confidence`, one by one."""
+    with file.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
+        rows = csv.reader(stream)
+        next(rows)
+        for path, true, label, probability, error, *numbers in rows:
+            probabilities = () if error else tuple(map(float, numbers))
+            yield Prediction(path, label, float(probability or 0), probabilities, error, true)
+
+
+def read_class_names(file: Path) -> list[str]:
+    """Reads the class names from the columns of a predictions.csv."""
+    with file.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
+        return [name.removeprefix(CLASS) for name in next(csv.reader(stream), []) if name.startswith(CLASS)]

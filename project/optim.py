@@ -1,0 +1,109 @@
+"""The optimiser, its parameter groups and its learning-rate schedule."""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Literal
+
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+Rule = Literal["adam", "adamw", "sgd"]
+# The default peak learning rates. Adam's usual 1e-3 is known to be too high for AlexNet, which has no batch norm; 0.01
+# is that of torchvision's reference recipe for it.
+RATES: dict[Rule, float] = {"adam": 3e-4, "adamw": 3e-4, "sgd": 0.01}
+STAGES = 4  # into which gradual unfreezing divides the backbone, with equally many parameter tensors each
+
+
+def configure(
+    network: nn.Module,
+    head: nn.Module,
+    *,
+    rule: Rule,
+    lr: float,
+    backbone_lr: float,
+    warmup: float,
+    weight_decay: float,
+    freeze: str,
+    total_steps: float,
+    fused: bool,
+) -> OptimizerLRSchedulerConfig:
+    """Creates the optimiser and its schedule, in which a group's learning rate is a function of the step alone.
+
+    Args:
+        network: The whole network.
+        head: Its last layer.
+        rule: adam, adamw or sgd.
+        lr: Peak learning rate of the head.
+        backbone_lr: Peak learning rate of the backbone, as a share of `lr`.
+        warmup: Share of the steps over which the learning rate rises.
+        weight_decay: Of weights; biases and norms have none.
+        freeze: none, backbone (only the head is trained) or gradual (the backbone is unfrozen stage by stage, during
+            the first half of the fit).
+        total_steps: Optimiser steps of the whole fit; may be infinite.
+        fused: One kernel for all parameters: a step takes 43 ms instead of 504 at 57 M parameters on two cores.
+    """
+    groups: list[dict[str, Any]] = []
+    factors: list[Callable[[int], float]] = []
+    for stage, parameters in _stages(network, head, freeze, backbone_lr):
+        start = stage / STAGES / 2 if freeze == "gradual" else 0.0
+        for suffix, decay, decays in (("", weight_decay, True), (", no decay", 0.0, False)):
+            if members := [p for p in parameters if (p.ndim > 1 or not weight_decay) == decays]:
+                name = f"{f'below {stage}' if stage else 'head'}{suffix}"
+                rate = lr * (backbone_lr if stage else 1)
+                groups.append({"params": members, "lr": rate, "weight_decay": decay, "name": name})
+                factors.append(partial(lr_factor, total=total_steps, warmup=warmup, start=start))
+    if len(groups) == 1:
+        del groups[0]["name"]
+    optimizer = make_optimizer(rule, groups, fused)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "step"}}
+
+
+def _stages(
+    network: nn.Module, head: nn.Module, freeze: str, backbone_lr: float
+) -> Iterator[tuple[int, list[nn.Parameter]]]:
+    """The trained parameters: those of the head as stage 0, then of the backbone, whose uppermost stage is 1."""
+    if freeze == "none" and backbone_lr == 1:
+        yield 0, list(network.parameters())
+        return
+    of_head = list(head.parameters())
+    below = [p for p in network.parameters() if p.requires_grad and not any(p is other for other in of_head)]
+    yield 0, of_head
+    stages = STAGES if freeze == "gradual" else 1
+    for part in range(stages):
+        yield stages - part, below[len(below) * part // stages : len(below) * (part + 1) // stages]
+
+
+def make_optimizer(rule: Rule, groups: list[dict[str, Any]], fused: bool) -> Optimizer:
+    """Creates the optimiser for groups with their own learning rate and weight decay."""
+    if rule == "sgd":
+        return SGD(groups, momentum=0.9, fused=fused)
+    return (Adam if rule == "adam" else AdamW)(groups, fused=fused)
+
+
+def lr_factor(step: int, total: float, warmup: float, start: float = 0.0) -> float:
+    """The learning rate as a share of its peak: a linear rise, then half a cosine down to a hundredth.
+
+    Args:
+        step: Optimiser steps made so far.
+        total: Optimiser steps of the whole fit; beyond it, and if it is infinite, the factor stays.
+        warmup: Share of `total` that the rise takes; 100 steps if `total` is infinite.
+        start: Share of `total` (or of 1,000 steps) before which the factor is 0.
+    """
+    if step < start * (total if math.isfinite(total) else 1000):
+        return 0.0
+    rise = max(1.0, warmup * total) if math.isfinite(total) else 100.0
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    done = min(1.0, (step - rise) / max(1.0, total - rise)) if math.isfinite(total) else 0.0
+    return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
+
+
+def reset_rates(scheduler: Any) -> None:
+    """Sets the rates of a resumed fit to those of its own schedule: the run may have had fewer epochs before."""
+    if isinstance(scheduler, LambdaLR):  # that of tune is another
+        groups = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        for group, base, factor in groups:
+            group["lr"] = base * factor(scheduler.last_epoch)

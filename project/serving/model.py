@@ -1,0 +1,103 @@
+"""The model that is served: a bundle or a checkpoint, its identity, and its heat maps."""
+
+import importlib.util
+import io
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from project.data import images
+from project.data.images import Pixels
+from project.errors import UserError
+from project.evaluation import attribution
+from project.inference import bundle, calibration
+from project.inference.load import locate
+
+if TYPE_CHECKING:
+    from project.inference.checkpoint import TorchPredictor
+
+
+class Model:
+    """A trained classifier and its identity.
+
+    Args:
+        path: A bundle, a checkpoint or a run's folder.
+        calibrated: As `project.load`.
+        threads: Threads that compute.
+        parallel: Batches that share the threads.
+
+    Attributes:
+        predictor: From pixels to probabilities.
+        id: The network's name and a checksum of its weights.
+        unexplained: Why there are no heat maps; None where there are.
+
+    Raises:
+        UserError: The path is no usable model, or a checkpoint shall compute several batches at once.
+    """
+
+    def __init__(self, path: str, calibrated: bool, threads: int, parallel: int = 1) -> None:
+        self._source, self._threads, self._lock = locate(path), threads, threading.Lock()
+        if parallel > 1 and not self._source.is_bundle:  # heat maps hang hooks into the same network
+            raise UserError(f"--parallel is {parallel}, but a checkpoint computes one batch at a time; export it.")
+        self.predictor = self._source.load(calibrated, threads=max(1, threads // parallel))
+        self._network: TorchPredictor | None = None
+        if self._source.is_bundle:
+            sums = (self._source.file / bundle.SUMS).read_text(encoding="utf-8").splitlines()
+            checksum = next(line[:12] for line in sums if line.endswith(f"  {bundle.MODEL}"))
+        else:
+            checksum = calibration.fingerprint(self._source.file)
+            self.network()
+        self.id = f"{self.predictor.metadata.model}-{checksum}"
+        self.unexplained = self._why_unexplained()
+        size = self.predictor.image_size
+        self.predictor.probabilities(np.zeros((1, size, size, 3), np.uint8))  # fails now or never
+
+    def read(self, image: bytes) -> Pixels:
+        """Decodes an image for the network, (H, W, 3)."""
+        images.require_short_decoding(image)
+        return images.read(image, self.predictor.image_size, self.predictor.resize)
+
+    def network(self) -> "TorchPredictor":
+        """PyTorch's network; a bundle's is loaded on first use, which takes seconds."""
+        import torch
+
+        from project.inference.checkpoint import TorchPredictor
+
+        with self._lock:
+            if self._network is None:
+                own = self.predictor if isinstance(self.predictor, TorchPredictor) else None
+                self._network = own or self._source.load_network()
+                torch.set_num_threads(self._threads)
+            return self._network
+
+    def explanation(self, image: bytes, target: int | None) -> bytes:
+        """A PNG of the image with the evidence for a class, given by its index; by default the predicted class.
+
+        Raises:
+            ImageError: The image cannot be read.
+            UserError: The network has no maps that Grad-CAM could use.
+        """
+        import torch
+
+        from project.evaluation import figures
+
+        pixels, network = self.read(image), self.network()
+        index = int(self.predictor.probabilities(pixels[None]).argmax()) if target is None else target
+        with self._lock:  # Captum hangs hooks into the network
+            heat = attribution.heat_maps(network, torch.from_numpy(pixels[None]).permute(0, 3, 1, 2), [index])[0]
+        stream = io.BytesIO()
+        Image.fromarray(figures.overlay(pixels, heat)).save(stream, "PNG")
+        return stream.getvalue()
+
+    def _why_unexplained(self) -> str | None:
+        if importlib.util.find_spec("torch") is None:
+            return "This server has no torch, which heat maps need."
+        if not attribution.is_available():
+            return "This server has no captum, which heat maps need: pip install -e .[explain]"
+        if self._source.is_bundle and not (self._source.file / bundle.WEIGHTS).is_file():
+            return f"The bundle of this server has no {bundle.WEIGHTS}, which heat maps need."
+        if self._source.is_bundle and importlib.util.find_spec("safetensors") is None:
+            return "This server has no safetensors, which heat maps of a bundle need: pip install -e .[export]"
+        return None

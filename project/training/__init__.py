@@ -1,0 +1,1 @@
+"""What surrounds a fit: the command line of fit, validate and test, callbacks, checkpoints, resuming."""

@@ -1,0 +1,165 @@
+"""Callbacks of every run: seeds, unreadable images, progress, predictions.csv; and helpers that callbacks share."""
+
+import itertools
+import json
+import random
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from project import files
+from project.inference import predictions
+from project.inference.predictions import Prediction
+
+if TYPE_CHECKING:
+    from project.data.datamodule import ImageData
+
+
+class StepSeed(Callback):
+    """Derives the random seed of each step from seed, step and rank, so that no random state needs saving."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        key = (data_of(trainer).seed, trainer.fit_loop.total_batch_idx, trainer.global_rank)
+        seeds = np.random.SeedSequence(key).generate_state(3, np.uint64).tolist()  # 30 us
+        random.seed(seeds[0])
+        np.random.seed(seeds[1] % 2**32)
+        torch.default_generator.manual_seed(seeds[2])
+        if pl_module.device.type != "cpu":
+            torch.get_device_module(pl_module.device).manual_seed(seeds[2])
+
+
+class Unreadable(Callback):
+    """Prints path and reason of each image that could not be read, once."""
+
+    def __init__(self) -> None:
+        self.named: set[str] = set()
+
+    def name(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any, **__: Any) -> None:
+        """Prints those that are new in a batch."""
+        split: Any = trainer.state.stage and trainer.state.stage.dataloader_prefix  # train, val or test
+        for row, reason in batch.failed:
+            path = data_of(trainer).dataset(split).path(row)
+            if path not in self.named:
+                self.named.add(path)
+                print(f"left out, unreadable: {path}: {reason}", flush=True)  # on the rank that read it
+
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = name
+
+
+class ProgressLines(Callback):
+    """Prints the expected time of the fit, then one line an epoch."""
+
+    FIRST, LAST = 2, 7  # the estimate leaves out the first steps, which are slower
+
+    def on_train_start(self, *_: Any) -> None:
+        self._steps = 0
+        self._epoch_start = time.monotonic()  # a fit resumed within an epoch has no on_train_epoch_start
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self._epoch_start = time.monotonic()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self._steps == self.FIRST:
+            self._first = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._steps += 1
+        if self._steps == self.LAST:
+            step = (time.monotonic() - self._first) / (self.LAST - self.FIRST)
+            epochs = (trainer.max_epochs or 0) - trainer.current_epoch
+            if epochs > 0 and trainer.max_steps == -1:
+                # a forward pass costs about a third of a training step
+                validation = sum(trainer.num_val_batches) / 3 / (trainer.check_val_every_n_epoch or 1)
+                expected = step * epochs * (trainer.num_training_batches + validation)
+                pl_module.print(f"expected time: {duration(expected)} for {epochs} epoch{'s' * (epochs > 1)}")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        shown = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
+        values = [f"{key} {trainer.callback_metrics[key]:.4f}" for key in shown if key in trainer.callback_metrics]
+        epochs = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
+        seconds = duration(time.monotonic() - self._epoch_start)
+        pl_module.print(f"epoch {trainer.current_epoch + 1}{epochs}  {'  '.join(values)}  ({seconds})")
+
+
+class PredictionWriter(Callback):
+    """Writes predictions.csv and test_metrics.json into the run of the tested checkpoint.
+
+    Args:
+        run: The run's folder.
+        checkpoint: The checkpoint's file.
+    """
+
+    FILES = ("predictions.csv", "test_metrics.json", "val_predictions.csv", "report.html")  # with those of the report
+
+    def __init__(self, run: Path, checkpoint: Path) -> None:
+        self.run, self.checkpoint = run, checkpoint
+
+    def on_test_start(self, *_: Any) -> None:
+        self.rows: list[tuple[int, list[float], str]] = []  # row, probabilities, error
+
+    def on_test_batch_end(self, _: Any, __: Any, outputs: Any, batch: Any, *___: Any) -> None:
+        self.rows += [(row, p, "") for row, p in zip(batch.row.tolist(), outputs.tolist(), strict=True)]
+        self.rows += [(row, [], reason) for row, reason in batch.failed]
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        rows = sorted(itertools.chain(*gather(trainer, self.rows)))
+        if not trainer.is_global_zero:
+            return
+        data = data_of(trainer)
+        names, dataset = data.class_names, data.dataset("test")
+
+        def prediction(row: int, probabilities: list[float], error: str) -> Prediction:
+            path, true = dataset.path(row), names[dataset.labels[row]]
+            return (
+                Prediction(path, error=error, true=true) if error else Prediction.of(path, probabilities, names, true)
+            )
+
+        predictions.write(self.run / "predictions.csv", (prediction(*row) for row in rows), names)
+        result = {key: float(value) for key, value in trainer.callback_metrics.items()} | {
+            "n": len(rows),
+            "unreadable": sum(bool(error) for _, _, error in rows),
+            "class_names": names,
+            "checkpoint": str(self.checkpoint),
+            "data": str(data.root),
+        }
+        with files.replacing(self.run / "test_metrics.json") as stream:
+            json.dump(result, stream, indent=2)
+        pl_module.print(f"written: {self.run}/test_metrics.json, {self.run}/predictions.csv")
+
+
+def data_of(trainer: Any) -> "ImageData":
+    """The data module of a Trainer."""
+    data: ImageData = trainer.datamodule
+    return data
+
+
+def tensorboard(trainer: Trainer) -> Any:
+    """TensorBoard's writer on the first rank; None on others, or without a TensorBoardLogger."""
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    return loggers[0].experiment if loggers and trainer.is_global_zero else None
+
+
+def point(trainer: Trainer) -> int:
+    """The step at which Lightning logs: within a validation that of the last training batch, else of the next one."""
+    return trainer.global_step - trainer.validating
+
+
+def gather(trainer: Trainer, item: Any) -> list[Any]:
+    """The item of every rank, in order of rank."""
+    if trainer.world_size == 1:
+        return [item]
+    items: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(items, item)
+    return items
+
+
+def duration(seconds: float) -> str:
+    """Seconds as text, in a readable unit."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

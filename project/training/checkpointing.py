@@ -1,0 +1,171 @@
+"""What a fit saves and when: best.ckpt and last.ckpt, from which a resumed fit continues to the same bits."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from project.errors import UserError
+from project.training.callbacks import data_of, gather
+from project.training.checkpoint_io import BEST, LAST, AsyncCheckpointIO
+from project.training.ema import EMA
+from project.training.loggers import MetricsFile
+from project.training.loop_state import LOOP_STATE, LoopState, is_between_steps
+from project.training.signals import REQUEUE, Ranks, Signals
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """best.ckpt, the weights with the lowest val/loss; a class of its own, to keep its state apart from a user's.
+
+    Args:
+        folder: The run's checkpoints/.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder), Path(BEST).stem, monitor="val/loss", enable_version_counter=False)
+
+
+class ResumeCheckpoint(Callback):
+    """last.ckpt, with everything that a fit needs to continue; and the way a fit stops.
+
+    Saved every `minutes`, when a signal stops the fit, and at its end. Comes before every other callback, so that a
+    checkpoint holds their state between two steps.
+
+    Args:
+        io: Writes the checkpoints; None where none are saved.
+        folder: The run's checkpoints/.
+        minutes: How much training a killed process may lose.
+
+    Attributes:
+        restoring: Lightning is loading the checkpoint that the fit starts from.
+    """
+
+    def __init__(self, io: AsyncCheckpointIO | None, folder: Path | None, minutes: float) -> None:
+        self._io, self._interval = io, 60 * minutes
+        self._file = folder / LAST if folder and io else None
+        self._signals = Signals()
+        self._state: LoopState | None = None  # of the current weights; None where no checkpoint may be saved
+        self._saving = False
+        self._resumed: dict[str, Any] = {}
+        self._start: float | None = None
+        self._seconds = 0.0  # of training, before this fit was resumed
+        self.restoring = False
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has been trained, interrupted fits included."""
+        return self._seconds + (time.monotonic() - self._start if self._start is not None else 0.0)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Sets loops and data to the checkpoint's position; with other data, to the start of its epoch."""
+        self.restoring = True
+        self._resumed = resumed = checkpoint.get(LOOP_STATE, {})
+        if not resumed:
+            return
+        data, state, self._seconds = data_of(trainer), LoopState(**resumed["at"]), resumed["seconds"]
+        if resumed["loader"] != data.layout:
+            state = state._replace(batch=0, validate=False)
+            resumed |= {"at": state._asdict(), "sums": []}
+        state.put_into(checkpoint)
+        data.start_from(state.epoch, state.batch)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restores the running sums of the epoch, and listens for signals."""
+        module: Any = pl_module
+        _require_matching_moments(trainer.optimizers)
+        self.restoring = False
+        self._signals.listen(trainer)
+        self._ranks = Ranks(trainer)
+        self._start = self._saved_at = time.monotonic()
+        if not self._resumed:
+            return
+        state = LoopState(**self._resumed["at"])
+        if (sums := self._resumed["sums"]) and trainer.is_global_zero:
+            module.take_sums(sums)
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in self._resumed["metrics"].items()})
+        if state.validate and state.batch == state.batches:
+            module.log_epoch()  # no training step of this epoch is left to do so
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Between two optimizer steps: saves by the clock, and stops if a signal has arrived."""
+        self._state = None
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._state = LoopState.of(trainer, _rows(trainer))
+            due = self._io is not None and not self._io.busy and time.monotonic() - self._saved_at >= self._interval
+            self._stop_or_save(trainer, due)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._state = None
+        if not trainer.sanity_checking and is_between_steps(trainer):
+            self._state = LoopState.of(trainer, _rows(trainer), validate=True)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Stops if a signal has arrived; the resumed fit runs the whole validation."""
+        if self._state is not None:
+            self._stop_or_save(trainer, False)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves after all other callbacks have finished in `on_train_end`."""
+        if self._start is None:  # there was nothing left to train
+            return
+        self._state = LoopState.of(trainer, _rows(trainer))._replace(batch=0)
+        self._save(trainer)
+
+    def _stop_or_save(self, trainer: Trainer, due: bool) -> None:
+        word = self._ranks.all_reduce_max(2 * self._signals.requested + due)
+        if word == 1:
+            self._save(trainer)
+        if requested := word // 2:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, EMA):
+                    callback.swap_back(trainer, trainer.lightning_module)
+            if requested == REQUEUE:
+                self._saving = True
+                self._signals.requeue()
+            else:
+                self._save(trainer)
+            if self._io is not None:
+                self._io.wait()
+            trainer.strategy.barrier()
+            self._signals.end(requested)
+
+    def _save(self, trainer: Trainer) -> None:
+        if self._file is None:
+            return
+        for logger in trainer.loggers:
+            logger.save()  # what was logged before this position must not be lost after it
+        self._saving = True
+        trainer.save_checkpoint(self._file)
+        self._saving = False
+        self._saved_at = time.monotonic()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the position, and what Lightning does not save."""
+        if not self._saving or self._state is None:  # a checkpoint of another callback
+            return
+        module: Any = pl_module
+        self._state.put_into(checkpoint)
+        checkpoint["epoch"] = self._state.epoch - (self._state.batch == 0)  # of the last step, as Lightning counts
+        sums = gather(trainer, [(float(total), float(weight)) for total, weight in module.sums()])
+        checkpoint[LOOP_STATE] = {
+            "at": self._state._asdict(),
+            "loader": data_of(trainer).layout,
+            "sums": [tuple(map(sum, zip(*pairs, strict=True))) for pairs in zip(*sums, strict=True)],  # over the ranks
+            "metrics": {key: float(value) for key, value in trainer.callback_metrics.items()},
+            "seconds": self.seconds,
+        }
+
+
+def _rows(trainer: Trainer) -> int:
+    return next((logger.rows for logger in trainer.loggers if isinstance(logger, MetricsFile)), 0)
+
+
+def _require_matching_moments(optimizers: list[Any]) -> None:
+    """Checks the shapes that a checkpoint has given to the optimizer's state, because the kernels do not."""
+    for parameter, state in (pair for optimizer in optimizers for pair in optimizer.state.items()):
+        for name, value in state.items():
+            if name != "step" and isinstance(value, torch.Tensor) and value.shape != parameter.shape:
+                raise UserError(f"The checkpoint is damaged: {name} and its weights have different shapes.")

@@ -1,0 +1,73 @@
+"""Transfer learning at the cost of its last layer: the output of the frozen layers is computed once."""
+
+import os
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from project.training.callbacks import data_of, duration
+
+
+class FrozenFeatures(Callback):
+    """Before a fit with --model.freeze backbone, replaces images by the frozen layers' output where that is exact.
+
+    The output is the same in every epoch if nothing augments the images, and sufficient if the head is the last layer.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Runs the frozen layers once over the training and the validation images, before any loader is made."""
+        model: Any = pl_module  # the Classifier
+        data = data_of(trainer)
+        if model.transfer != "backbone":
+            return
+        changing = [f"--data.augment {data.augment}"] * (data.augment != "none") + ["--model.mix"] * bool(model.mix)
+        if changing:
+            model.print(
+                f"frozen layers: run for every image in every epoch, because {' and '.join(changing)} changes it; "
+                "--data.augment none would compute them once"
+            )
+            return
+        start = time.monotonic()
+        rows = sum(len(data.dataset(split)) for split in ("train", "val"))
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 16e9
+        model.eval().to(trainer.strategy.root_device)
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            image = torch.zeros(2, 3, data.image_size, data.image_size, dtype=torch.uint8, device=model.device)
+            features, logits = features_and_logits(model.network, model.head, image)
+            needed = rows * features[0].numel() * 4
+            if features.ndim != 2 or not torch.allclose(model.head(features), logits, atol=1e-5):
+                note = f"run in every epoch, because {model.name} has operations after its last layer"
+            elif needed > memory / 4:
+                note = f"run in every epoch, because their output would take {needed / 1e9:.1f} GB of memory"
+            else:
+                for split in ("train", "val"):
+                    data.use_features(split, *self._compute(data, split, model))
+                took = duration(time.monotonic() - start)
+                note = f"computed once for {rows:,} images ({took}); from here on only {model.head_name} is run"
+        model.train()
+        model.print(f"frozen layers: {note}")
+
+    def _compute(self, data: Any, split: str, model: Any) -> tuple[Tensor, dict[int, str]]:
+        """The output (N, F) for a split's rows, and why a row has none."""
+        output: Tensor | None = None
+        failed: dict[int, str] = {}
+        for batch in data.in_order(split):
+            failed |= dict(batch.failed)
+            if len(batch.row):
+                features, _ = features_and_logits(model.network, model.head, batch.image.to(model.device))
+                if output is None:
+                    output = torch.zeros(len(data.dataset(split)), features.shape[1], dtype=torch.float32)
+                output[batch.row] = features.float().cpu()
+        assert output is not None  # ImageData.setup has read an image of each split
+        return output, failed
+
+
+def features_and_logits(network: nn.Module, head: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
+    """The input of the head and the network's logits for images (B, 3, H, W) uint8."""
+    inputs: list[Tensor] = []
+    with head.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0])):
+        logits: Tensor = network(image)
+    return inputs[-1], logits

@@ -1,0 +1,67 @@
+"""The parser of fit, validate, test and tune, whose --help has one line for each option."""
+
+import argparse
+import re
+import shutil
+import textwrap
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from project import arguments
+from project.errors import UserError, did_you_mean
+
+GROUPS = ("", "data", "model")  # whose options --help lists; those of Lightning's Trainer are listed on request
+Options = dict[str, argparse.Action]
+
+
+class Parser(arguments.Parser, LightningArgumentParser):
+    """Lightning's parser, with one sentence for a mistake.
+
+    `--help` lists the options of this project, `--help trainer` those of a group; `--help OPTION` explains an option.
+    """
+
+    _words: tuple[str, ...] = ()
+
+    def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Any:
+        self._words = tuple(args or ())  # argparse does not parse what follows --help
+        return super().parse_args(args, *more, **options)
+
+    def format_help(self, *formatter: Any) -> str:
+        names = [(name, action) for action in arguments.actions(self) for name in action.option_strings]
+        options: Options = {name[2:]: action for name, action in names if name.startswith("--")}
+        groups: dict[str, Options] = {}
+        for name, action in options.items():
+            if not name.endswith((".help", "+")):  # --trainer.strategy.help, --trainer.callbacks+
+                groups.setdefault(name.rpartition(".")[0], {})[name] = action
+        if not groups.keys() >= set(GROUPS):  # the help of a class, as by --trainer.strategy.help DDPStrategy
+            return super().format_help(*formatter)
+        after = next((n + 1 for n, word in enumerate(self._words) if word in ("-h", "--help")), len(self._words))
+        topic = "".join(self._words[after : after + 1]).removeprefix("--")
+        if not topic:
+            usage = self.usage or f"python -m project.cli {self.prog.split()[-1]} [options]"
+            end = "--help OPTION explains an option in full; --help trainer lists the options of Lightning's Trainer."
+            groups[""] = {name: action for name, action in groups[""].items() if name not in groups}
+            intro = f"usage: {usage}\n\n{textwrap.fill(str(self.description), 100)}\n"
+            return "\n".join([intro, *(_lines(groups[group]) for group in GROUPS), end, ""])
+        if topic in groups:
+            return _lines(groups[topic])
+        if topic not in options:
+            hint = did_you_mean(f"--{topic}", [f"--{name}" for name in options])
+            raise UserError(f"There is no option --{topic}.{hint} See --help.")
+        blocks = re.split(r"\n(?=  -|\S)", super().format_help(*formatter))
+        return next(block for block in blocks if re.match(rf"  (-\w.*, )?--{re.escape(topic)}[\s,]", block)) + "\n"
+
+
+def _lines(options: Options) -> str:
+    """One line for each option, as wide as the terminal, 100 columns at most."""
+    width = max(map(len, options)) + 2
+    space = min(shutil.get_terminal_size((100, 24)).columns, 100) - width - 4
+    lines = []
+    for name, action in options.items():
+        default = "" if action.default in (None, argparse.SUPPRESS) else f" [{action.default}]"
+        text = " ".join(str(action.help or "").split())
+        lines.append(
+            f"  --{name:{width}}{textwrap.shorten(text, max(space - len(default), 20), placeholder=' ...')}{default}"
+        )
+    return "\n".join([*lines, ""])

@@ -1,0 +1,73 @@
+"""How a fit is stopped: Ctrl-C, SIGTERM or SLURM's signal, between two steps and on all ranks together."""
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+NONE, INTERRUPT, TERMINATE, REQUEUE = range(4)  # ordered: the highest request over all ranks wins
+
+
+class Signals:
+    """Records the signals that stop a fit, instead of raising an exception in the middle of a step.
+
+    An exception from a signal handler may be lost inside a library, and Lightning's handler of SIGTERM communicates
+    with the other ranks whatever these are doing. A second Ctrl-C ends the process at once.
+
+    Attributes:
+        requested: NONE, INTERRUPT, TERMINATE or REQUEUE, on this rank.
+    """
+
+    def __init__(self) -> None:
+        self.requested = NONE
+        self._slurm: Any = None
+
+    def listen(self, trainer: Trainer) -> None:
+        """Installs the handlers; Lightning restores the previous ones at the end of the fit."""
+        if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
+            return
+        requests = {signal.SIGINT: INTERRUPT, signal.SIGTERM: TERMINATE}
+        # the only way to the options that a user gave to --trainer.plugins SLURMEnvironment
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            assert environment.requeue_signal is not None
+            requests[environment.requeue_signal] = REQUEUE
+            self._slurm = signal.getsignal(environment.requeue_signal)  # Lightning's handler, which requeues the job
+
+        def record(number: int, frame: FrameType | None) -> None:
+            if number == signal.SIGINT and self.requested == INTERRUPT:
+                os._exit(130)
+            self.requested = max(self.requested, requests[signal.Signals(number)])
+
+        for number in requests:
+            signal.signal(number, record)
+
+    def requeue(self) -> None:
+        """Lets Lightning's SLURM handler save a checkpoint and requeue the job."""
+        self._slurm(int(signal.SIGUSR1), None)
+
+    @staticmethod
+    def end(requested: int) -> None:
+        """Ends the fit with the exception after which Lightning cleans up."""
+        raise KeyboardInterrupt if requested == INTERRUPT else SIGTERMException
+
+
+class Ranks:
+    """Agreement of all ranks, over the CPUs: no accelerator is waited for."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._group: Any = torch.distributed.new_group(backend="gloo") if trainer.world_size > 1 else None
+
+    def all_reduce_max(self, number: int) -> int:
+        """The highest number of any rank."""
+        if self._group is None:
+            return number
+        numbers = torch.tensor([number])
+        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX, group=self._group)
+        return int(numbers)

@@ -1,0 +1,93 @@
+"""Training throughput: images per second, and the share of time spent waiting for images."""
+
+import copy
+import statistics
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from project.training.callbacks import data_of, point, tensorboard
+
+
+class Throughput(Callback):
+    """Measures each epoch of training and logs it to TensorBoard alone.
+
+    metrics.csv holds nothing that depends on a clock, so that an interrupted fit leaves the same file.
+
+    Attributes:
+        waited: Seconds of this epoch between the end of a batch and the start of the next.
+        worked: Seconds of this epoch between the start of a batch and its end.
+    """
+
+    def __init__(self) -> None:
+        self.waited = self.worked = 0.0
+        self._images = 0
+
+    @property
+    def wait_share(self) -> float:
+        """Share of this epoch that was spent waiting."""
+        return self.waited / max(self.waited + self.worked, 1e-9)
+
+    def on_train_start(self, *_: Any) -> None:
+        self._ended = time.monotonic()  # a fit resumed within an epoch has no on_train_epoch_start
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self._ended = time.monotonic()
+        self.waited, self.worked, self._images = 0.0, 0.0, 0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._started = time.monotonic()
+        self.waited += self._started - self._ended
+
+    def on_train_batch_end(self, _: Any, __: Any, ___: Any, batch: Any, *____: Any) -> None:
+        self._ended = time.monotonic()
+        self.worked += self._ended - self._started
+        self._images += len(batch.row)
+
+    def on_validation_end(self, *_: Any) -> None:
+        self._ended = time.monotonic()  # a validation within an epoch does not count as waiting
+
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        if writer := tensorboard(trainer):
+            rate = self._images * trainer.world_size / max(self.waited + self.worked, 1e-9)
+            writer.add_scalar("speed/images_per_second", rate, point(trainer) - 1)  # at the epoch's other metrics
+            writer.add_scalar("speed/data_wait_share", self.wait_share, point(trainer) - 1)
+
+
+class StepsInMemory(Callback):
+    """After each epoch, times as many steps of a copy of the network on a batch in memory: the limit of a fit's speed.
+
+    Attributes:
+        seconds: Median seconds of a step, for each epoch.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.seconds:
+            network: Any = copy.deepcopy(pl_module.network)
+            self._copy = network, torch.optim.Adam(network.parameters(), fused=True)
+        size = data_of(trainer).batch_size, data_of(trainer).image_size
+        self.seconds.append(seconds_per_step(*self._copy, *size, pl_module.device, int(trainer.num_training_batches)))
+
+
+def seconds_per_step(
+    network: nn.Module, optimizer: torch.optim.Optimizer, batch: int, side: int, device: torch.device, steps: int = 3
+) -> float:
+    """Median seconds of a training step on random images in memory, after one step that warms up."""
+    image = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, device=device)
+    image = image.to(memory_format=torch.channels_last)
+    times = []
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        network(image).float().logsumexp(1).mean().backward()
+        optimizer.step()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])

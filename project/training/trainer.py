@@ -1,0 +1,104 @@
+"""Lightning's Trainer as this project uses it: the verbs' own options, defaults, and messages that are left out."""
+
+import contextlib
+import errno
+import logging
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from jsonargparse.typing import OpenUnitInterval, PositiveFloat, PositiveInt
+from lightning.pytorch import Trainer
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+SAVE_EVERY = PositiveFloat(5.0)  # minutes
+TRAINER_DEFAULTS = {
+    "log_every_n_steps": 10,
+    "num_sanity_val_steps": 0,  # ImageData.setup has read a validation image; starts a second sooner
+    "use_distributed_sampler": False,  # BatchSampler shares the rows out, without repeats
+    "enable_model_summary": False,
+}
+HARMLESS = (
+    ".*does not have many workers.*",  # ImageData has chosen them, from the usable cores
+    ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
+    ".*resuming from a checkpoint that ended before the epoch ended.*",  # the loader starts at the batch
+    ".*dirpath has changed.*",  # --ckpt_path: a new run has a folder of its own, and its own best
+    ".*smaller than the logging interval.*",  # a small folder; every epoch is logged all the same
+    ".*module.s. in eval mode at the start of training.*",  # frozen layers
+    ".*isinstance.treespec, LeafSpec.*",  # Lightning's own use of torch
+)
+
+
+class RunTrainer(Trainer):
+    """Lightning's Trainer; LightningCLI reads the verbs' own options from these signatures."""
+
+    def fit(
+        self,
+        *args: Any,
+        name: str | None = None,
+        average: OpenUnitInterval | None = None,
+        resume: str | None = None,
+        save_every: PositiveFloat = SAVE_EVERY,
+        patience: PositiveInt | None = None,
+        histograms: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Trains the network.
+
+        Args:
+            *args: As for Lightning's Trainer.
+            name: Folder in runs/; by default the data folder's name.
+            average: Validate and save a moving average of the weights with this decay, e.g. 0.99.
+            resume: Continue an unfinished run: its folder; no value for the newest; auto starts one if there is none.
+            save_every: Minutes of training that a killed process may lose.
+            patience: Stop after this number of validations without a lower val/loss.
+            histograms: Show in TensorBoard how the weights and gradients of each layer are distributed.
+            **kwargs: As for Lightning's Trainer.
+        """
+        super().fit(*args, **kwargs, weights_only=True)  # type: ignore[misc]
+
+    def test(self, *args: Any, report: bool = True, **kwargs: Any) -> Any:
+        """Measures the metrics on the test images and writes them into the checkpoint's run.
+
+        Args:
+            *args: As for Lightning's Trainer.
+            report: Write report.html into the run, too.
+            **kwargs: As for Lightning's Trainer.
+        """
+        return super().test(*args, **kwargs, weights_only=True)  # type: ignore[misc]
+
+
+def quieten() -> None:
+    """Silences Lightning's messages that do not help here."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for harmless in HARMLESS:
+        warnings.filterwarnings("ignore", harmless)
+
+
+@contextlib.contextmanager
+def disk_errors_in_threads_left_to_main() -> Iterator[None]:
+    """Prints no traceback for a full disk in TensorBoard's writer: its next call raises in the main thread."""
+    hook = threading.excepthook
+
+    def report(arguments: threading.ExceptHookArgs) -> None:
+        error = arguments.exc_value
+        if not (isinstance(error, OSError) and error.errno in DISK_ERRORS):
+            hook(arguments)
+
+    threading.excepthook = report
+    try:
+        yield
+    finally:
+        threading.excepthook = hook
+
+
+def listed(value: Any) -> list[Any]:
+    """An option that takes one object, a list of them or none, as a list."""
+    return value if isinstance(value, list) else [] if value is None or value is False else [value]
+
+
+def given_loggers(value: Any) -> Any:
+    """The loggers of --trainer.logger; False instead of Lightning's default logger."""
+    return False if value in (None, True, False) else value

@@ -1,0 +1,319 @@
+import contextlib
+import csv
+import errno
+import io
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from project import cli, load
+from project.data.inputs import expand
+from project.inference import calibration, predictions
+
+ROOT = Path(__file__).parents[2]
+CLASSES = ("blue", "green", "red")
+
+
+def rows_of(file):
+    with Path(file).open(newline="", encoding="utf-8", errors="surrogateescape") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.fixture
+def predict(at_trained, tmp_path):
+    """Runs the verb with the trained run, or with another source, and returns the rows that it writes."""
+
+    def run(*words, source=at_trained, out="labels.csv", code=0):
+        assert cli.main(["predict", str(source), *map(str, words), "--out", str(tmp_path / out)]) == code
+        return rows_of(tmp_path / out)
+
+    return run
+
+
+def in_a_process(*words, code=None, **options):
+    start = ["-c", code] if code else ["-m", "project.cli"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, *start, *map(str, words)], env=environment, **options)
+
+
+def test_files_and_folders_in_any_mix_keep_their_order(predict, capsys):
+    rows = predict("photos/red/003.png", "photos/blue", "photos/green/000.png")
+    blue = [f"photos/blue/{n:03d}.png" for n in range(40)]
+    assert [row["path"] for row in rows] == ["photos/red/003.png", *blue, "photos/green/000.png"]
+    assert "42 images labelled, 0 unreadable" in capsys.readouterr().out
+
+
+def test_columns_are_the_contracts_with_nine_digits(predict, at_trained):
+    rows = predict("photos/red")
+    assert list(rows[0]) == ["path", "true", "label", "probability", "error", "p:blue", "p:green", "p:red"]
+    for row, expected in zip(rows, load(at_trained).predict([r["path"] for r in rows]), strict=True):
+        numbers = [float(row[f"p:{name}"]) for name in CLASSES]
+        assert sum(numbers) == pytest.approx(1, abs=1e-6)
+        assert numbers == pytest.approx(expected.probabilities, rel=1e-6)
+        assert row["probability"] == f"{max(expected.probabilities):.9g}"
+        assert (row["true"], row["error"], row["label"]) == ("", "", expected.label)
+        assert all(len(re.sub(r"e.*|^0\.0*|\.", "", row[c])) <= 9 for c in row if c.startswith("p:"))
+
+
+def test_unreadable_file_gets_an_error_row_and_only_such_files_fail(predict, tmp_path, capsys):
+    (tmp_path / "bad.jpg").write_bytes(b"<html>")
+    (tmp_path / "dangling.png").symlink_to("nowhere")
+    (tmp_path / "notes.txt").write_text("not an image, and not in the list")
+    rows = predict(tmp_path, code=1)
+    assert "failed: No image can be read; the column error of" in capsys.readouterr().err
+    assert [(Path(row["path"]).name, row["error"]) for row in rows] == [
+        ("bad.jpg", "not an image, or of an unknown format"),
+        ("dangling.png", "no such file or directory"),
+    ]
+    assert {row[c] for row in rows for c in ("true", "label", "probability", "p:red")} == {""}
+
+
+def test_image_names_that_are_hard_for_a_csv(at_trained, tmp_path, monkeypatch):
+    source = Path("photos/red/000.png").read_bytes()
+    names = ["-dash.png", 'a "quoted", one.png', "größe 大.png", "new\nline.png"]
+    for name in names:
+        (tmp_path / name).write_bytes(source)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["predict", str(at_trained), "."]) == 0
+    assert sorted(row["path"] for row in rows_of("predictions.csv")) == sorted(names)
+
+
+def test_unfinished_file_of_a_killed_process_is_removed(predict, tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / f".o.csv.{ended.pid}@{platform.node()}.0.tmp").write_text("path,true\n")
+    predict("photos/red/000.png")
+    assert [file.name for file in tmp_path.iterdir()] == ["labels.csv"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "no file or folder nowhere"),
+        ([], "images"),
+        (["photos", "--ou", "a.csv"], "Did you mean --out?"),
+        (["photos", "--batch_size", "0"], "--batch_size is 0; it must be above 0"),
+        (["photos", "--workers", "-1"], "--workers is -1; it"),
+        (["photos", "--top", "0"], "--top is 0; it"),
+        (["photos", "--devices", "0"], "--devices is 0; it"),
+        (["photos", "--min-confidence", "1.5"], "--min_confidence is 1.5; it"),
+        (["photos", "--min-confidence=-0.1"], "--min_confidence is -0.1; it"),
+        (["photos", "--min-confidence", "nan"], "--min_confidence is nan; it"),
+        (["photos", "--min-confidence", "much"], "--min_confidence is much; it takes"),
+        (["photos", "--min-confidense", "1"], "no option --min-confidense. Did you mean --min_confidence?"),
+        (["photos", "--calibrated"], "No temperature is known for"),
+        (["photos", "--top", "1", "--out", "-"], "--top prints on standard output"),
+        (["photos", "--out", "file/a.csv"], "Cannot write --out file/a.csv: Not a directory"),
+        (["photos", "--out", "no/a.csv"], "no folder"),
+        (["photos", "--out", "x" * 300], "File name too long"),
+        (["photos", "--out", "x" * 240 + ".csv"], "cannot be written: File name too long"),
+        (["photos", "--out", "photos", "--overwrite"], "photos is not a file, which --overwrite could replace"),
+        (["photos", "--out", "pipe", "--overwrite"], "pipe is not a file"),  # stands for devices; never name a real one
+        (["photos", "--out", "file"], "file exists; give another file by --out, or add --overwrite"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(at_trained, monkeypatch, tmp_path, refused, words, message):
+    (tmp_path / "photos").symlink_to(Path("photos").resolve())
+    (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.chdir(tmp_path)
+    assert message in refused("predict", str(at_trained.resolve()), *words)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "photos", "pipe"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_files_that_are_not_checkpoints_and_broken_lists_are_told_in_a_sentence(at_trained, tmp_path, refused):
+    out = ["--out", str(tmp_path / "o.csv")]
+    for name, content, message in (
+        ("empty.csv", b"", "has no column path; it has nothing"),
+        ("other.csv", b"file,label\na.png,x\n", "has no column path; it has file, label"),
+        ("hole.csv", b"path,label\na.png,x\n,y\n", "line 3, has no path"),
+        ("bytes.csv", b"path\na\x00b.png\n" + b'"' + b"x" * 200_000, "Cannot read"),
+        ("heads.csv", b"path,label\n", "no images in"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert message in refused("predict", str(at_trained), str(tmp_path / name), *out)
+    (tmp_path / "foreign.ckpt").write_bytes(b"PK nothing")
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "plain.pt")
+    (tmp_path / "empty").mkdir()
+    for checkpoint, images, message in (
+        ("foreign.ckpt", "photos", "foreign.ckpt"),
+        ("plain.pt", "photos", "was not written by this project"),
+        ("none.ckpt", "photos", "no checkpoint"),
+    ):
+        assert message in refused("predict", str(tmp_path / checkpoint), images, *out)
+    assert "no images in" in refused("predict", str(at_trained), str(tmp_path / "empty"), *out)
+    assert not (tmp_path / "o.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("image", "module", "printed"),
+    [("nowhere.png", "torch", "2 False"), ("photos/red/000.png", "lightning", "0 False")],
+)
+def test_mistakes_are_told_without_torch_and_images_labelled_without_lightning(
+    at_trained, tmp_path, image, module, printed
+):
+    code = f"import sys; from project import cli; print(cli.main(sys.argv[1:]), {module!r} in sys.modules)"
+    words = ["predict", at_trained, image, "--out", tmp_path / "o.csv"]
+    with in_a_process(*words, code=code, stdout=subprocess.PIPE, text=True) as process:
+        assert process.communicate()[0].splitlines()[-1] == printed
+
+
+def test_progress_goes_to_the_terminal_and_the_results_where_they_are_sent(at_trained, tmp_path):
+    pty = pytest.importorskip("pty")
+    main, other = pty.openpty()
+    words, shown = ["predict", at_trained, "photos/red", "--top", "1", "--out", tmp_path / "o.csv"], b""
+    with in_a_process(*words, stdout=subprocess.PIPE, stderr=other, text=True) as process:
+        os.close(other)
+        with contextlib.suppress(OSError):  # a terminal without writers
+            while read := os.read(main, 4096):  # all along: writers wait for a terminal that nobody reads
+                shown += read
+        printed = process.stdout.read().splitlines()
+    os.close(main)
+    assert process.returncode == 0, shown.decode()
+    assert len(printed) == 40
+    assert all("photos/red/" in line for line in printed)
+    assert b"predict" in shown, shown
+    assert b"photos/red" not in shown
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_images(at_trained, tmp_path):
+    """Twenty times as many images take less than 10 MB more, which is what rows in a list would take."""
+    peaks = []
+    code = """import resource, sys; from project import cli
+assert cli.main(sys.argv[1:]) == 0
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
+    for count in (500, 10_000):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for number in range(count):
+            os.link("photos/red/000.png", folder / f"{number:06d}.png")
+        words = ["predict", at_trained, folder, "--out", tmp_path / f"{count}.csv"]
+        with in_a_process(*words, code=code, stdout=subprocess.PIPE, text=True) as process:
+            peaks.append(int(process.communicate()[0].split()[-1]) / 1024)
+        assert len(rows_of(tmp_path / f"{count}.csv")) == count
+    assert peaks[1] - peaks[0] < 10, peaks
+
+
+def test_hidden_images_of_a_folder_are_left_out(workplace):
+    for name in ("p/a.png", "p/.b.png", "p/.c/d.png", "p/e/f.PNG", "elsewhere/g.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(b"")
+    Path("p", "linked").symlink_to(Path("elsewhere").resolve())
+    assert list(expand(["p"])) == ["p/a.png", "p/e/f.PNG", "p/linked/g.png"]
+
+
+def test_patterns_csv_files_and_standard_input_mean_images(photos, monkeypatch):
+    Path("lists").mkdir()
+    Path("lists/some.csv").write_text("label,path\nx,../photos/red/001.png\n,../photos/red/000.png\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("photos/blue/002.png\n\nphotos/gr*/003.png\n"))
+    assert list(expand(["photos/*/00[01].png", "lists/some.csv", "-"])) == [
+        *(f"photos/{c}/00{n}.png" for c in CLASSES for n in (0, 1)),
+        "photos/red/001.png",
+        "photos/red/000.png",
+        "photos/blue/002.png",
+        "photos/green/003.png",
+    ]
+
+
+def test_csv_files_hold_true_classes_and_may_name_missing_files(predict, tmp_path):
+    photos = Path("photos").resolve()
+    (tmp_path / "l.csv").write_text(f"label,path,split\nred,{photos}/red/000.png,holdout\n,{photos}/red/001.png,\n")
+    (tmp_path / "t.csv").write_text(f"path,true,label\n{photos}/red/002.png,,blue\n{photos}/red/003.png,green,red\n")
+    (tmp_path / "gone.csv").write_text("path\ngone.png\n")
+    rows = predict(*(tmp_path / name for name in ("l.csv", "t.csv", "gone.csv")), "photos/red/004.png")
+    assert [row["true"] for row in rows] == ["red", "", "", "green", "", ""]
+    assert [row["error"] for row in rows] == ["", "", "", "", "no such file or directory", ""]
+
+
+def test_likeliest_classes_are_printed_one_line_per_image(predict, lively, tmp_path, capsys):
+    source = Path("photos/red/000.png")
+    (tmp_path / "two\nlines.png").write_bytes(source.read_bytes())
+    (tmp_path / "bad.png").write_bytes(b"")
+    (prediction,) = load(lively).predict([source])
+    order = sorted(zip(prediction.probabilities, CLASSES, strict=True), key=lambda pair: -pair[0])
+    for top in (2, 99):
+        capsys.readouterr()
+        images = source, tmp_path / "bad.png", tmp_path / "two\nlines.png"
+        assert len(predict(*images, "--top", top, source=lively, out=f"{top}.csv")) == 3
+        captured = capsys.readouterr()
+        classes = ", ".join(f"{name} {probability:.4f}" for probability, name in order[:top])
+        assert captured.out.splitlines() == [
+            f"{source}: {classes}",
+            f"{tmp_path}/bad.png: not an image, or of an unknown format",
+            f"{tmp_path}/two\\nlines.png: {classes}",
+        ]
+        assert "2 images labelled, 1 unreadable" in captured.err
+
+
+def test_predictions_below_the_confidence_are_marked_and_keep_their_label(predict, lively, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"")
+    images = ["photos", tmp_path / "bad.png"]
+    *plain, _ = predict(*images, source=lively)
+    highest = sorted(float(row["probability"]) for row in plain)
+    threshold = (highest[40] + highest[41]) / 2
+    *rows, unreadable = predict(*images, f"--min-confidence={threshold}", source=lively, out="marked.csv")
+    assert list(rows[0])[:6] == ["path", "true", "label", "probability", "error", "abstained"]
+    assert unreadable["abstained"] == ""
+    marks = [row.pop("abstained") for row in rows]
+    assert marks == [str(int(float(row["probability"]) < threshold)) for row in plain]
+    assert marks.count("1") == 41
+    assert rows == plain
+
+
+def test_options_of_the_predictor_reach_it(predict, lively, tmp_path):
+    checkpoint, image = tmp_path / "best.ckpt", "photos/red/000.png"
+    checkpoint.write_bytes((lively / "checkpoints" / "best.ckpt").read_bytes())
+    calibration.write(checkpoint, 3.0, {})
+    expected = load(checkpoint, calibrated=True).predict([image], tta=True)[0].probabilities
+    (row,) = predict(image, "--tta", "--calibrated", source=checkpoint)
+    assert [float(row[f"p:{name}"]) for name in CLASSES] == pytest.approx(expected, rel=1e-6)
+    for plain in (load(checkpoint), load(checkpoint, calibrated=True)):
+        (other,) = plain.predict([image], tta=plain.temperature == 1)
+        assert other.probabilities != pytest.approx(expected, rel=1e-3)
+
+
+def test_dash_writes_the_same_csv_to_standard_output(predict, at_trained, tmp_path):
+    (tmp_path / "größe\udcff\n.png").write_bytes(b"")
+    predict("photos/red", tmp_path)
+    words = ["predict", at_trained, "photos/red", tmp_path, "--out", "-"]
+    with in_a_process(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        output, errors = process.communicate()
+    assert output == (tmp_path / "labels.csv").read_bytes()
+    assert b"40 images labelled, 1 unreadable" in errors
+
+
+def test_closed_standard_output_ends_it_quietly(at_trained):
+    words = ["predict", at_trained, *["photos"] * 20, "--out", "-"]
+    with in_a_process(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith("path,true")
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 141
+    assert errors == ""
+
+
+def test_existing_output_is_replaced_with_overwrite_and_only_by_a_complete_file(predict, tmp_path, monkeypatch):
+    (tmp_path / "labels.csv").write_text("path\nmine")
+    words = ["photos", "--overwrite", "--batch-size", "16"]
+    for stop, code in ((KeyboardInterrupt(), 130), (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2)):
+        of, seen = predictions.Prediction.of, []
+
+        def fail(*given, of=of, seen=seen, stop=stop):
+            seen.append(given)
+            if len(seen) == 50:
+                raise stop
+            return of(*given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(predictions.Prediction, "of", fail)
+            assert predict(*words, code=code) == [{"path": "mine"}]
+        assert [file.name for file in tmp_path.iterdir()] == ["labels.csv"]
+    assert len(predict(*words)) == 120

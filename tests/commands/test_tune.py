@@ -1,0 +1,90 @@
+"""tune: it suggests where it can tell, says so where it cannot, and leaves nothing but its plot."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from project import cli
+from project.commands.tune import suggest
+from tests.conftest import COLOURS, SMALL, make_images
+
+TUNE = ["tune", "--data.root", "photos", *SMALL]
+
+
+def test_suggested_command_runs_and_nothing_else_is_left(photos, capsys):
+    make_images(photos, dict.fromkeys(COLOURS, 250))
+    assert cli.main([*TUNE, "--steps", "60", "--model.lr=0.5", "--plot", "finder.png"]) == 0
+    out = capsys.readouterr().out
+    assert {path.name for path in Path().iterdir()} == {"photos", "data", "finder.png"}
+    assert Path("finder.png").read_bytes().startswith(b"\x89PNG")
+    command = shlex.split(re.search(r"next: python -m project\.cli (.*)", out)[1])
+    words = " ".join(command).replace("=", " ").split()
+    options = dict(zip(words[1::2], words[2::2], strict=True))
+    assert options["--data.root"] == "photos"
+    assert "--steps" not in options
+    assert "--plot" not in options
+    rate = float(options["--model.lr"])
+    assert rate == 0.5 if "cannot tell" in out else 1e-6 < rate < 0.1
+    assert options["--data.batch_size"] in ("16", "32")
+    assert re.search(r"images a second in training: 16: [\d,]+, 32: [\d,]+$", out, re.MULTILINE)
+    assert cli.main([*command, "--trainer.max_epochs", "1", "--model.lr", "0.0001"]) == 0  # 0.5 may be too much
+
+
+def test_the_networks_weights_are_as_before(photos, monkeypatch):
+    from project.commands import tune
+
+    seen = []
+    monkeypatch.setattr(tune.Tuning, "after_fit", lambda self: seen.append(self.model.network.state_dict()))
+    assert cli.main([*TUNE, "--steps", "30"]) == 0
+    Path("lr-finder.png").unlink()
+    assert cli.main([*TUNE, "--steps", "60"]) == 0
+    one, two = seen
+    assert all(torch.equal(tensor, two[key]) for key, tensor in one.items())
+
+
+def curve(*points, noise=0.01, rows=100):
+    """Losses over rates from 1e-7 to 1, straight between points (log10 of the rate, loss), and some noise."""
+    logs = np.linspace(-7, 0, rows)
+    losses = np.interp(logs, *zip(*points, strict=True))
+    return 10**logs, losses + np.random.default_rng(0).normal(0, noise, rows)
+
+
+def test_a_tenth_of_the_rate_with_the_lowest_loss_is_suggested():
+    rate, reason = suggest(*curve((-7, 2.3), (-4, 2.2), (-2, 1.0), (-1, 5.0)))
+    assert 5e-4 < rate < 2e-3
+    assert re.match(r"a tenth of [\d.e-]+, where the loss is lowest: it falls from 2\.[23]\d+ to 1\.", reason)
+
+
+def test_noise_alone_gives_no_suggestion():
+    rate, reason = suggest(*curve((-7, 2.3), (-1, 2.3), (0, 9.0), noise=0.05))
+    assert rate is None
+    assert reason.startswith("cannot tell: the loss went from 2.")
+
+
+def test_a_loss_that_only_rises_gives_no_suggestion():
+    assert suggest(*curve((-7, 2.3), (-3, 2.3), (0, 9.0)))[0] is None
+
+
+def test_too_few_finite_losses_give_no_suggestion():
+    rates, losses = curve((-7, 2.3), (-2, 1.0))
+    losses[20:] = np.nan
+    rate, reason = suggest(rates, losses)
+    assert rate is None
+    assert "20 losses are too few" in reason
+
+
+def test_set_that_is_too_small_to_compare_batches_is_said(workplace, capsys):
+    make_images(workplace / "photos", {"blue": 12, "red": 12})
+    assert cli.main([*TUNE, "--steps", "30"]) == 0
+    assert "training images are too few to compare any" in capsys.readouterr().out
+
+
+def test_what_tune_cannot_use_is_refused(photos, refused):
+    assert "--steps is 3; it must be at least 30" in refused(*TUNE, "--steps", "3")
+    Path("mine.png").write_text("mine")
+    assert "mine.png exists" in refused(*TUNE, "--plot", "mine.png")
+    assert "no folder nowhere" in refused("tune", "--data.root", "nowhere")
+    assert Path("mine.png").read_text() == "mine"

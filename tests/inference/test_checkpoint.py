@@ -1,0 +1,150 @@
+import contextlib
+import io
+import os
+import pickle
+import shutil
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from project import cli, files, load
+from project.data import images
+from project.errors import UserError
+from project.inference import checkpoint
+
+
+class Trap:
+    """Unpickling it would leave a file behind."""
+
+    def __reduce__(self):
+        return (os.mkdir, ("executed",))
+
+
+def test_loaded_checkpoint_predicts_what_the_network_computes(at_trained):
+    predictor = load(at_trained)
+    content = torch.load(at_trained / "checkpoints" / "best.ckpt", weights_only=True)
+    weights = predictor.network.state_dict()
+    assert all(torch.equal(content["state_dict"][f"network.{key}"], value) for key, value in weights.items())
+    paths = sorted(Path("photos").rglob("*.png"))[:5]
+    image = torch.from_numpy(np.stack([images.read(p, 32) for p in paths])).permute(0, 3, 1, 2)
+    expected = predictor.network(image).softmax(1).max(1)
+    predictions = predictor.predict(paths)
+    assert [p.probability for p in predictions] == pytest.approx(expected.values.tolist(), abs=1e-6)
+    assert [p.label for p in predictions] == [predictor.class_names[c] for c in expected.indices.tolist()]
+
+
+def test_without_a_path_the_newest_run_is_loaded(at_trained):
+    assert load().metadata == load(at_trained / "checkpoints" / "best.ckpt").metadata
+
+
+def refusal(path):
+    with pytest.raises(UserError) as caught:
+        checkpoint.read(Path(path))
+    assert not Path("executed").exists()
+    return str(caught.value)
+
+
+def test_pickled_code_is_refused_and_never_executed(workplace):
+    torch.save({"metadata": {}, "trap": Trap()}, "new.ckpt")
+    torch.save({"trap": Trap()}, "old.ckpt", _use_new_zipfile_serialization=False)
+    Path("plain.ckpt").write_bytes(pickle.dumps(Trap()))
+    for name in ("new.ckpt", "old.ckpt", "plain.ckpt"):
+        assert name in refusal(name)
+
+
+def test_files_that_are_not_checkpoints_are_refused(workplace):
+    Path("text.ckpt").write_text("hello")
+    Path("empty.ckpt").write_bytes(b"")
+    torch.save({"state_dict": {}}, "other.ckpt")  # another project's
+    torch.save(torch.zeros(3), "tensor.ckpt")
+    torch.save({"metadata": "no dictionary"}, "types.ckpt")
+    with zipfile.ZipFile("zip.ckpt", "w") as archive:
+        archive.writestr("a.txt", "x")
+    for name in ("text.ckpt", "empty.ckpt", "other.ckpt", "tensor.ckpt", "types.ckpt", "zip.ckpt"):
+        assert name in refusal(name)
+    with pytest.raises(UserError, match=r"no checkpoint nope\.ckpt"):
+        load("nope.ckpt")
+
+
+def test_damaged_checkpoint_is_refused(at_trained, tmp_path):
+    """Truncated anywhere, or with one bit changed anywhere in its content."""
+    whole, file = (at_trained / "checkpoints" / "best.ckpt").read_bytes(), tmp_path / "damaged.ckpt"
+    damaged = [whole[: int(len(whole) * share)] for share in (0.1, 0.5, 0.99)]
+    with zipfile.ZipFile(at_trained / "checkpoints" / "best.ckpt") as archive:
+        records = [(record.header_offset, record.file_size) for record in archive.infolist()]
+    for header, size in records:
+        content = header + 30 + sum(struct.unpack_from("<HH", whole, header + 26))  # after its name and padding
+        damaged.append(bytearray(whole))
+        damaged[-1][content + size // 2] ^= 4
+    for content in damaged:
+        file.write_bytes(content)
+        assert "damaged.ckpt is damaged" in refusal(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("image_size", 10**9, "odd.ckpt is not a checkpoint of this project: its image_size is not"),
+        ("model", "resnet18", "odd.ckpt does not fit the network resnet18"),
+        ("model", "os.system", "There is no network os.system"),
+        ("class_names", ["blue", "green", "red", "a fourth"], "odd.ckpt does not fit"),
+    ],
+)
+def test_checkpoint_with_wrong_metadata_is_refused_in_a_sentence(at_trained, tmp_path, refused, key, value, message):
+    content = torch.load(at_trained / "checkpoints" / "best.ckpt", weights_only=True)
+    content["metadata"][key] = value
+    torch.save(content, tmp_path / "odd.ckpt")
+    out = tmp_path / "out.csv"
+    assert message in refused("predict", str(tmp_path / "odd.ckpt"), "photos/red", "--out", str(out))
+    assert not out.exists()
+
+
+def huge(_):
+    """A tensor of 10^15 numbers, in a storage that has four."""
+    tensor = torch.zeros(4)
+    return torch.as_strided(tensor, (10**15,), (0,))
+
+
+FOREIGN = {
+    "weights of another shape": lambda c: c["state_dict"].update({next(iter(c["state_dict"])): torch.zeros(3)}),
+    "weights that are numbers": lambda c: c.update(state_dict={"a": 1}),
+    "a weight of huge size": lambda c: c["state_dict"].update({next(iter(c["state_dict"])): huge(c)}),
+    "no counters": lambda c: c.update(loops={}),
+    "a negative epoch": lambda c: c["loop_state"]["at"].update(epoch=-1),
+    "a position in words": lambda c: c["loop_state"]["at"].update(total="many"),
+    "no position": lambda c: c["loop_state"].update(at=None),
+    "moments of another shape": lambda c: c["optimizer_states"][0]["state"][0].update(exp_avg=torch.zeros(2)),
+    "no moments": lambda c: c.update(optimizer_states=[{"state": {}, "param_groups": []}]),
+    "callbacks without state": lambda c: c.update(callbacks={"Diagnostics": 7}),
+}
+
+
+@pytest.mark.parametrize("change", FOREIGN.values(), ids=FOREIGN)
+def test_last_checkpoint_that_is_broken_or_made_up_is_refused_in_a_sentence(trained, tmp_path, monkeypatch, change):
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs", "photos"):
+        shutil.copytree(trained / name, name, symlinks=True)
+    run = Path("runs/photos/version_0")
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    change(content)
+    torch.save(content, run / "checkpoints" / "last.ckpt")
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert cli.main(["fit", "--resume", str(run), "--trainer.max_epochs", "4"]) == 2
+    assert len(said.getvalue().splitlines()) == 1, said.getvalue()
+    assert "last.ckpt" in said.getvalue() or "The checkpoint is damaged" in said.getvalue()
+    assert not Path("executed").exists()
+
+
+def test_file_is_replaced_whole_or_not_at_all(workplace):
+    target = Path("a.csv")
+    with files.replacing(target) as stream:
+        stream.write("first")
+    with pytest.raises(TypeError), files.replacing(target) as stream:
+        stream.writelines(["second, and then", 0])
+    assert target.read_text() == "first"
+    assert os.listdir() == ["a.csv"]

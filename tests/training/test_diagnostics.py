@@ -1,0 +1,129 @@
+"""Diagnostics: scripted metrics provoke each rule in a real fit, and a healthy fit provokes none."""
+
+import csv
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from project import cli, runs
+from tests.conftest import ALIVE, SMALL, make_images
+
+FIT = ["fit", "--data.root", "photos", *SMALL]
+
+
+def warnings(capsys, *options):
+    """The warnings of a fit with these options."""
+    capsys.readouterr()
+    assert cli.main([*FIT, *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return [line.removeprefix("warning: ") for line in lines if line.startswith("warning: ")]
+
+
+def test_a_healthy_fit_has_no_warnings(photos, scripted, capsys):
+    scripted(train=[0.4, 0.6, 0.8, 0.9], val=[0.4, 0.55, 0.7, 0.8])
+    assert warnings(capsys, "--trainer.max_epochs", "4") == []
+
+
+def test_loss_stuck_at_chance_is_reported_once_with_what_to_try(photos, scripted, capsys):
+    scripted(train=[1 / 3] * 5, val=[0.5] * 5)
+    (sentence,) = warnings(capsys, "--trainer.max_epochs", "5", "--model.lr", "1e-9")
+    assert sentence.startswith("after 3 epochs the training loss is 1.099; guessing gives 1.099 (ln 3 = 1.099 for")
+    assert "--model.lr 1e-08" in sentence
+    assert "check photos" in sentence
+    (run,) = Path("runs/photos").iterdir()
+    events = EventAccumulator(str(run)).Reload()
+    text = events.Tensors("diagnostics/stuck/text_summary")
+    assert [tensor.tensor_proto.string_val[0].decode() for tensor in text] == [sentence]
+
+
+def test_loss_that_is_not_finite_ends_the_fit_and_names_step_and_layer(photos, monkeypatch, capsys):
+    from project.classifier import Classifier
+
+    step = Classifier.training_step
+
+    def broken(self, batch, batch_idx):
+        if batch_idx == 1:
+            self.network[1].features[3].squeeze.register_forward_hook(lambda _, __, output: output * math.inf)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classifier, "training_step", broken)
+    assert cli.main([*FIT, "--trainer.max_epochs", "3"]) == 1
+    captured = capsys.readouterr()
+    error = captured.err.splitlines()[-1]
+    assert error.startswith("failed: The loss or a gradient is not finite at step 2, epoch 1: the first output")
+    assert "is that of 1.features.3.squeeze (Conv2d)" in error
+    assert "--model.lr 3e-05" in error
+    assert "Traceback" not in captured.err
+    (run,) = Path("runs/photos").iterdir()
+    assert "not finite at step 2" in runs.read_status(run)["reason"]
+
+
+def test_best_checkpoint_is_kept_when_the_loss_is_not_finite(photos, capsys, monkeypatch):
+    from project.classifier import Classifier
+
+    step = Classifier.training_step
+
+    def nan_loss(self, batch, batch_idx):
+        loss = step(self, batch, batch_idx)
+        return loss * math.nan if self.trainer.current_epoch == 1 and batch_idx == 3 else loss
+
+    monkeypatch.setattr(Classifier, "training_step", nan_loss)
+    assert cli.main([*FIT, *ALIVE, "--trainer.max_epochs", "3"]) == 1
+    steps = (84 // 8) + 4
+    error = capsys.readouterr().err
+    assert f"at step {steps}, epoch 2" in error
+    content = torch.load("runs/photos/version_0/checkpoints/best.ckpt", weights_only=True)
+    assert content["epoch"] == 0
+    assert all(t.isfinite().all() for t in content["state_dict"].values())
+    with Path("runs/photos/version_0/metrics.csv").open() as stream:
+        assert [row["val/loss"] for row in csv.DictReader(stream) if row["val/loss"]]
+
+
+@pytest.mark.parametrize(("last", "warned"), [(0.44, True), (0.47, False)], ids=["by 18 %", "by 9 %"])
+def test_overfitting_is_reported_if_the_validation_loss_rises_by_a_tenth(photos, scripted, capsys, last, warned):
+    scripted(train=[0.4, 0.6, 0.7, 0.8, 0.9], val=[0.4, 0.5, 0.49, 0.48, last])
+    rise = "overfitting: since epoch 2 the validation loss has risen from 0.693 to 0.821 and the training loss fallen"
+    expected = [f"{rise} to 0.105; best.ckpt holds epoch 2; --data.augment crop may help."] if warned else []
+    assert warnings(capsys, "--trainer.max_epochs", "5") == expected
+
+
+def test_accuracy_below_the_most_frequent_class_is_reported(workplace, scripted, capsys):
+    for split in ("train", "val"):
+        make_images(workplace / "photos" / split, {"blue": 30, "green": 40})
+    scripted(train=[0.6, 0.7, 0.8, 0.9], val=[0.4] * 4)
+    (sentence,) = warnings(capsys, "--trainer.max_epochs", "4")
+    assert sentence.startswith("validation accuracy is 0.000, but always predicting green gives 0.571")
+
+
+def test_class_that_is_never_predicted_is_named(workplace, scripted, capsys):
+    make_images(workplace / "photos", {"blue": 200, "green": 50})
+    scripted(train=[0.6, 0.7, 0.8], val=[0.6, 0.7, 0.8], always=0)
+    (sentence,) = warnings(capsys, "--trainer.max_epochs", "3")
+    assert sentence.startswith("never predicted on the validation set: green; try --data.balance sample")
+
+
+def test_divergence_is_reported(photos, scripted, capsys):
+    scripted(train=[0.5, 0.6, 0.2, 0.1], val=[0.4, 0.5, 0.6, 0.7])
+    (sentence,) = warnings(capsys, "--trainer.max_epochs", "4", "--model.lr", "3")
+    assert sentence == "the training loss has risen from 0.511 in epoch 2 to 1.61: try --model.lr 0.3."
+
+
+@pytest.mark.slow
+def test_waiting_for_images_is_reported_with_the_option_that_helps(workplace, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (2000, 2000, 3), dtype=np.uint8)
+    for name in ("blue", "green"):
+        (workplace / "photos" / name).mkdir(parents=True)
+        large = workplace / "photos" / name / "0.png"  # PNGs cannot be decoded at a reduced size
+        Image.fromarray(pixels).save(large)
+        for number in range(1, 25):
+            shutil.copy(large, large.with_stem(str(number)))
+    limits = ["--trainer.max_epochs", "2", "--data.cache", "off"]
+    (sentence,) = [s for s in warnings(capsys, *limits) if "waiting for images" in s]
+    assert "try --data.workers" in sentence
+    assert "(now 0)" in sentence

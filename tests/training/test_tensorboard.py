@@ -1,0 +1,297 @@
+"""What a fit writes for TensorBoard, and a real TensorBoard in a real browser."""
+
+import csv
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn import metrics as reference
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from project import cli
+from project.classifier import Classifier
+from project.data.dataset import ImageDataset
+from project.evaluation import figures
+from project.training import tensorboard
+from tests.conftest import ALIVE, COLOURS, SEED, SMALL, make_images
+from tests.same_run import checkpoint
+
+FIT = ["fit", "--data.root", "photos", *SMALL, "--trainer.max_epochs", "2"]
+RUN = Path("runs/photos/version_0")
+DRAWN = ("confusion_matrix", "precision_recall", "reliability", "roc", "samples")
+
+
+def test_image_grid_has_a_title_over_each_image():
+    images = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
+    titles = [f"class $_{n}" for n in range(10)]
+    figure = figures.image_grid(images, titles, columns=4, wrong=[n == 3 for n in range(10)])
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == titles
+    for shown, text, image in zip(axes.images, axes.texts, images, strict=True):
+        assert (shown.get_array() == image).all()
+        left, right, bottom, top = shown.get_extent()
+        assert left < text.get_position()[0] < right
+        assert top - 0.1 < text.get_position()[1] < top < bottom
+    (mark,) = axes.patches
+    assert mark.get_xy() == (axes.images[3].get_extent()[0], axes.images[3].get_extent()[3])
+
+
+def events(run):
+    """Everything in a run's event files."""
+    return EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0, "tensors": 0, "histograms": 0}).Reload()
+
+
+def test_metrics_of_each_class_are_those_of_scikit_learn():
+    random = np.random.default_rng(0)
+    true, predicted = random.integers(0, 4, 200), random.integers(0, 3, 200)  # 3 is never predicted
+    measured = tensorboard.class_metrics(true, predicted, 4)
+    for name in ("recall", "precision", "f1"):
+        expected = getattr(reference, f"{name}_score")(true, predicted, average=None, zero_division=0)
+        assert measured[name] == pytest.approx(expected), name
+
+
+def test_tags_of_classes_are_safe_unique_and_at_most_fifty():
+    names = ["a b", "a/b", "猫", "ordinary", "never"]
+    assert tensorboard.class_tags(np.arange(4), names) == {0: "a_b_0", 1: "a_b_1", 2: "猫", 3: "ordinary"}
+    many = tensorboard.class_tags(np.repeat(np.arange(80), np.arange(80)), [f"c{n}" for n in range(80)])
+    assert list(many) == list(range(80 - tensorboard.MOST_CLASSES, 80))
+
+
+def test_every_validation_has_metrics_of_each_class_and_the_last_one_is_drawn(at_trained):
+    shown = events(at_trained)
+    tags = shown.Tags()
+    for name in ("recall", "precision", "f1"):
+        every = [shown.Scalars(f"val_class/{name}/{colour}") for colour in COLOURS]
+        means = [(points[0].step, np.mean([point.value for point in points])) for points in zip(*every, strict=True)]
+        assert means == [(p.step, pytest.approx(p.value, abs=1e-6)) for p in shown.Scalars(f"val/{name}")]
+        assert len(means) == 3
+    last = shown.Scalars("val/loss")[-1].step
+    assert sorted(tags["images"]) == ["train/first_batch", *(f"val/{name}" for name in DRAWN)]
+    for name in DRAWN:
+        assert [image.step for image in shown.Images(f"val/{name}")] == [last]
+    for colour in COLOURS:
+        assert [tensor.step for tensor in shown.Tensors(f"val_class/{colour}")] == [last]
+    speeds = [point.value for point in shown.Scalars("speed/images_per_second")]
+    assert len(speeds) == 3
+    assert all(value > 0 for value in speeds)
+    assert all(0 <= point.value < 1 for point in shown.Scalars("speed/data_wait_share"))
+    assert not tags["histograms"]
+    with (at_trained / "metrics.csv").open() as stream:
+        assert not [column for column in next(csv.reader(stream)) if column.startswith(("val_class", "speed"))]
+
+
+def test_validations_with_the_lowest_loss_so_far_are_drawn_while_there_is_time(photos, scripted, monkeypatch):
+    monkeypatch.setattr(tensorboard, "SHARE", math.inf)
+    scripted(train=[0.5] * 5, val=[0.4, 0.6, 0.5, 0.7, 0.6])
+    assert cli.main([*FIT, "--trainer.max_epochs", "5"]) == 0
+    shown = events(RUN)
+    steps = [point.step for point in shown.Scalars("val/loss")]
+    assert [image.step for image in shown.Images("val/samples")] == [steps[epoch] for epoch in (0, 1, 3, 4)]
+
+
+def embedding(run, name):
+    return run / "projector" / "validation" / name
+
+
+def test_the_projector_has_a_point_a_label_and_a_thumbnail_for_each_image(at_trained):
+    points = np.loadtxt(embedding(at_trained, "tensors.tsv"), delimiter="\t")
+    header, *labels = embedding(at_trained, "metadata.tsv").read_text().splitlines()
+    with (at_trained / "split.csv").open() as stream:
+        rows = [row for row in csv.DictReader(stream) if row["split"] == "val"]
+    assert header.split("\t") == ["true", "predicted", "right"]
+    assert [line.split("\t")[0] for line in labels] == [row["label"] for row in rows]
+    for line in labels:
+        true, predicted, right = line.split("\t")
+        assert (true == predicted) == (right == "yes")
+    assert len(points) == len(rows) == 12
+    sheet = np.asarray(Image.open(embedding(at_trained, "sprite.png")))
+    assert sheet.shape == (4 * 32, 4 * 32, 3)
+    data = at_trained.parents[2] / "photos"
+    for index, row in enumerate(rows):
+        expected = ImageDataset(data, [row["path"]], None, 32)[0][0].permute(1, 2, 0).numpy()
+        top, left = 32 * (index // 4), 32 * (index % 4)
+        assert (sheet[top : top + 32, left : left + 32] == expected).all()
+
+
+def test_a_resumed_fit_replaces_the_points(photos, capsys):
+    assert cli.main(FIT) == 0
+    before = embedding(RUN, "tensors.tsv").read_text()
+    assert cli.main(["fit", "--resume", str(RUN), "--trainer.max_epochs", "3"]) == 0
+    assert embedding(RUN, "tensors.tsv").read_text() != before
+    assert {path.name for path in RUN.iterdir() if path.is_dir()} == {"checkpoints", "projector"}
+    assert "Embedding dir exists" not in capsys.readouterr().out
+
+
+def test_principal_components_keep_the_distances():
+    features = np.random.default_rng(0).normal(size=(30, 4)) @ np.random.default_rng(1).normal(size=(4, 200))
+    reduced = tensorboard.principal_components(features, 50)
+    assert reduced.shape == (30, 30)
+    for matrix in (features, reduced):
+        matrix -= matrix.mean(axis=0)
+    assert np.allclose(features @ features.T, reduced @ reduced.T, atol=1e-6)
+    assert np.allclose(reduced[:, 4:], 0, atol=1e-4)
+
+
+def test_principal_components_of_huge_features_are_finite():
+    features = 1e30 * np.random.default_rng(0).normal(size=(30, 200)).astype(np.float32)
+    lengths = np.linalg.norm((features - features.mean(axis=0)).astype(np.float64), axis=1)
+    assert np.linalg.norm(tensorboard.principal_components(features, 50), axis=1) == pytest.approx(lengths, rel=1e-3)
+
+
+def test_outputs_that_are_not_finite_cost_the_embedding_and_not_the_fit(photos, monkeypatch):
+    step = Classifier.validation_step
+
+    def broken(self, batch, batch_idx):
+        with self.network[1].features.register_forward_hook(lambda _, __, output: output * math.inf):
+            return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classifier, "validation_step", broken)
+    assert cli.main(FIT) == 0
+    assert not list(RUN.glob("projector*"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model.freeze", "backbone", "--data.augment", "none", "--model.name", "resnet18"],
+        ["--average", "0.9", "--trainer.val_check_interval", "5"],
+        ["--trainer.max_steps", "15"],
+    ],
+    ids=lambda options: options[0],
+)
+def test_every_kind_of_fit_ends_with_plots_and_points(photos, options):
+    assert cli.main([*FIT, *options]) == 0
+    shown = events(RUN)
+    assert [image.step for image in shown.Images("val/samples")] == [shown.Scalars("val/loss")[-1].step]
+    assert embedding(RUN, "tensors.tsv").exists()
+
+
+def test_names_in_any_script_and_unreadable_images_are_no_obstacle(workplace):
+    names = ["a b", "猫", "$x_1$", "ein langer Name, der nirgends Platz hat"]
+    make_images(workplace / "photos", dict.fromkeys(names, 24))
+    for file in sorted((workplace / "photos").rglob("*.png"))[::5]:
+        file.write_bytes(b"")
+    assert cli.main(FIT) == 0
+    shown = events(RUN)
+    assert {"val_class/f1/a_b", "val_class/f1/猫", "val_class/f1/_x_1_"} <= set(shown.Tags()["scalars"])
+    assert "猫" in embedding(RUN, "metadata.tsv").read_text()
+
+
+def test_two_classes_are_drawn_for_the_positive_one(workplace):
+    make_images(workplace / "photos", dict.fromkeys(("blue", "red"), 30))
+    assert cli.main([*FIT, "--model.positive", "blue"]) == 0
+    assert {f"val/{name}" for name in DRAWN} <= set(events(RUN).Tags()["images"])
+
+
+def test_nothing_is_kept_or_written_without_a_logger(photos):
+    assert cli.main([*FIT, "--trainer.logger", "false"]) == 0
+    assert not [*RUN.glob("events*"), *RUN.glob("projector*")]
+
+
+def test_histograms_are_of_every_layer_once_an_epoch_and_change_nothing(photos):
+    fit = [*FIT, *ALIVE]
+    assert cli.main(fit) == cli.main([*fit, "--histograms", "true"]) == 0
+    other = RUN.with_name("version_1")
+    shown = events(other)
+    weights = checkpoint(other)["state_dict"]
+    layers = {key.removeprefix("network.") for key in weights if not key.endswith(("mean", "std"))}
+    assert set(shown.Tags()["histograms"]) == {f"{kind}/{name}" for kind in ("weights", "gradients") for name in layers}
+    assert [h.step for h in shown.Histograms("weights/1.head.fc.weight")] == [9, 19]
+    assert all(torch.equal(value, weights[key]) for key, value in checkpoint(RUN)["state_dict"].items())
+    drawn = shown.Histograms("gradients/1.head.fc.weight")[-1].histogram_value
+    assert drawn.num == weights["network.1.head.fc.weight"].numel()
+    assert drawn.sum_squares > 0
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)  # a slow processor
+def test_what_tensorboard_shows_costs_little_of_the_bundled_fit(workplace):
+    profiler = ["--trainer.profiler", "SimpleProfiler", "--trainer.profiler.dirpath", "."]
+    started = time.monotonic()
+    assert cli.main(["fit", *profiler, "--trainer.profiler.filename", "cost", *SEED]) == 0
+    total = time.monotonic() - started
+    seconds = {}
+    for line in Path("fit-cost.txt").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("| ").split("|")]
+        if re.match(r"\[Callback\](ValidationPlots|FirstBatchImages|HParams|Throughput|Embeddings)\b", cells[0]):
+            seconds[cells[0]] = float(cells[3])
+    assert len({hook.split("{")[0].split(".")[0] for hook in seconds}) == 5
+    assert sum(seconds.values()) < 0.1 * total, seconds
+
+
+@pytest.fixture
+def board(photos, scripted):
+    """The address of a real TensorBoard that shows a run with everything in it."""
+    scripted(train=[1 / 3] * 5, val=[0.4, 0.5, 0.6, 0.7, 0.8])
+    assert cli.main([*FIT, "--trainer.max_epochs", "5", "--histograms", "true"]) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = Path(__file__).parents[2] / "scripts" / "board.sh"
+    environment, quiet = os.environ | {"PYTHON": sys.executable}, subprocess.DEVNULL
+    process = subprocess.Popen(["sh", script, "--port", str(port)], env=environment, stdout=quiet, stderr=quiet)
+    yield f"http://127.0.0.1:{port}"
+    process.terminate()
+    process.wait(20)
+
+
+RUN_NAME = "photos/version_0"
+TABS = {
+    "tagFilter=train#timeseries": (RUN_NAME, "train/accuracy", "train/loss", "train/first_batch"),
+    "tagFilter=val/(a|f|l|rec)#timeseries": [f"val/{name}" for name in ("accuracy", "auroc", "f1", "loss", "recall")],
+    "tagFilter=val_class/f1#timeseries": [f"val_class/f1/{name}" for name in COLOURS],
+    "tagFilter=speed#timeseries": ("speed/images_per_second", "speed/data_wait_share"),
+    "images#images": [f"val/{name}" for name in DRAWN],
+    "curves#pr_curves": [f"val_class/{name}" for name in COLOURS],
+    "histograms#histograms": ["gradients/1.classifier.1.weight"],
+    "text#text": ("diagnostics/stuck", "guessing gives"),
+    "projector#projector": ("Points:12", "Dimension:12", "metadata.tsv"),
+    "hparams#hparams": ("val_best/loss", "model/name", "flip"),
+    "graphs#graphs": ("Main Graph", "Sequential", RUN_NAME),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_every_tab_of_tensorboard_has_what_belongs_there(board, browser):
+    from selenium.common.exceptions import WebDriverException
+
+    for tab, texts in TABS.items():
+        address, deadline, missing = f"{board}/?{tab}", time.monotonic() + 60, list(texts)
+        while True:
+            try:
+                browser.get(address)
+                break
+            except WebDriverException:  # TensorBoard is still starting
+                assert time.monotonic() < deadline, f"no answer from {address}"
+                time.sleep(0.5)
+        while missing:
+            assert time.monotonic() < deadline, f"not on {address}: {missing}"
+            shown = browser.execute_script(TEXT_WITH_SHADOWS)
+            missing = [text for text in texts if text not in shown]
+            time.sleep(0.5)
+        if target := os.environ.get("KEEP_SCREENSHOTS"):  # to look at
+            time.sleep(4)
+            browser.save_screenshot(str(Path(target, f"{re.sub('[^a-z]+', '-', tab)}.png")))
+    assert "latest" not in browser.execute_script(TEXT_WITH_SHADOWS)
+
+
+TEXT_WITH_SHADOWS = """
+function text(node) {
+    let found = node.nodeType === Node.TEXT_NODE ? node.textContent.trim() : "";
+    const inside = [node.shadowRoot, node.contentDocument && node.contentDocument.body].filter(Boolean);
+    for (const child of [...inside, ...node.childNodes]) found += text(child);
+    return found;
+}
+return text(document.body);
+"""
