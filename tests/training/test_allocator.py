@@ -8,7 +8,7 @@ import pytest
 MEASURE = """
 import resource
 import numpy as np
-from project.allocator import keep_freed_memory
+from project.training.allocator import keep_freed_memory
 
 {call}
 np.ones(60_000_000)
