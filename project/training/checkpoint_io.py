@@ -16,7 +16,10 @@ from project.errors import FailedRun
 
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 # What only a resumed fit needs. Lightning's save_weights_only would leave out the averaged weights as well.
-TRAINING_STATE = ("loops", "callbacks", "optimizer_states", "lr_schedulers", "current_model_state", "averaging_state")
+TRAINING_STATE = frozenset(
+    {"loops", "callbacks", "optimizer_states", "lr_schedulers", "current_model_state", "averaging_state"}
+    | {"MixedPrecision"}  # the scaler of --trainer.precision 16-mixed
+)
 
 
 class AsyncCheckpointIO(TorchCheckpointIO):

@@ -31,7 +31,7 @@ from project.training.checkpointing import ResumeCheckpoint
 from project.training.parser import Parser
 from project.training.resume import Run, rank
 from project.training.source_checkpoint import SPLIT_OPTIONS, SourceCheckpoint
-from project.training.trainer import RunTrainer, given_loggers, listed
+from project.training.trainer import RunTrainer, listed
 
 CHECKPOINT_VARIABLE = "PROJECT_CHECKPOINT"  # hands the checkpoint that was chosen to the other ranks
 
@@ -177,7 +177,7 @@ class Cli(LightningCLI):
             if self.verb == "test":
                 assert self.source is not None
                 own.append(PredictionWriter(self.source.run, self.source.path))
-            options |= {"callbacks": [*own, *listed(options["callbacks"])], "logger": given_loggers(options["logger"])}
+            options |= {"callbacks": [*own, *listed(options["callbacks"])], "logger": listed(options["logger"])}
         if options["benchmark"] is None and not options["deterministic"]:
             options["benchmark"] = True  # all images have one size: cuDNN's search pays
         if options["enable_progress_bar"] is None:
@@ -201,7 +201,7 @@ class Cli(LightningCLI):
         loggers = fit.loggers(self.run) if options["logger"] is not False else []
         return options | {
             "callbacks": self.fit_callbacks(io, listed(options["callbacks"])),
-            "logger": [*loggers, *listed(given_loggers(options["logger"]))],
+            "logger": [*loggers, *listed(options["logger"])],
             "plugins": [*listed(options["plugins"]), *listed(io)],
         }
 

@@ -95,10 +95,5 @@ def disk_errors_in_threads_left_to_main() -> Iterator[None]:
 
 
 def listed(value: Any) -> list[Any]:
-    """An option that takes one object, a list of them or none, as a list."""
-    return value if isinstance(value, list) else [] if value is None or value is False else [value]
-
-
-def given_loggers(value: Any) -> Any:
-    """The loggers of --trainer.logger; False instead of Lightning's default logger."""
-    return False if value in (None, True, False) else value
+    """An option that takes one object, a list of them, a bool or nothing, as the list of its objects."""
+    return [one for one in (value if isinstance(value, list) else [value]) if one not in (None, True, False)]
