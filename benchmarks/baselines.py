@@ -1,7 +1,7 @@
 """The baselines: AlexNet trained and used as articles, templates and careful scripts do it."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torchvision
@@ -58,14 +58,13 @@ def article(rows: Rows, classes: int, size: int, batch_size: int, stopwatch: Sto
     loader: Any = DataLoader(in_memory, batch_size, shuffle=True)
     network = torchvision.models.AlexNet(classes)
     optimizer = torch.optim.Adam(network.parameters(), 1e-4)
-    loss_of = nn.CrossEntropyLoss()
     while True:
         stopwatch.next_round()
         total, right = 0.0, 0
         for image, label in stopwatch.batches(loader):
             optimizer.zero_grad()
             logits = network(image)
-            loss = loss_of(logits, label)
+            loss: Any = nn.functional.cross_entropy(logits, label)
             loss.backward()
             optimizer.step()
             total += loss.item()
@@ -121,8 +120,8 @@ def usual(rows: Rows, classes: int, size: int, batch_size: int, _: Stopwatch) ->
         ("enable_model_summary", "enable_checkpointing", "enable_progress_bar"), False
     )
     trainer = Trainer(accelerator="cpu", max_epochs=-1, callbacks=[EpochRounds()], **quiet)
-    transform = resized(size, *floats(normalised=True))  # in the workers
-    trainer.fit(UsualModule(classes), batches(rows, transform, batch_size, usable_cores(), shuffle=True))
+    loader = batches(rows, resized(size, *floats(normalised=True)), batch_size, usable_cores(), shuffle=True)
+    trainer.fit(UsualModule(classes), loader)
 
 
 def one_by_one(paths: list[str], size: int, stopwatch: Stopwatch) -> None:
@@ -148,9 +147,9 @@ def by_loader(paths: list[str], size: int, batch_size: int, workers: int, stopwa
             stopwatch.result = torch.cat([network(image).softmax(dim=1) for image, _ in loader]).tolist()
 
 
-def reference(classes: int = 1000) -> nn.Module:
+def reference(classes: int = 1000) -> Any:
     """The AlexNet of torchvision, the same weights each time; large in the last layer, so that classes differ."""
     torch.manual_seed(0)
     network = torchvision.models.AlexNet(classes).eval()
     nn.init.normal_(network.classifier[-1].weight)
-    return cast(nn.Module, network)
+    return network

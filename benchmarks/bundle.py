@@ -26,8 +26,6 @@ from project.inference.metadata import Metadata
 from project.inference.predictor import Predictor
 
 MODEL, CLASSES = "alexnet", 10
-BATCHES = (1, 8, 64)
-WARM_UP = 3  # batches of each size
 
 
 def bundle(image_size: int = 224, count: int = 192, rounds: int = 3) -> dict[str, Any]:
@@ -48,7 +46,7 @@ def bundle(image_size: int = 224, count: int = 192, rounds: int = 3) -> dict[str
         )
         print(f"\n{'':24}  batch   p50 ms   p99 ms  images/s   ratio")
         figures: dict[str, Any] = {name: {} for name in predictors}
-        for size in BATCHES:
+        for size in (1, 8, 64):
             _measure(predictors, size, image_size, count, rounds, figures)
         weights = {f"network.{name}": tensor for name, tensor in network.network.state_dict().items()}
         saved = Path(folder, "best.ckpt")
@@ -69,7 +67,7 @@ def _measure(
     image = np.random.default_rng(0).integers(0, 256, (size, side, side, 3), np.uint8)
     seconds: dict[str, list[float]] = {name: [] for name in predictors}
     for number, (name, predictor) in itertools.product(range(rounds + 1), predictors.items()):
-        for _ in range(max(1, count // size) if number else WARM_UP):
+        for _ in range(max(1, count // size) if number else 3):  # which warm up
             start = time.perf_counter()
             predictor.probabilities(image)
             if number:
@@ -77,8 +75,7 @@ def _measure(
     for name, times in seconds.items():
         median, slow = np.percentile(times, (50, 99)).tolist()
         speed = size * len(times) / sum(times)
-        entry = {"p50_seconds": median, "p99_seconds": slow, "images_per_second": speed, "batches": len(times)}
-        figures[name][str(size)] = entry
+        figures[name][str(size)] = {"p50_seconds": median, "p99_seconds": slow, "images_per_second": speed}
         ratio = speed / figures["PyTorch"][str(size)]["images_per_second"]
         print(f"{name:24}  {size:5}  {1e3 * median:7.1f}  {1e3 * slow:7.1f}  {speed:10,.0f}  {ratio:6.2f}")
     print()
@@ -87,7 +84,7 @@ def _measure(
 def _predict(path: Path, image: Path) -> None:
     """Runs the verb in a process of its own, on the processor as all of the table."""
     command = [sys.executable, "-m", "project.cli", "predict", str(path), str(image), "--out", "-"]
-    subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, check=True)
 
 
 def make(image_size: int, scratch: Path) -> tuple[checkpoint.TorchPredictor, dict[str, Path]]:

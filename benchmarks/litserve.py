@@ -1,14 +1,10 @@
-"""The same bundle behind LitServe, the Lightning ecosystem's own server, which serve.py measures beside ours.
-
-Run as `python -m benchmarks.litserve BUNDLE PORT WORKERS THREADS`; needs `pip install litserve`.
-"""
+"""A bundle behind LitServe, Lightning's own server: python -m benchmarks.litserve BUNDLE PORT WORKERS THREADS."""
 
 import sys
 from pathlib import Path
 from typing import Any
 
 import litserve
-import numpy as np
 from fastapi import Request
 
 from project.data import images
@@ -17,19 +13,13 @@ from project.inference.bundle import OnnxPredictor
 
 
 class Classifier(litserve.LitAPI):  # type: ignore[misc]
-    """LitServe's batches: it gathers what has come, reads one image after the other, and computes them at once.
-
-    Args:
-        bundle: Its folder.
-        threads: That each worker computes with.
-    """
+    """Reads one image after the other and computes them in batches."""
 
     def __init__(self, bundle: str, threads: int) -> None:
         super().__init__(max_batch_size=32, batch_timeout=0.005, api_path="/predict")
         self._bundle, self._threads = bundle, threads
 
     def setup(self, device: str) -> None:
-        """Loads the bundle, in the worker's process."""
         self._network = OnnxPredictor(Path(self._bundle), self._threads)
 
     def decode_request(self, request: Request) -> Pixels:
@@ -38,9 +28,6 @@ class Classifier(litserve.LitAPI):  # type: ignore[misc]
 
     def predict(self, x: Pixels) -> Any:
         return self._network.probabilities(x)
-
-    def batch(self, inputs: list[Pixels]) -> Pixels:
-        return np.stack(inputs)
 
     def unbatch(self, output: Any) -> list[Any]:
         return list(output)

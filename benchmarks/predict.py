@@ -1,7 +1,5 @@
 """How fast files are predicted, beside plain loops over torchvision's network and transforms."""
 
-import contextlib
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +7,9 @@ import numpy as np
 import torch
 
 from benchmarks import baselines
-from benchmarks.runner import Stopwatch, compare, show
+from benchmarks.runner import Stopwatch, compare, show, training_images
 from project import models
-from project.commands.bench import BATCH, SIZE, make_photographs, write_table
+from project.commands.bench import BATCH, SIZE
 from project.data.workers import usable_cores
 from project.inference import predictions
 from project.inference.checkpoint import TorchPredictor
@@ -32,9 +30,8 @@ def predict(root: str | None = None, count: int = 256, rounds: int = 5) -> dict[
         rounds: How often each is run.
     """
     cores = usable_cores()
-    source = Path(root).absolute() if root else None
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        paths = [path for path, _ in write_table(source or make_photographs(Path("photos"), count), count)]
+    with training_images(root, count) as table:
+        paths = [path for path, _ in table]
         seconds, probabilities = compare(
             {
                 "a loop, one file at a time": (baselines.one_by_one, paths, SIZE),

@@ -1,23 +1,20 @@
 """How fast images become batches, beside the article's and torchvision's readers."""
 
-import contextlib
 import multiprocessing
 import statistics
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torchvision.transforms import v2
 
 from benchmarks.baselines import batches, floats, resized
-from benchmarks.runner import show
-from project.commands.bench import BATCH, SIZE, loaders, make_photographs, write_table
+from benchmarks.runner import show, training_images
+from project.commands.bench import BATCH, SIZE, loaders
 from project.data import images
 from project.data.check import inspect_images
 from project.data.workers import usable_cores
@@ -36,24 +33,20 @@ def reading(root: str | None = None, count: int = 256, rounds: int = 5) -> dict[
         rounds: How often each is run.
     """
     cores, threads, figures = usable_cores(), torch.get_num_threads(), dict[str, Any]()
-    source = Path(root).absolute() if root else None
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        paths = [path for path, _ in write_table(source or make_photographs(Path("photos"), count), count)]
-        rows = [(path, 0) for path in paths]
-        reference = v2.Compose(
-            [v2.RandomResizedCrop(SIZE), v2.RandomHorizontalFlip(), v2.PILToTensor(), *floats(normalised=True)]
-        )
+    with training_images(root, count) as table:
+        paths, rows = [path for path, _ in table], [(path, 0) for path, _ in table]
+        crops = [v2.RandomResizedCrop(SIZE), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+        reference = v2.Compose([*crops, *floats(normalised=True)])
         article = resized(SIZE, *floats(normalised=False))
         for name, workers in {"one_core": 0, "workers": cores}.items():
-            own = loaders(workers)
             readers: dict[str, Any] = {"the article's reader": batches(rows, article, BATCH, workers)}
             readers[REFERENCE] = batches(rows, reference, BATCH, workers)
-            readers |= {f"ours, {kind}": loader for kind, loader in own.items()}
+            readers |= {f"ours, {kind}": loader for kind, loader in loaders(workers).items()}
             runs: Runs = {kind: partial(deque, loader, 0) for kind, loader in readers.items()}
             runs |= {} if workers else {"decoding alone (Pillow)": partial(_decode, paths)}
             figures[name] = _compare(f"{workers} workers", runs, len(paths), rounds, REFERENCE)
-        figures["gap_seconds"] = _gap(own["from the cache"])
+        figures["gap_seconds"] = _gap(readers["ours, from the cache"])
         print(f"from the last batch of an epoch to the first of the next: {figures['gap_seconds']:.3f} s\n")
         with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:  # as check's: without torch
             parts = [paths[start : start + 32] for start in range(0, len(paths), 32)] * 4
@@ -69,8 +62,7 @@ def _compare(title: str, runs: Runs, count: int, rounds: int, reference: str) ->
     """Images a second of runs that take turns."""
     seconds = side_by_side(*runs.values(), rounds=rounds, warm_up=1)
     speed = {name: count / taken for name, taken in zip(runs, seconds, strict=True)}
-    print(title)
-    show(speed, reference)
+    show(speed, reference, title)
     return speed
 
 
@@ -78,8 +70,7 @@ def _gap(loader: Any) -> float:
     """Seconds from the start of an epoch to its first batch, the median of five."""
     gaps = []
     for _ in range(6):
-        start = time.perf_counter()
-        epoch = iter(loader)
+        start, epoch = time.perf_counter(), iter(loader)
         next(epoch)
         gaps.append(time.perf_counter() - start)
         deque(epoch, 0)

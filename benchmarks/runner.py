@@ -5,13 +5,16 @@ import io
 import itertools
 import multiprocessing
 import statistics
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
 
+from project.commands.bench import make_photographs, write_table
 from project.training.trainer import quieten
 
 
@@ -20,22 +23,14 @@ class NoMoreRounds(Exception):
 
 
 class Stopwatch:
-    """Times the rounds of a contender, in the contender's process.
-
-    Attributes:
-        result: What the contender has computed, for `compare`.
-    """
+    """Times the rounds of a contender, in the contender's process; `result` is what the contender has computed."""
 
     def __init__(self, pipe: Any) -> None:
         self._pipe, self._started = pipe, 0.0
         self.result: Any = None
 
     def next_round(self) -> None:
-        """Ends a round, if one has started, and waits for the next.
-
-        Raises:
-            NoMoreRounds: There is none.
-        """
+        """Ends a round, if one has started, and waits for the next; raises NoMoreRounds after the last."""
         if self._started:
             self._pipe.send(("seconds", time.perf_counter() - self._started))
         self._started = 0.0
@@ -43,7 +38,6 @@ class Stopwatch:
             raise NoMoreRounds
 
     def start(self) -> None:
-        """Starts the clock."""
         self._started = time.perf_counter()
 
     def batches(self, loader: Any) -> Iterator[Any]:
@@ -89,9 +83,6 @@ def compare(contenders: dict[str, tuple[Any, ...]], rounds: int) -> tuple[dict[s
 
     Returns:
         The median seconds and the `result` of each.
-
-    Raises:
-        RuntimeError: A contender has failed.
     """
     context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
     for name, (run, *arguments) in contenders.items():
@@ -112,18 +103,26 @@ def compare(contenders: dict[str, tuple[Any, ...]], rounds: int) -> tuple[dict[s
         for _, (name, times) in itertools.product(range(rounds + 1), seconds.items()):
             times.append(ask(name, True))
         results = {name: ask(name, False) for name in contenders}
+        for process in processes:
+            process.join()
     finally:
         for process in processes:
             process.kill()
-            process.join()
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}, results
 
 
+@contextlib.contextmanager
+def training_images(root: str | None, count: int) -> Iterator[list[tuple[str, str]]]:
+    """Makes a temporary folder with images.csv the current one; yields paths and labels of its images."""
+    source = Path(root).absolute() if root else None
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        yield write_table(source or make_photographs(Path("photos"), count), count)
+
+
 def show(speed: dict[str, float], reference: str, title: str = "", width: int = 44) -> dict[str, float]:
-    """Prints a table of images a second, and returns how many times faster `reference` is than each."""
-    print(f"{title:{width + 2}}    images/s   {reference} is")
+    """Prints a table of images a second; returns how many times faster `reference` is than each."""
+    print(f"\n{title:{width + 2}}    images/s   {reference} is")
     ratios = {name: speed[reference] / value for name, value in speed.items()}
     for name, value in speed.items():
         print(f"  {name:{width}}  {value:10,.1f}   {ratios[name]:6.2f} x")
-    print()
     return ratios

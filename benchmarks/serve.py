@@ -1,7 +1,6 @@
 """Requests a second and their latency, beside one image at a time and LitServe."""
 
 import asyncio
-import http.client
 import importlib.util
 import itertools
 import os
@@ -14,10 +13,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.request import urlopen
 
 import numpy as np
 
@@ -35,17 +35,11 @@ WARM_UP = 2.0  # seconds
 
 
 class Load(NamedTuple):
-    """The outcome of a load.
+    """The outcome of a load."""
 
-    Attributes:
-        seconds: From the first request to the last response.
-        latencies: Seconds of each request with status 200.
-        statuses: Number of responses by status; 0 is a connection that broke.
-    """
-
-    seconds: float
-    latencies: list[float]
-    statuses: Counter[int]
+    seconds: float  # from the first request to the last response
+    latencies: list[float]  # seconds of each request with status 200
+    statuses: Counter[int]  # number of responses by status; 0 is a connection that broke
 
 
 def serve(image_size: int = 224, seconds: float = 30) -> dict[str, Any]:
@@ -57,8 +51,6 @@ def serve(image_size: int = 224, seconds: float = 30) -> dict[str, Any]:
     """
     onnx.require_libraries()
     print(f"AlexNet, {image_size} px, a JPEG of 475 x 404 pixels a request, {CORES} cores for server and clients")
-    if importlib.util.find_spec("litserve") is None:
-        print("(LitServe is not installed here: pip install litserve)")
     with tempfile.TemporaryDirectory() as folder:
         _, bundles = bundle.make(image_size, Path(folder))
         images = [file.read_bytes() for file in make_photographs(Path(folder, "photos"), 32).rglob("*.jpg")]
@@ -68,19 +60,17 @@ def serve(image_size: int = 224, seconds: float = 30) -> dict[str, Any]:
 def _measure(name: str, folder: Path, images: list[bytes], seconds: float) -> dict[str, Any]:
     print(f"\n{name:28}  clients  requests/s   p50 ms   p99 ms  others")
     requests, figures = [request(image) for image in images], dict[str, Any]()
-    with server(folder) as (port, process):
-        load(port, requests, CLIENTS[-1], 2 * WARM_UP)  # memory grows until the first full batches
-        before = resident(process)
+    with server(folder) as (port, _):
+        load(port, requests, CLIENTS[-1], WARM_UP)
         for clients in CLIENTS:
             figures[str(clients)] = _show("", clients, load(port, requests, clients, seconds))
-        figures["memory"] = {"before": before, "after": resident(process)}
     forms = [form(image) for image in images]  # LitServe takes no bare images
     servers: dict[str, Callable[[], Any]] = {
         "batches": partial(server, folder),
         "one by one": partial(server, folder, "--batch_size", "1"),
         "one by one on each core": partial(server, folder, "--batch_size", "1", "--parallel", str(CORES)),
     }
-    if importlib.util.find_spec("litserve") is not None:
+    if importlib.util.find_spec("litserve") is not None:  # pip install litserve
         servers["LitServe"] = partial(_litserve, folder, workers=1, threads=CORES)
         servers["LitServe on each core"] = partial(_litserve, folder, workers=CORES, threads=1)
     loads: dict[str, list[Load]] = {way: [] for way in servers}
@@ -92,12 +82,9 @@ def _measure(name: str, folder: Path, images: list[bytes], seconds: float) -> di
         latencies = [latency for turn in turns for latency in turn.latencies]
         statuses = sum((turn.statuses for turn in turns), Counter[int]())
         figures[way] = _show(way, BESIDE, Load(sum(turn.seconds for turn in turns), latencies, statuses))
-    with server(folder, "--queue", "32") as (port, _):
-        figures["crowded"] = _show("a queue of 32", CLIENTS[-1], load(port, requests, CLIENTS[-1], seconds))
     rates = {way: figures[way]["requests_per_second"] for way in loads}
     ratios = ", ".join(f"{rates['batches'] / rate:.2f} x {way}" for way, rate in rates.items() if way != "batches")
-    growth = (figures["memory"]["after"] - before) / 1e6
-    print(f"Batches: {ratios}. Memory: {before / 1e6:.0f} MB, then {growth:+.0f} MB")
+    print(f"Batches: {ratios}")
     return figures
 
 
@@ -147,17 +134,9 @@ def _litserve(folder: Path, workers: int, threads: int) -> Iterator[tuple[int, s
 
 
 def _is_up(port: int) -> bool:
-    with suppress(OSError), closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
+    with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+        return True
     return False
-
-
-def resident(process: subprocess.Popen[str]) -> int:
-    """Bytes of memory that a process has; 0 where the system has no /proc."""
-    file = Path(f"/proc/{process.pid}/status")
-    found = re.search(r"VmRSS:\s*(\d+) kB", file.read_text()) if file.is_file() else None
-    return 1024 * int(found[1]) if found else 0
 
 
 def request(image: bytes, kind: str = "image/jpeg") -> bytes:

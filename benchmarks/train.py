@@ -1,14 +1,11 @@
 """How fast AlexNet trains, beside the article's loop, a usual Lightning loop and tuned plain PyTorch."""
 
-import contextlib
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from benchmarks import baselines
-from benchmarks.runner import EpochRounds, Stopwatch, compare, show
+from benchmarks.runner import EpochRounds, Stopwatch, compare, show, training_images
 from project import cli
-from project.commands.bench import BATCH, SIZE, make_photographs, write_table
+from project.commands.bench import BATCH, SIZE
 
 OURS, UNCACHED = "fit, with its cache", "fit --data.cache off"
 
@@ -21,10 +18,7 @@ def training(root: str | None = None, count: int = 192, rounds: int = 3) -> dict
         count: Number of images.
         rounds: Epochs that count, after one that warms up.
     """
-    source = Path(root).absolute() if root else None
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        source = source or make_photographs(Path("photos"), count)
-        table = write_table(source, count)
+    with training_images(root, count) as table:
         names, batch = sorted({label for _, label in table}), min(BATCH, len(table))
         common = ([(path, names.index(label)) for path, label in table], len(names), SIZE, batch)
         seconds, _ = compare(

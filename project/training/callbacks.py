@@ -5,7 +5,7 @@ import json
 import random
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +13,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from project import files
+from project.data.datamodule import ImageData
 from project.inference import predictions
 from project.inference.predictions import Prediction
-
-if TYPE_CHECKING:
-    from project.data.datamodule import ImageData
 
 
 class StepSeed(Callback):
@@ -40,7 +38,6 @@ class Unreadable(Callback):
         self.named: set[str] = set()
 
     def name(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any, **__: Any) -> None:
-        """Prints those that are new in a batch."""
         split: Any = trainer.state.stage and trainer.state.stage.dataloader_prefix  # train, val or test
         for row, reason in batch.failed:
             path = data_of(trainer).dataset(split).path(row)
@@ -54,29 +51,26 @@ class Unreadable(Callback):
 class ProgressLines(Callback):
     """Prints the expected time of the fit, then one line an epoch."""
 
-    FIRST, LAST = 2, 7  # the estimate leaves out the first steps, which are slower
+    FIRST, LAST = 2, 7  # the steps between which the estimate is measured; the first ones are slower
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self._epoch_start = time.monotonic()
 
     def on_train_start(self, *_: Any) -> None:
         self._steps = 0
         self._epoch_start = time.monotonic()  # a fit resumed within an epoch has no on_train_epoch_start
 
-    def on_train_epoch_start(self, *_: Any) -> None:
-        self._epoch_start = time.monotonic()
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        if self._steps == self.FIRST:
-            self._first = time.monotonic()
-
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._steps += 1
-        if self._steps == self.LAST:
+        if self._steps == self.FIRST:
+            self._first = time.monotonic()
+        epochs = (trainer.max_epochs or 0) - trainer.current_epoch
+        if self._steps == self.LAST and epochs > 0 and trainer.max_steps == -1:
             step = (time.monotonic() - self._first) / (self.LAST - self.FIRST)
-            epochs = (trainer.max_epochs or 0) - trainer.current_epoch
-            if epochs > 0 and trainer.max_steps == -1:
-                # a forward pass costs about a third of a training step
-                validation = sum(trainer.num_val_batches) / 3 / (trainer.check_val_every_n_epoch or 1)
-                expected = step * epochs * (trainer.num_training_batches + validation)
-                pl_module.print(f"expected time: {duration(expected)} for {epochs} epoch{'s' * (epochs > 1)}")
+            # a forward pass costs about a third of a training step
+            validation = sum(trainer.num_val_batches) / 3 / (trainer.check_val_every_n_epoch or 1)
+            expected = duration(step * epochs * (trainer.num_training_batches + validation))
+            pl_module.print(f"expected time: {expected} for {epochs} epoch{'s' * (epochs > 1)}")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         shown = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
@@ -87,12 +81,7 @@ class ProgressLines(Callback):
 
 
 class PredictionWriter(Callback):
-    """Writes predictions.csv and test_metrics.json into the run of the tested checkpoint.
-
-    Args:
-        run: The run's folder.
-        checkpoint: The checkpoint's file.
-    """
+    """Writes predictions.csv and test_metrics.json into the run of the tested checkpoint."""
 
     FILES = ("predictions.csv", "test_metrics.json", "val_predictions.csv", "report.html")  # with those of the report
 
@@ -100,29 +89,26 @@ class PredictionWriter(Callback):
         self.run, self.checkpoint = run, checkpoint
 
     def on_test_start(self, *_: Any) -> None:
-        self.rows: list[tuple[int, list[float], str]] = []  # row, probabilities, error
+        self._predictions: list[tuple[int, Prediction]] = []  # with their rows
 
-    def on_test_batch_end(self, _: Any, __: Any, outputs: Any, batch: Any, *___: Any) -> None:
-        self.rows += [(row, p, "") for row, p in zip(batch.row.tolist(), outputs.tolist(), strict=True)]
-        self.rows += [(row, [], reason) for row, reason in batch.failed]
+    def on_test_batch_end(self, trainer: Trainer, _: Any, outputs: Any, batch: Any, *__: Any) -> None:
+        data = data_of(trainer)
+        path = data.dataset("test").path
+        for row, probabilities in zip(batch.row.tolist(), outputs.tolist(), strict=True):
+            self._predictions.append((row, Prediction.of(path(row), probabilities, data.class_names)))
+        self._predictions += [(row, Prediction(path(row), error=reason)) for row, reason in batch.failed]
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        rows = sorted(itertools.chain(*gather(trainer, self.rows)))
+        every = dict(itertools.chain(*gather(trainer, self._predictions)))
         if not trainer.is_global_zero:
             return
         data = data_of(trainer)
-        names, dataset = data.class_names, data.dataset("test")
-
-        def prediction(row: int, probabilities: list[float], error: str) -> Prediction:
-            path, true = dataset.path(row), names[dataset.labels[row]]
-            return (
-                Prediction(path, error=error, true=true) if error else Prediction.of(path, probabilities, names, true)
-            )
-
-        predictions.write(self.run / "predictions.csv", (prediction(*row) for row in rows), names)
+        names, labels = data.class_names, data.dataset("test").labels
+        rows = [every[row].labelled(names[labels[row]]) for row in sorted(every)]
+        predictions.write(self.run / "predictions.csv", rows, names)
         result = {key: float(value) for key, value in trainer.callback_metrics.items()} | {
             "n": len(rows),
-            "unreadable": sum(bool(error) for _, _, error in rows),
+            "unreadable": sum(bool(row.error) for row in rows),
             "class_names": names,
             "checkpoint": str(self.checkpoint),
             "data": str(data.root),
@@ -132,7 +118,7 @@ class PredictionWriter(Callback):
         pl_module.print(f"written: {self.run}/test_metrics.json, {self.run}/predictions.csv")
 
 
-def data_of(trainer: Any) -> "ImageData":
+def data_of(trainer: Any) -> ImageData:
     """The data module of a Trainer."""
     data: ImageData = trainer.datamodule
     return data

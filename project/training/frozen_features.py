@@ -44,24 +44,21 @@ class FrozenFeatures(Callback):
                 note = f"run in every epoch, because their output would take {needed / 1e9:.1f} GB of memory"
             else:
                 for split in ("train", "val"):
-                    data.use_features(split, *self._compute(data, split, model))
+                    data.use_features(split, *self._compute(data, split, model, features.shape[1]))
                 took = duration(time.monotonic() - start)
                 note = f"computed once for {rows:,} images ({took}); from here on only {model.head_name} is run"
         model.train()
         model.print(f"frozen layers: {note}")
 
-    def _compute(self, data: Any, split: str, model: Any) -> tuple[Tensor, dict[int, str]]:
-        """The output (N, F) for a split's rows, and why a row has none."""
-        output: Tensor | None = None
+    def _compute(self, data: Any, split: str, model: Any, size: int) -> tuple[Tensor, dict[int, str]]:
+        """The output (N, size) for a split's rows, and why a row has none."""
+        output = torch.zeros(len(data.dataset(split)), size)
         failed: dict[int, str] = {}
         for batch in data.in_order(split):
             failed |= dict(batch.failed)
             if len(batch.row):
                 features, _ = features_and_logits(model.network, model.head, batch.image.to(model.device))
-                if output is None:
-                    output = torch.zeros(len(data.dataset(split)), features.shape[1], dtype=torch.float32)
                 output[batch.row] = features.float().cpu()
-        assert output is not None  # ImageData.setup has read an image of each split
         return output, failed
 
 

@@ -1,7 +1,6 @@
 """metrics.csv and TensorBoard's event files, of which a resumed fit shows no point twice."""
 
 import csv
-import io
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +33,10 @@ class MetricsFile(Logger):
 
     @property
     def name(self) -> str:
-        """The run's name."""
         return self._file.parent.parent.name
 
     @property
     def version(self) -> str:
-        """The run's folder in it."""
         return self._file.parent.name
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
@@ -47,13 +44,11 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Adds a row."""
         self._waiting.append({**metrics, "step": self.rows if step is None else step})
         self.rows += 1
 
-    @rank_zero_only
     def save(self) -> None:
-        """Writes the rows that wait; where they cannot be written, they wait on."""
+        """Writes the waiting rows; where they cannot be written, they keep waiting."""
         if not self._waiting:
             return
         columns = sorted(set(self._columns).union(*self._waiting))
@@ -62,10 +57,8 @@ class MetricsFile(Logger):
                 old = runs.read_metrics(self._file)[1][: self.rows - len(self._waiting)] if self._file.exists() else []
                 runs.write_metrics(self._file, columns, [*old, *self._waiting])
             else:
-                text = io.StringIO(newline="")
-                csv.DictWriter(text, columns).writerows(self._waiting)
                 with self._file.open("a", encoding="utf-8", newline="") as stream:
-                    stream.write(text.getvalue())
+                    csv.DictWriter(stream, columns).writerows(self._waiting)
         except OSError as error:
             if not self._trouble:
                 print(f"{self._file}: {error.strerror}; the rows wait until they can be written", flush=True)
@@ -80,23 +73,13 @@ class MetricsFile(Logger):
 
 
 def tensorboard_logger(run: Path, purge_step: int | None = None) -> TensorBoardLogger:
-    """TensorBoard's event files in a run's folder.
-
-    Args:
-        run: The run's folder.
-        purge_step: The step from which TensorBoard hides what an interrupted fit has logged; None for a new run.
-    """
+    """TensorBoard's event files in a run's folder; from `purge_step` on, those of an interrupted fit are hidden."""
     folders = run.parent.parent, run.parent.name, run.name
     return TensorBoardLogger(*folders, default_hp_metric=False, purge_step=purge_step)
 
 
 def truncate(run: Path, rows: int) -> None:
-    """Removes what a fit has logged into metrics.csv after the checkpoint that it is resumed from.
-
-    Args:
-        run: The run's folder.
-        rows: How many rows stay.
-    """
+    """Cuts a run's metrics.csv down to its first rows, those before the checkpoint that a fit is resumed from."""
     if (metrics := run / runs.METRICS).exists():
         columns, lines = runs.read_metrics(metrics)
         runs.write_metrics(metrics, columns, lines[:rows])

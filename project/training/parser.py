@@ -1,6 +1,7 @@
 """The parser of fit, validate, test and tune, whose --help has one line for each option."""
 
 import argparse
+import itertools
 import re
 import shutil
 import textwrap
@@ -9,7 +10,6 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 
 from project import arguments
-from project.errors import UserError, did_you_mean
 
 GROUPS = ("", "data", "model")  # whose options --help lists; those of Lightning's Trainer are listed on request
 Options = dict[str, argparse.Action]
@@ -36,32 +36,29 @@ class Parser(arguments.Parser, LightningArgumentParser):
                 groups.setdefault(name.rpartition(".")[0], {})[name] = action
         if not groups.keys() >= set(GROUPS):  # the help of a class, as by --trainer.strategy.help DDPStrategy
             return super().format_help(*formatter)
-        after = next((n + 1 for n, word in enumerate(self._words) if word in ("-h", "--help")), len(self._words))
-        topic = "".join(self._words[after : after + 1]).removeprefix("--")
-        if not topic:
-            usage = self.usage or f"python -m project.cli {self.prog.split()[-1]} [options]"
-            end = "--help OPTION explains an option in full; --help trainer lists the options of Lightning's Trainer."
-            groups[""] = {name: action for name, action in groups[""].items() if name not in groups}
-            intro = f"usage: {usage}\n\n{textwrap.fill(str(self.description), 100)}\n"
-            return "\n".join([intro, *(_lines(groups[group]) for group in GROUPS), end, ""])
-        if topic in groups:
+        pairs = itertools.pairwise(self._words)
+        topic = next((word.removeprefix("--") for before, word in pairs if before in ("-h", "--help")), "")
+        if topic in groups and topic:
             return _lines(groups[topic])
-        if topic not in options:
-            hint = did_you_mean(f"--{topic}", [f"--{name}" for name in options])
-            raise UserError(f"There is no option --{topic}.{hint} See --help.")
-        blocks = re.split(r"\n(?=  -|\S)", super().format_help(*formatter))
-        return next(block for block in blocks if re.match(rf"  (-\w.*, )?--{re.escape(topic)}[\s,]", block)) + "\n"
+        if topic in options:
+            blocks = re.split(r"\n(?=  -|\S)", super().format_help(*formatter))
+            return next(block for block in blocks if re.match(rf"  (-\w.*, )?--{re.escape(topic)}[\s,]", block)) + "\n"
+        if topic:
+            raise arguments.explain(f"unrecognized arguments: --{topic}", [f"--{name}" for name in options])
+        usage = self.usage or f"python -m project.cli {self.prog.split()[-1]} [options]"
+        groups[""] = {name: action for name, action in groups[""].items() if name not in groups}
+        intro = f"usage: {usage}\n\n{textwrap.fill(str(self.description), 100)}\n"
+        end = "--help OPTION explains an option in full; --help trainer lists the options of Lightning's Trainer.\n"
+        return "\n".join([intro, *(_lines(groups[group]) for group in GROUPS), end])
 
 
 def _lines(options: Options) -> str:
     """One line for each option, as wide as the terminal, 100 columns at most."""
     width = max(map(len, options)) + 2
     space = min(shutil.get_terminal_size((100, 24)).columns, 100) - width - 4
-    lines = []
+    lines = ""
     for name, action in options.items():
         default = "" if action.default in (None, argparse.SUPPRESS) else f" [{action.default}]"
-        text = " ".join(str(action.help or "").split())
-        lines.append(
-            f"  --{name:{width}}{textwrap.shorten(text, max(space - len(default), 20), placeholder=' ...')}{default}"
-        )
-    return "\n".join([*lines, ""])
+        text = textwrap.shorten(str(action.help or ""), max(space - len(default), 20), placeholder=" ...")
+        lines += f"  --{name:{width}}{text}{default}\n"
+    return lines

@@ -1,13 +1,11 @@
 """predict --devices: Lightning's Trainer around one Predictor per process."""
 
-import logging
+import math
 import multiprocessing
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
-from itertools import count
 from pathlib import Path
 
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
@@ -15,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.strategies import DDPStrategy
-from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessException
 
 from project.data.strings import StringArray
 from project.data.workers import usable_cores
@@ -25,10 +23,9 @@ from project.inference.checkpoint import TorchPredictor
 from project.inference.load import Source
 from project.inference.predictions import Prediction
 from project.inference.predictor import Batch, Predictor
+from project.training.trainer import quieten
 
-for name in ("lightning.pytorch", "lightning.fabric"):  # at import, so that it holds in the spawned processes, too
-    logging.getLogger(name).setLevel(logging.WARNING)
-warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")  # Lightning's own use of torch
+quieten()  # at import, so that it holds in the spawned processes, too
 
 
 class PredictModule(LightningModule):
@@ -57,7 +54,7 @@ class PredictModule(LightningModule):
         with part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
             rows = self.predictor.predict_batch(batch, self.tta)
             predictions.write_into(stream, rows, self.predictor.class_names)
-        return len(batch.names)
+        return len(batch.names)  # Lightning warns of None
 
 
 def predict(
@@ -74,8 +71,7 @@ def predict(
     """
     load = partial(source.load, calibrated, "cpu")
     class_names = load().class_names
-    folder, others = tempfile.TemporaryDirectory(prefix="predict-"), multiprocessing.active_children()
-    readers = workers or max(1, usable_cores() // devices)
+    folder, readers = tempfile.TemporaryDirectory(prefix="predict-"), workers or max(1, usable_cores() // devices)
     try:
         trainer = Trainer(
             accelerator="cpu" if source.is_bundle else "auto",
@@ -91,29 +87,22 @@ def predict(
         module = PredictModule(load, paths, batch_size, readers, tta, Path(folder.name))
         trainer.predict(module, return_predictions=False)
     except BaseException as error:
-        for process in set(multiprocessing.active_children()) - set(others):
+        for process in multiprocessing.active_children():
             process.kill()
             process.join()
         folder.cleanup()
-        match error:
-            case SystemExit():  # raised by Lightning on Ctrl-C
-                raise KeyboardInterrupt from error
-            case MisconfigurationException():
-                raise UserError(f"--devices {devices} cannot be used: {' '.join(str(error).split())}") from error
-            case ProcessExitedException():
-                raise FailedRun(f"One of the {devices} processes has ended: {error}.") from error
-            case ProcessRaisedException():  # its text is the traceback
-                reason = str(error).strip().splitlines()[-1]
-                raise FailedRun(f"One of the {devices} processes has failed: {reason}") from error
+        if isinstance(error, SystemExit):  # raised by Lightning on Ctrl-C
+            raise KeyboardInterrupt from error
+        if isinstance(error, MisconfigurationException):
+            raise UserError(f"--devices {devices} cannot be used: {' '.join(str(error).split())}") from error
+        if isinstance(error, ProcessException):  # its text may be a traceback
+            reason = str(error).strip().splitlines()[-1]
+            raise FailedRun(f"One of the {devices} processes has failed: {reason}") from error
         raise
-    return class_names, _merge(folder)
+    return class_names, _merge(folder, math.ceil(len(paths) / batch_size))
 
 
-def _merge(folder: "tempfile.TemporaryDirectory[str]") -> Generator[Prediction, None, None]:
+def _merge(folder: "tempfile.TemporaryDirectory[str]", parts: int) -> Generator[Prediction, None, None]:
     with folder:
-        for number in count():
-            part = Path(folder.name, f"{number}.csv")
-            if not part.exists():
-                return
-            yield from predictions.read(part)
-            part.unlink()
+        for number in range(parts):
+            yield from predictions.read(Path(folder.name, f"{number}.csv"))

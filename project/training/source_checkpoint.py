@@ -12,19 +12,16 @@ from project.training.loop_state import LoopState, epochs_done
 
 # What a checkpoint may set of the Trainer: neither the machine's share (accelerator, devices, workers) nor the name of
 # a class, because whoever writes a checkpoint must not choose what code runs.
-TRAINER_SETTINGS = frozenset(
-    {"max_epochs", "min_epochs", "max_steps", "min_steps", "precision", "accumulate_grad_batches", "deterministic"}
-    | {"gradient_clip_val", "gradient_clip_algorithm"}
-    | {"check_val_every_n_epoch", "val_check_interval", "log_every_n_steps"}
+TRAINER_SETTINGS = (
+    *("max_epochs", "min_epochs", "max_steps", "min_steps", "precision", "accumulate_grad_batches", "deterministic"),
+    *("gradient_clip_val", "gradient_clip_algorithm", "check_val_every_n_epoch", "val_check_interval"),
+    "log_every_n_steps",
 )
 SPLIT_OPTIONS = ("folds", "fold", "group", "exclude")  # replaced by their result, split.csv
 
 
 class SourceCheckpoint:
     """A checkpoint that a verb starts from, and its run.
-
-    Args:
-        path: The checkpoint's file.
 
     Raises:
         UserError: The file is damaged, holds code, or is not a checkpoint of this project.
@@ -35,11 +32,7 @@ class SourceCheckpoint:
         self.content, self.metadata = checkpoint.read(path)
 
     def loop_state(self) -> LoopState | None:
-        """The position of its fit; None for a checkpoint of another callback.
-
-        Raises:
-            UserError: The position is damaged.
-        """
+        """The position of its fit; None for a checkpoint of another callback. A damaged one raises UserError."""
         try:
             return LoopState.saved_in(self.content)
         except ValueError as error:
@@ -52,25 +45,26 @@ class SourceCheckpoint:
             with_split: Use the run's split.csv, where there is one, instead of the options it came from.
             verb: The verb that takes the settings.
         """
-        config: dict[str, dict[str, Any]] = self.metadata.config
-        settings: dict[str, Any] = {
-            section: {k: v for k, v in config[section].items() if _plain(v)} for section in ("data", "model")
+        config: dict[str, Any] = self.metadata.config
+        data, model, trainer = (
+            {key: value for key, value in config[section].items() if isinstance(value, str | int | float | None)}
+            for section in ("data", "model", "trainer")
+        )
+        if model.get("backbone_lr") is None:  # its default depends on the weights, which change now
+            model["backbone_lr"] = 1.0 if model.get("weights", "none") == "none" else 0.1
+        model["weights"] = str(self.path)
+        left_out = {"workers", "cache"}
+        if with_split and runs.is_inside(self.path) and (split := self.run / "split.csv").is_file():
+            data["split"] = str(split)
+            left_out.update(SPLIT_OPTIONS)
+        options = ("average", "patience") if verb == "fit" else ()
+        return {
+            "data": {key: value for key, value in data.items() if key not in left_out},
+            "model": model,
+            "trainer": {key: value for key, value in trainer.items() if key in TRAINER_SETTINGS},
+            "seed_everything": config.get("seed_everything", 0),
+            **{option: config.get(option) for option in options},
         }
-        for option in ("workers", "cache"):
-            settings["data"].pop(option, None)
-        if settings["model"].get("backbone_lr") is None:  # its default depends on the weights, which change now
-            from_scratch = settings["model"].get("weights", "none") == "none"
-            settings["model"]["backbone_lr"] = 1.0 if from_scratch else 0.1
-        settings["model"]["weights"] = str(self.path)
-        settings["trainer"] = {k: v for k, v in config["trainer"].items() if k in TRAINER_SETTINGS and _plain(v)}
-        split = self.run / "split.csv"
-        if with_split and runs.is_inside(self.path) and split.is_file():
-            settings["data"]["split"] = str(split)
-            for option in SPLIT_OPTIONS:
-                settings["data"].pop(option, None)
-        if verb == "fit":
-            settings |= {option: config.get(option) for option in ("average", "patience")}
-        return settings | {"seed_everything": config.get("seed_everything", 0)}
 
     def require_own_weights(self, weights: str) -> None:
         """Raises UserError where --model.weights names other weights than the checkpoint."""
@@ -105,7 +99,3 @@ class SourceCheckpoint:
         present = [name for name in names if (self.run / name).exists()]
         if present and not runs.is_inside(self.path):  # in a run they are those of an earlier test
             raise UserError(f"{self.run}/{present[0]} exists and may be your own; move it, or the checkpoint, away.")
-
-
-def _plain(value: object) -> bool:
-    return value is None or isinstance(value, str | int | float)

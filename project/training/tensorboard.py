@@ -15,16 +15,16 @@ import numpy.typing as npt
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from project.evaluation import figures, fonts
+from project.evaluation import figures
+from project.evaluation.fonts import shortened
 from project.evaluation.scores import ScoredPredictions
 from project.metrics import positive_index
 from project.training.callbacks import data_of, gather, point, tensorboard
 
+Columns = list[npt.NDArray[Any]]
 HISTOGRAM_VALUES = 100_000  # of a layer, evenly spaced: all of AlexNet's 57 million take seconds
 MOST_CLASSES = 50  # with curves of their own: the most frequent ones
-MOST_CELLS = 1000**2  # of a confusion matrix
 SAMPLES = 24  # images in the grid
 SHARE = 0.01  # of a fit's time that drawing may take
 EMBEDDED = 500  # images
@@ -42,17 +42,14 @@ class FirstBatchImages(Callback):
         if self.done or writer is None or not len(batch.label):
             return
         self.done = True
-        image = batch.image[:32]
-        if image.ndim == 2:  # features of frozen layers
-            image = data.dataset("train").__getitems__([(0, row) for row in batch.row[:32].tolist()]).image
-        titles = [fonts.shortened(data.class_names[label], 12) for label in batch.label[:32].tolist()]
-        grid = figures.image_grid(image.permute(0, 2, 3, 1).cpu().numpy(), titles)
-        show(writer, "train/first_batch", grid, 0)
-        if pl_module.compiled:  # cannot be traced
-            return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.jit.trace, which makes the graph, is deprecated
-            with contextlib.suppress(RuntimeError):  # a network that cannot be traced has no graph
+        # read again, because with frozen layers a batch may hold their output
+        image = data.dataset("train").__getitems__([(0, row) for row in batch.row[:32].tolist()]).image
+        titles = [shortened(data.class_names[label], 12) for label in batch.label[:32].tolist()]
+        grid = figures.image_grid(image.permute(0, 2, 3, 1).numpy(), titles)
+        writer.add_figure("train/first_batch", grid, 0)
+        # torch.jit.trace, which makes the graph, is deprecated, and cannot trace every network, nor a compiled one
+        with warnings.catch_warnings(action="ignore"), contextlib.suppress(RuntimeError):
+            if not pl_module.compiled:
                 writer.add_graph(pl_module.network, image[:1].to(pl_module.device))
 
 
@@ -107,10 +104,9 @@ class ValidationPlots(Callback):
 
     def on_train_start(self, *_: Any) -> None:
         self._start = time.monotonic()
-        self._spent, self._takes = 0.0, 1.0  # seconds of all drawings, and of one; the latter is a guess at first
+        self._spent = 1.0  # seconds of all drawings, with a guess at that of the last validation
         self._lowest = math.inf
-        self._undrawn: tuple[Any, ...] | None = None  # the newest validation, until it is drawn
-        self._images: dict[int, npt.NDArray[np.uint8]] = {}
+        self._undrawn: tuple[int, Columns] | None = None  # step, and what is drawn of the newest validation
 
     def on_validation_start(self, *_: Any) -> None:
         self._batches: list[tuple[torch.Tensor, ...]] = []
@@ -121,58 +117,26 @@ class ValidationPlots(Callback):
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.sanity_checking:
             return
-        arrays, writer = gather_rows(trainer, self._batches), tensorboard(trainer)
-        self._batches = []
-        if writer is None or not arrays or not np.isfinite(arrays[2]).all():
+        columns, writer = gather_columns(trainer, self._batches), tensorboard(trainer)
+        if writer is None or not columns or not np.isfinite(columns[2]).all():
             return
-        true, probabilities = arrays[1:]
-        tags = class_tags(true, data_of(trainer).class_names)
-        for name, values in class_metrics(true, probabilities.argmax(axis=1), probabilities.shape[1]).items():
+        scores, tags = _scored(trainer, columns).per_class(), class_tags(columns[1], data_of(trainer).class_names)
+        for name in ("recall", "precision", "f1"):
             for index, tag in tags.items():
-                writer.add_scalar(f"val_class/{name}/{tag}", values[index], point(trainer))
-        self._undrawn = point(trainer), *arrays
+                writer.add_scalar(f"val_class/{name}/{tag}", scores[name][index], point(trainer))
+        self._undrawn = point(trainer), columns
         loss = float(trainer.callback_metrics.get("val/loss", math.inf))
-        # time for one more drawing is kept in reserve, for the last validation
-        if loss < self._lowest and self._spent + 2 * self._takes < SHARE * (time.monotonic() - self._start):
+        # twice: the drawing may take as long as all before it
+        if loss < self._lowest and 2 * self._spent < SHARE * (time.monotonic() - self._start):
             self.on_train_end(trainer)
         self._lowest = min(self._lowest, loss)
 
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
         if self._undrawn is not None:
             start = time.monotonic()
-            self._draw(trainer, *self._undrawn)
-            self._undrawn, self._takes = None, time.monotonic() - start
-            self._spent += self._takes
-
-    def _draw(self, trainer: Trainer, step: int, rows: Any, true: Any, probabilities: Any) -> None:
-        writer, names = tensorboard(trainer), data_of(trainer).class_names
-        positive = positive_index(names, trainer.lightning_module.hparams["positive"])
-        scored = ScoredPredictions(true, probabilities, positive)
-        if len(names) ** 2 <= MOST_CELLS:
-            show(writer, "val/confusion_matrix", figures.confusion_matrix(scored.confusion(), names), step)
-        show(writer, "val/roc", figures.roc(scored, names), step)
-        show(writer, "val/precision_recall", figures.precision_recall(scored, names), step)
-        show(writer, "val/reliability", figures.reliability(scored), step)
-        for index, tag in class_tags(true, names).items():
-            writer.add_pr_curve(f"val_class/{tag}", true == index, probabilities[:, index], step)
-        self._draw_samples(trainer, step, rows, true, probabilities)
-
-    def _draw_samples(self, trainer: Trainer, step: int, rows: Any, true: Any, probabilities: Any) -> None:
-        """The same images each time, from every part of the validation split."""
-        dataset, names = data_of(trainer).dataset("val"), data_of(trainer).class_names
-        if not self._images:
-            batch = dataset.__getitems__([(0, row) for row in evenly_spaced(len(dataset), SAMPLES)])
-            self._images = dict(zip(batch.row.tolist(), batch.image.permute(0, 2, 3, 1).numpy(), strict=True))
-        shown = [index for index, row in enumerate(rows.tolist()) if row in self._images]
-        if not shown:
-            return
-        predicted, labels, titles = probabilities[shown].argmax(axis=1), true[shown], []
-        for index, prediction, label in zip(shown, predicted, labels, strict=True):
-            title = f"{fonts.shortened(names[prediction], 11)} {probabilities[index, prediction]:.0%}"
-            titles.append(f"{title}\nnot {fonts.shortened(names[label], 12)}" if prediction != label else title)
-        images = np.stack([self._images[int(rows[index])] for index in shown])
-        grid = figures.image_grid(images, titles, wrong=(predicted != labels).tolist())
-        show(tensorboard(trainer), "val/samples", grid, step)
+            _draw(trainer, *self._undrawn)
+            self._spent += time.monotonic() - start
+            self._undrawn = None
 
 
 class Embeddings(Callback):
@@ -182,57 +146,58 @@ class Embeddings(Callback):
     """
 
     FOLDER = "projector"  # in the run; add_embedding names it after its step, and there is one for all fits of a run
+    _batches: Sequence[tuple[torch.Tensor, ...]] = ()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model: Any = pl_module
-        self._batches: list[tuple[torch.Tensor, ...]] = []
-        self._chosen = torch.zeros(len(data_of(trainer).dataset("val")), dtype=torch.bool, device=pl_module.device)
-        self._chosen[evenly_spaced(len(self._chosen), EMBEDDED)] = True
+        self._batches = []
+        self._spacing = math.ceil(len(data_of(trainer).dataset("val")) / EMBEDDED)
         self._inputs = inputs = list[torch.Tensor]()
         self._hook = None if model.compiled else model.head.register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
 
     def on_validation_batch_end(self, _: Any, __: Any, outputs: Any, batch: Any, *___: Any) -> None:
         if self._inputs:
-            chosen, features = self._chosen[batch.row], self._inputs.pop().float()
+            features = self._inputs.pop().float()
             features = features.flatten(2).mean(dim=2) if features.ndim > 2 else features  # before a convolution
+            chosen = batch.row % self._spacing == 0
             columns = batch.row, batch.label, outputs.argmax(dim=1), features
-            self._batches.append(tuple(column[chosen] for column in columns))
+            self._batches = [*self._batches, tuple(column[chosen] for column in columns)]
 
     def on_validation_end(self, *_: Any) -> None:
         if self._hook is not None:
             self._hook.remove()
 
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
-        arrays, writer = gather_rows(trainer, getattr(self, "_batches", [])), tensorboard(trainer)
-        if writer is None or not arrays:
+        columns, writer = gather_columns(trainer, self._batches), tensorboard(trainer)
+        if writer is None or not columns:
             return
-        data = data_of(trainer)
-        batch = data.dataset("val").__getitems__([(0, row) for row in arrays[0].tolist()])
-        readable = np.isin(arrays[0], batch.row.numpy())  # an image may have gone since the validation
-        true, predicted, features = (array[readable] for array in arrays[1:])
+        image, (true, predicted, features) = readable(trainer, columns)
         if len(features) < 3 or not np.isfinite(features).all():
             return
-        names = [" ".join(name.split()) for name in data.class_names]
+        names = [" ".join(name.split()) for name in data_of(trainer).class_names]
         labels = [[names[t], names[p], "yes" if t == p else "no"] for t, p in zip(true, predicted, strict=True)]
-        small = torch.nn.functional.interpolate(batch.image.float(), min(THUMBNAIL, batch.image.shape[-1]), mode="area")
+        small = torch.nn.functional.interpolate(image.float(), min(THUMBNAIL, image.shape[-1]), mode="area")
         points, header = principal_components(features, COMPONENTS), ["true", "predicted", "right"]
         shutil.rmtree(Path(writer.get_logdir(), self.FOLDER), ignore_errors=True)  # of a fit that this one resumes
         writer.add_embedding(points, labels, (small + 0.5) / 255, self.FOLDER, "validation", header)
 
 
-def show(writer: Any, tag: str, figure: Any, step: int) -> None:
-    """Draws a figure into the IMAGES tab."""
-    canvas: Any = FigureCanvasAgg(figure)  # add_figure would import pyplot
-    canvas.draw()
-    writer.add_image(tag, np.asarray(canvas.buffer_rgba())[..., :3], step, dataformats="HWC")
-
-
-def gather_rows(trainer: Trainer, batches: list[tuple[torch.Tensor, ...]]) -> list[npt.NDArray[Any]]:
+def gather_columns(trainer: Trainer, batches: Sequence[tuple[torch.Tensor, ...]]) -> Columns:
     """The columns of batches of all ranks, sorted by the first one; an empty list where there are no rows."""
     parts = [[column.cpu().numpy() for column in batch] for batch in batches]
     parts = [part for rank in gather(trainer, parts) for part in rank]
     columns = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
     return [column[np.argsort(columns[0])] for column in columns if len(column)]
+
+
+def readable(trainer: Trainer, columns: Columns) -> tuple[torch.Tensor, Columns]:
+    """Validation images (B, 3, H, W) uint8 of the rows in the first column, and the other columns of the same images.
+
+    Images that can no longer be read are left out.
+    """
+    batch = data_of(trainer).dataset("val").__getitems__([(0, row) for row in columns[0].tolist()])
+    kept = np.isin(columns[0], batch.row.numpy())
+    return batch.image, [column[kept] for column in columns[1:]]
 
 
 def class_tags(true: npt.NDArray[np.integer[Any]], class_names: Sequence[str]) -> dict[int, str]:
@@ -244,22 +209,34 @@ def class_tags(true: npt.NDArray[np.integer[Any]], class_names: Sequence[str]) -
     return {index: unique[index] for index in sorted(frequent) if counts[index]}
 
 
-def class_metrics(true: npt.NDArray[Any], predicted: npt.NDArray[Any], classes: int) -> dict[str, npt.NDArray[Any]]:
-    """Recall, precision and F1 of each class, (classes,) each; 0 where undefined."""
-    labels = true[true == predicted], true, predicted
-    hits, positives, predictions = (np.bincount(array, minlength=classes) for array in labels)
-    ratios = {"recall": (hits, positives), "precision": (hits, predictions), "f1": (2 * hits, positives + predictions)}
-    return {name: part / np.maximum(whole, 1) for name, (part, whole) in ratios.items()}
-
-
-def evenly_spaced(count: int, most: int) -> list[int]:
-    """At most `most` indices from 0 to below `count`."""
-    return [int(index) for index in np.linspace(0, count - 1, min(count, most))]
-
-
 def principal_components(features: npt.NDArray[np.floating[Any]], components: int) -> npt.NDArray[np.float64]:
     """Features (N, F) along their first principal components, (N, C) with C at most `components`."""
     centred = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)  # squares may overflow float32
     values, vectors = np.linalg.eigh(centred @ centred.T)  # N is small, F may be thousands
     first = np.argsort(-values)[: min(components, features.shape[1])]
     return np.asarray(vectors[:, first] * np.sqrt(np.maximum(values[first], 0)))
+
+
+def _scored(trainer: Trainer, columns: Columns) -> ScoredPredictions:
+    positive = positive_index(data_of(trainer).class_names, trainer.lightning_module.hparams["positive"])
+    return ScoredPredictions(columns[1], columns[2], positive)
+
+
+def _draw(trainer: Trainer, step: int, columns: Columns) -> None:
+    """Plots of a validation, and the same images each time, from every part of its split."""
+    writer, names, scored = tensorboard(trainer), data_of(trainer).class_names, _scored(trainer, columns)
+    _, true, probabilities = columns
+    writer.add_figure("val/confusion_matrix", figures.confusion_matrix(scored.confusion(), names), step)
+    writer.add_figure("val/roc", figures.roc(scored, names), step)
+    writer.add_figure("val/precision_recall", figures.precision_recall(scored, names), step)
+    writer.add_figure("val/reliability", figures.reliability(scored), step)
+    for index, tag in class_tags(true, names).items():
+        writer.add_pr_curve(f"val_class/{tag}", true == index, probabilities[:, index], step)
+    spaced = np.linspace(0, len(true) - 1, min(len(true), SAMPLES)).astype(int)
+    image, (true, probabilities) = readable(trainer, [column[spaced] for column in columns])
+    titles, predicted = [], probabilities.argmax(axis=1)
+    for label, prediction, row in zip(true, predicted, probabilities, strict=True):
+        title = f"{shortened(names[prediction], 11)} {row[prediction]:.0%}"
+        titles.append(f"{title}\nnot {shortened(names[label], 12)}" if prediction != label else title)
+    grid = figures.image_grid(image.permute(0, 2, 3, 1).numpy(), titles, wrong=(predicted != true).tolist())
+    writer.add_figure("val/samples", grid, step)

@@ -19,42 +19,39 @@ class Throughput(Callback):
 
     Attributes:
         waited: Seconds of this epoch between the end of a batch and the start of the next.
-        worked: Seconds of this epoch between the start of a batch and its end.
+        wait_share: Share of this epoch that was spent waiting.
     """
 
-    def __init__(self) -> None:
-        self.waited = self.worked = 0.0
-        self._images = 0
+    _now = 0.0
 
-    @property
-    def wait_share(self) -> float:
-        """Share of this epoch that was spent waiting."""
-        return self.waited / max(self.waited + self.worked, 1e-9)
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.waited, self._worked, self._images = 0.0, 0.0, 0
+        self._now = time.monotonic()
 
-    def on_train_start(self, *_: Any) -> None:
-        self._ended = time.monotonic()  # a fit resumed within an epoch has no on_train_epoch_start
+    on_train_start = on_train_epoch_start  # a fit resumed within an epoch has no on_train_epoch_start
 
-    def on_train_epoch_start(self, *_: Any) -> None:
-        self._ended = time.monotonic()
-        self.waited, self.worked, self._images = 0.0, 0.0, 0
+    def _lap(self) -> float:
+        """Seconds since the last call."""
+        before, self._now = self._now, time.monotonic()
+        return self._now - before
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self._started = time.monotonic()
-        self.waited += self._started - self._ended
+        self.waited += self._lap()
 
     def on_train_batch_end(self, _: Any, __: Any, ___: Any, batch: Any, *____: Any) -> None:
-        self._ended = time.monotonic()
-        self.worked += self._ended - self._started
+        self._worked += self._lap()
         self._images += len(batch.row)
 
     def on_validation_end(self, *_: Any) -> None:
-        self._ended = time.monotonic()  # a validation within an epoch does not count as waiting
+        self._lap()  # a validation within an epoch does not count as waiting
 
     def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        seconds = max(self.waited + self._worked, 1e-9)  # of an epoch that is resumed at its end, none
+        self.wait_share = self.waited / seconds
         if writer := tensorboard(trainer):
-            rate = self._images * trainer.world_size / max(self.waited + self.worked, 1e-9)
-            writer.add_scalar("speed/images_per_second", rate, point(trainer) - 1)  # at the epoch's other metrics
-            writer.add_scalar("speed/data_wait_share", self.wait_share, point(trainer) - 1)
+            step = point(trainer) - 1  # of the epoch's other metrics
+            writer.add_scalar("speed/images_per_second", self._images * trainer.world_size / seconds, step)
+            writer.add_scalar("speed/data_wait_share", self.wait_share, step)
 
 
 class StepsInMemory(Callback):
@@ -68,11 +65,10 @@ class StepsInMemory(Callback):
         self.seconds: list[float] = []
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.seconds:
-            network: Any = copy.deepcopy(pl_module.network)
-            self._copy = network, torch.optim.Adam(network.parameters(), fused=True)
-        size = data_of(trainer).batch_size, data_of(trainer).image_size
-        self.seconds.append(seconds_per_step(*self._copy, *size, pl_module.device, int(trainer.num_training_batches)))
+        network: Any = copy.deepcopy(pl_module.network)
+        optimizer = torch.optim.Adam(network.parameters(), fused=True)
+        size, steps = (data_of(trainer).batch_size, data_of(trainer).image_size), int(trainer.num_training_batches)
+        self.seconds.append(seconds_per_step(network, optimizer, *size, pl_module.device, steps))
 
 
 def seconds_per_step(

@@ -420,193 +420,150 @@ def test_log_has_a_line_for_each_request_without_the_clients_words(port, image, 
     assert re.fullmatch(r"127\.0\.0\.1 GET - 404, 0 bytes, \d+ ms", lines[1])
 
 
-def zeros(batch):
-    return np.zeros((len(batch), 1), np.float32)
+class Recorder:
+    """A network and a reader for a Batcher; b"held" is decoded, and with `hold` a batch computed, once `go` is set.
+
+    Attributes:
+        sizes: Of the batches.
+    """
+
+    def __init__(self, hold=False):
+        self.go, self.sizes, self.hold = threading.Event(), [], hold
+
+    def read(self, content):
+        assert content != b"held" or self.go.wait(20)
+        return np.full((2, 2, 3), content[0], np.uint8)
+
+    def compute(self, batch):
+        self.sizes.append(len(batch))
+        assert not self.hold or self.go.wait(10)
+        return batch[:, 0, 0, :1].astype(np.float32)
 
 
-def pixels(_):
-    return np.zeros((2, 2, 3), np.uint8)
+def run(work, recorder, **changes):
+    """Runs work(batcher) in an event loop."""
 
-
-def batcher(compute=zeros, read=pixels, **changes):
-    return Batcher(read, compute, replace(SETTINGS, **{"batch_wait": 0.5, "queue": 100, "threads": 2} | changes))
-
-
-def run(batcher, work):
     async def main():
+        settings = replace(SETTINGS, **{"batch_wait": 0.5, "queue": 100, "threads": 2} | changes)
+        batcher = Batcher(recorder.read, recorder.compute, settings)
         try:
-            return await work()
+            return await work(batcher)
         finally:
             batcher.close()
 
     return asyncio.run(main())
 
 
+def tasks(batcher, *contents):
+    return [asyncio.create_task(batcher.probabilities(content)) for content in contents]
+
+
 def test_images_that_arrive_together_are_computed_together_and_answered_apart():
-    sizes = []
+    async def work(batcher):
+        return await asyncio.gather(*tasks(batcher, *(bytes([n]) for n in range(10))))
 
-    def compute(batch):
-        sizes.append(len(batch))
-        return batch[:, 0, 0, :1].astype(np.float32)
-
-    made = batcher(compute, lambda content: np.full((2, 2, 3), content[0], np.uint8))
-
-    async def work():
-        return await asyncio.gather(*(made.probabilities(bytes([n])) for n in range(10)))
-
-    assert run(made, work) == [[float(n)] for n in range(10)]
-    assert sizes == [4, 4, 2]
+    recorder = Recorder()
+    assert run(work, recorder) == [[float(n)] for n in range(10)]
+    assert recorder.sizes == [4, 4, 2]
 
 
 def test_a_lone_image_does_not_wait_for_others():
-    made = batcher(batch_wait=5.0)
-
-    async def work():
-        await asyncio.wait_for(made.probabilities(b""), 1)
-
-    run(made, work)
-
-
-def with_a_slow_image(wait):
-    """A batcher that decodes b"slow" once the event is set, and the sizes of its batches."""
-    held, sizes = threading.Event(), []
-
-    def read(content):
-        if content == b"slow":
-            assert held.wait(10)
-        return pixels(content)
-
-    def compute(batch):
-        sizes.append(len(batch))
-        return zeros(batch)
-
-    return batcher(compute, read, batch_wait=wait), held, sizes
+    run(lambda batcher: asyncio.wait_for(batcher.probabilities(b"1"), 1), Recorder(), batch_wait=5.0)
 
 
 def test_an_image_that_is_slow_to_decode_delays_others_by_the_wait_only():
-    made, held, sizes = with_a_slow_image(wait=0.05)
-
-    async def work():
-        late = asyncio.create_task(made.probabilities(b"slow"))
+    async def work(batcher):
+        (held,) = tasks(batcher, b"held")
         await asyncio.sleep(0.01)
-        await made.probabilities(b"quick")
-        held.set()
-        await late
+        await batcher.probabilities(b"1")
+        recorder.go.set()
+        await held
 
-    run(made, work)
-    assert sizes == [1, 1]
+    recorder = Recorder()
+    run(work, recorder, batch_wait=0.05)
+    assert recorder.sizes == [1, 1]
 
 
 def test_a_client_that_disconnects_while_images_wait_does_not_affect_the_others():
-    made, held, sizes = with_a_slow_image(wait=9.0)
-
-    async def work():
-        slow, first, second = (asyncio.create_task(made.probabilities(content)) for content in (b"slow", b"1", b"2"))
+    async def work(batcher):
+        held, first, second = tasks(batcher, b"held", b"1", b"2")
         await asyncio.sleep(0.1)  # two are decoded and wait for the third
         second.cancel()
         await asyncio.sleep(0)
-        third = asyncio.create_task(made.probabilities(b"3"))
+        (third,) = tasks(batcher, b"3")
         await asyncio.sleep(0.1)
-        held.set()
-        return await asyncio.gather(slow, first, third)
+        recorder.go.set()
+        return await asyncio.gather(held, first, third)
 
-    assert run(made, work) == [[0.0]] * 3
-    assert sizes == [3]
+    recorder = Recorder()
+    assert run(work, recorder, batch_wait=9.0) == [[float(b"h"[0])], [float(b"1"[0])], [float(b"3"[0])]]
+    assert recorder.sizes == [3]
 
 
 def test_a_client_that_disconnects_while_its_batch_is_computed_does_not_affect_the_others():
-    go = threading.Event()
-
-    def compute(batch):
-        assert go.wait(10)
-        return zeros(batch)
-
-    made = batcher(compute)
-
-    async def work():
-        first, second = (asyncio.create_task(made.probabilities(b"")) for _ in range(2))
+    async def work(batcher):
+        first, second = tasks(batcher, b"1", b"2")
         await asyncio.sleep(0.1)
         first.cancel()
         await asyncio.sleep(0.1)
-        go.set()
+        recorder.go.set()
         return await second
 
-    assert run(made, work) == [0.0]
+    recorder = Recorder(hold=True)
+    assert run(work, recorder) == [float(b"2"[0])]
 
 
 def test_an_image_that_is_decoded_without_end_is_noticed_and_does_not_delay_the_shutdown():
-    go = threading.Event()
-
-    def read(content):
-        go.wait(20)
-        return pixels(content)
-
-    made = batcher(read=read)
-
-    async def work():
-        task = asyncio.create_task(made.probabilities(b""))
+    async def work(batcher):
+        (held,) = tasks(batcher, b"held")
         await asyncio.sleep(0.2)
-        assert made.busy() > 0.1
-        task.cancel()
+        assert batcher.busy() > 0.1
+        held.cancel()
 
-    started = time.monotonic()
-    run(made, work)
+    recorder, started = Recorder(), time.monotonic()
+    run(work, recorder)
     assert time.monotonic() - started < 5
-    go.set()
+    recorder.go.set()
 
 
 def test_other_work_has_its_turn_between_batches():
-    order, done = [], False
+    async def work(batcher):
+        async def client():
+            while True:
+                await batcher.probabilities(b"1")
 
-    def compute(batch):
-        order.append("batch")
-        time.sleep(0.01)
-        return zeros(batch)
-
-    made = batcher(compute)
-
-    async def client():
-        while not done:
-            await made.probabilities(b"")
-
-    async def work():
-        nonlocal done
         clients = [asyncio.create_task(client()) for _ in range(8)]
         await asyncio.sleep(0.1)
-        await asyncio.wait_for(made.run(lambda: order.append("other")), 5)
-        done = True
-        await asyncio.gather(*clients)
+        before = await asyncio.wait_for(batcher.run(lambda: len(recorder.sizes)), 5)
+        await asyncio.sleep(0.1)
+        for task in clients:
+            task.cancel()
+        return before
 
-    run(made, work)
-    assert "other" in order[1:-1]
+    recorder = Recorder()
+    assert 0 < run(work, recorder) < len(recorder.sizes)
 
 
-def test_a_batch_that_fails_does_not_fail_the_next():
-    fails = [True, False]
+def test_a_batch_that_fails_does_not_fail_the_next(monkeypatch):
+    async def work(batcher):
+        monkeypatch.setattr(batcher, "_compute", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            await batcher.probabilities(b"1")
+        monkeypatch.undo()
+        return await batcher.probabilities(b"1")
 
-    def compute(batch):
-        if fails.pop(0):
-            raise RuntimeError("once")
-        return zeros(batch)
-
-    made = batcher(compute)
-
-    async def work():
-        with pytest.raises(RuntimeError, match="once"):
-            await made.probabilities(b"")
-        return await made.probabilities(b"")
-
-    assert run(made, work) == [0.0]
+    assert run(work, Recorder()) == [float(b"1"[0])]
 
 
 def test_room_in_the_queue_is_freed_whatever_happens():
-    made = batcher(queue=2)
-    for _ in range(3):
-        with pytest.raises(KeyError), made.admitted(2):
-            raise KeyError
-    with made.admitted(2), pytest.raises(QueueFull), made.admitted(1):
-        pass
-    made.close()
+    async def work(batcher):
+        for _ in range(3):
+            with pytest.raises(KeyError), batcher.admitted(2):
+                raise KeyError
+        with batcher.admitted(2), pytest.raises(QueueFull), batcher.admitted(1):
+            pass
+
+    run(work, Recorder(), queue=2)
 
 
 def test_a_checkpoint_computes_one_batch_at_a_time(lively):

@@ -11,11 +11,10 @@ from project import cli
 from project.classifier import Classifier
 from project.optim import STAGES, lr_factor
 from project.training import frozen_features
-from tests.conftest import SEED, make_images
+from tests.conftest import SMALL
 
-FIT = ["fit", "--data.root", "photos", "--data.image_size", "32", "--data.workers", "0", "--data.batch_size", "8"]
-FIT += SEED
-FROZEN = [*FIT, "--model.name", "resnet18", "--model.freeze", "backbone", "--data.augment", "none"]
+FIT = ["fit", "--data.root", "photos", *SMALL, "--model.name", "resnet18"]
+FROZEN = [*FIT, "--model.freeze", "backbone", "--data.augment", "none"]
 
 
 def curve(name):
@@ -31,6 +30,7 @@ def test_features_computed_once_give_the_same_fit_as_running_the_frozen_layers_e
     (photos / "red" / "000.png").write_bytes(b"no image")
     epochs = ["--trainer.max_epochs", "4", "--model.lr", "0.01"]
     assert cli.main([*FROZEN, *epochs, "--name", "once"]) == 0
+    assert cli.main(["test"]) == cli.main(["predict", "runs/latest", "photos/red"]) == 0
     out = capsys.readouterr().out
     assert "frozen layers: computed once for 96 images" in out
     assert "only 1.fc is run" in out
@@ -52,7 +52,7 @@ def test_frozen_layers_run_once(photos, monkeypatch):
 
 
 def test_frozen_layers_do_not_change_and_the_head_does(photos):
-    start = [*FIT, "--model.name", "resnet18", "--trainer.max_epochs", "1", "--name"]
+    start = [*FIT, "--trainer.max_epochs", "1", "--name"]
     assert cli.main([*start, "first"]) == 0
     frozen = ["--model.freeze", "backbone", "--model.weights", "runs/first/version_0"]
     assert cli.main([*start, "second", *frozen]) == 0  # with flips, the layers run each time, in evaluation mode
@@ -74,13 +74,6 @@ def test_the_reason_for_not_computing_features_once_is_printed(photos, capsys, o
     out = capsys.readouterr().out
     assert reason in out
     assert "without --model.weights: the frozen layers are random" in out
-
-
-def test_test_and_predict_take_a_checkpoint_trained_on_features(workplace):
-    make_images(workplace / "photos", {"blue": 40, "red": 40})
-    assert cli.main([*FROZEN, "--trainer.max_epochs", "1"]) == 0
-    assert cli.main(["test"]) == 0
-    assert cli.main(["predict", "runs/latest", "photos/red"]) == 0
 
 
 def classifier(**options):

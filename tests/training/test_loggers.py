@@ -1,4 +1,4 @@
-"""metrics.csv and event files: appended whole, and cut back to a place."""
+"""metrics.csv and event files: appended whole, and cut back to the rows of a checkpoint."""
 
 import csv
 from pathlib import Path
@@ -82,6 +82,8 @@ def test_a_resumed_fit_shows_each_point_once(run):
         board.log_metrics({"loss": 1.0}, step)
     file.save()
     board.experiment.close()
+    (events,) = run.glob("events.*")
+    events.rename(run / "events.out.tfevents.0")  # earlier, in the order of names
     loggers.truncate(run, 3)
     resumed, again = MetricsFile(run), loggers.tensorboard_logger(run, purge_step=3)
     for step in (3, 4):

@@ -103,7 +103,7 @@ def test_killed_process_ends_the_others_with_a_sentence(long_prediction):
     killed.kill()
     message = process.stderr.read().decode()
     assert process.wait() == 1, message
-    assert message.splitlines()[-1].startswith("failed: One of the 2 processes has ended: ")
+    assert message.splitlines()[-1].startswith("failed: One of the 2 processes has failed: ")
     assert "SIGKILL" in message
     assert "Traceback" not in message
 
