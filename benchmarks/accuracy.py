@@ -31,7 +31,7 @@ def accuracy(target: float, root: str | None = None, epochs: int = 12, image_siz
     """
     quieten()
     source = str(Path(root).absolute() if root else digits.ROOT)
-    stop = {"monitor": "val/accuracy", "mode": "max", "stopping_threshold": target, "patience": epochs}
+    stop: Any = {"monitor": "val/accuracy", "mode": "max", "stopping_threshold": target, "patience": epochs}
     figures: dict[str, Any] = {"target": target}
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         started = time.perf_counter()
@@ -42,8 +42,7 @@ def accuracy(target: float, root: str | None = None, epochs: int = 12, image_siz
         data = ImageData(source, image_size=image_size, cache="off")
         for name, rate in USUAL.items():
             started = time.perf_counter()
-            callbacks: Any = [EarlyStopping(**stop)]  # type: ignore[arg-type]
-            trainer = Trainer(max_epochs=epochs, devices=1, callbacks=callbacks, **baselines.QUIET)
+            trainer = Trainer(max_epochs=epochs, devices=1, callbacks=[EarlyStopping(**stop)], **baselines.QUIET)
             module = baselines.UsualModule(len(data.class_names), rate)
             trainer.fit(module, _loader(data, "train", flip=root is not None), _loader(data, "val", flip=False))
             _show(figures, name, trainer, started)

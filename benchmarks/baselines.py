@@ -116,10 +116,7 @@ class UsualModule(LightningModule):
 
 def usual(rows: Rows, classes: int, size: int, batch_size: int, _: Stopwatch) -> None:
     """A usual Lightning loop."""
-    quiet: dict[str, Any] = dict.fromkeys(
-        ("enable_model_summary", "enable_checkpointing", "enable_progress_bar"), False
-    )
-    trainer = Trainer(accelerator="cpu", max_epochs=-1, callbacks=[EpochRounds()], **quiet)
+    trainer = Trainer(accelerator="cpu", max_epochs=-1, callbacks=[EpochRounds()], **QUIET)
     loader = batches(rows, resized(size, *floats(normalised=True)), batch_size, usable_cores(), shuffle=True)
     trainer.fit(UsualModule(classes), loader)
 

@@ -36,14 +36,12 @@ def bundle(image_size: int = 224, count: int = 192, rounds: int = 3) -> dict[str
         count: Images in a round, of each batch size.
         rounds: Number of rounds.
     """
-    onnx.require_libraries()
+    onnx.library_versions()
     with tempfile.TemporaryDirectory() as folder:
         network, bundles = make(image_size, Path(folder))
         predictors: dict[str, Predictor] = {"PyTorch": network}
         predictors |= {f"ONNX Runtime, {name}": OnnxPredictor(path) for name, path in bundles.items()}
-        print(
-            f"{MODEL}, {image_size} px, pixels to probabilities, {usable_cores()} threads; {rounds} rounds of {count}"
-        )
+        print(f"{MODEL}, {image_size} px, {usable_cores()} threads, pixels to probabilities; {rounds} x {count} images")
         print(f"\n{'':24}  batch   p50 ms   p99 ms  images/s   ratio")
         figures: dict[str, Any] = {name: {} for name in predictors}
         for size in (1, 8, 64):

@@ -18,7 +18,6 @@ from project.inference.metadata import Metadata
 CLASSES = 1000
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 OURS = "predict"
-TOLERANCE = 1e-3  # between the probabilities of two contenders
 
 
 def predict(root: str | None = None, count: int = 256, rounds: int = 5) -> dict[str, Any]:
@@ -43,7 +42,7 @@ def predict(root: str | None = None, count: int = 256, rounds: int = 5) -> dict[
         )
         probabilities[OURS] = [list(row.probabilities) for row in predictions.read(Path("predictions.csv"))]
     for name, found in probabilities.items():
-        assert np.allclose(found, probabilities[OURS], atol=TOLERANCE), f"{name} predicts differently"
+        assert np.allclose(found, probabilities[OURS], atol=1e-3), f"{name} predicts differently"
     speed = {name: len(paths) / taken for name, taken in seconds.items()}
     return {"images_per_second": speed, "ratio": show(speed, OURS)}
 

@@ -16,7 +16,7 @@ from benchmarks.baselines import batches, floats, resized
 from benchmarks.runner import show, training_images
 from project.commands.bench import BATCH, SIZE, loaders
 from project.data import images
-from project.data.check import inspect_images
+from project.data.check import inspect_image
 from project.data.workers import usable_cores
 from project.export.verify import side_by_side
 
@@ -32,16 +32,15 @@ def reading(root: str | None = None, count: int = 256, rounds: int = 5) -> dict[
         count: Number of images.
         rounds: How often each is run.
     """
-    cores, threads, figures = usable_cores(), torch.get_num_threads(), dict[str, Any]()
+    cores, figures = usable_cores(), dict[str, Any]()
     torch.set_num_threads(1)
     with training_images(root, count) as table:
         paths, rows = [path for path, _ in table], [(path, 0) for path, _ in table]
         crops = [v2.RandomResizedCrop(SIZE), v2.RandomHorizontalFlip(), v2.PILToTensor()]
         reference = v2.Compose([*crops, *floats(normalised=True)])
-        article = resized(SIZE, *floats(normalised=False))
+        others = {"the article's reader": resized(SIZE, *floats(normalised=False)), REFERENCE: reference}
         for name, workers in {"one_core": 0, "workers": cores}.items():
-            readers: dict[str, Any] = {"the article's reader": batches(rows, article, BATCH, workers)}
-            readers[REFERENCE] = batches(rows, reference, BATCH, workers)
+            readers = {kind: batches(rows, transform, BATCH, workers) for kind, transform in others.items()}
             readers |= {f"ours, {kind}": loader for kind, loader in loaders(workers).items()}
             runs: Runs = {kind: partial(deque, loader, 0) for kind, loader in readers.items()}
             runs |= {} if workers else {"decoding alone (Pillow)": partial(_decode, paths)}
@@ -52,9 +51,8 @@ def reading(root: str | None = None, count: int = 256, rounds: int = 5) -> dict[
             parts = [paths[start : start + 32] for start in range(0, len(paths), 32)] * 4
             decoding, checking = "decoding alone (Pillow), all cores", "check, all cores"
             runs = {decoding: lambda: deque(pool.map(_decode, parts), 0)}
-            runs[checking] = lambda: deque(pool.map(inspect_images, parts), 0)
+            runs[checking] = lambda: deque(pool.map(inspect_image, 4 * paths, chunksize=32), 0)
             figures["check"] = _compare("dataset checks", runs, 4 * len(paths), rounds, decoding)
-    torch.set_num_threads(threads)
     return figures
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from project.commands.bench import make_photographs, write_table
+from project.commands.bench import write_table
 from project.training.trainer import quieten
 
 
@@ -77,8 +77,8 @@ def compare(contenders: dict[str, tuple[Any, ...]], rounds: int) -> tuple[dict[s
     """Runs contenders in turn, round after round, after one round that warms up.
 
     Args:
-        contenders: By name, a module-level function and its arguments. With them and a `Stopwatch` it runs round after
-            round: it calls `next_round` before each and `start` at its first batch, or trains with `EpochRounds`.
+        contenders: By name, a module-level function and its arguments, which a `Stopwatch` follows; it calls
+            `next_round` before each round and `start` at its first batch, or trains with `EpochRounds`.
         rounds: Number of rounds that count.
 
     Returns:
@@ -116,13 +116,13 @@ def training_images(root: str | None, count: int) -> Iterator[list[tuple[str, st
     """Makes a temporary folder with images.csv the current one; yields paths and labels of its images."""
     source = Path(root).absolute() if root else None
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        yield write_table(source or make_photographs(Path("photos"), count), count)
+        yield write_table(source, count)
 
 
-def show(speed: dict[str, float], reference: str, title: str = "", width: int = 44) -> dict[str, float]:
+def show(speed: dict[str, float], reference: str, title: str = "") -> dict[str, float]:
     """Prints a table of images a second; returns how many times faster `reference` is than each."""
-    print(f"\n{title:{width + 2}}    images/s   {reference} is")
+    print(f"\n{title:46}    images/s   {reference} is")
     ratios = {name: speed[reference] / value for name, value in speed.items()}
     for name, value in speed.items():
-        print(f"  {name:{width}}  {value:10,.1f}   {ratios[name]:6.2f} x")
+        print(f"  {name:44}  {value:10,.1f}   {ratios[name]:6.2f} x")
     return ratios

@@ -49,7 +49,7 @@ def serve(image_size: int = 224, seconds: float = 30) -> dict[str, Any]:
         image_size: Side of the images for the network, in pixels.
         seconds: Of each load.
     """
-    onnx.require_libraries()
+    onnx.library_versions()
     print(f"AlexNet, {image_size} px, a JPEG of 475 x 404 pixels a request, {CORES} cores for server and clients")
     with tempfile.TemporaryDirectory() as folder:
         _, bundles = bundle.make(image_size, Path(folder))
@@ -82,9 +82,6 @@ def _measure(name: str, folder: Path, images: list[bytes], seconds: float) -> di
         latencies = [latency for turn in turns for latency in turn.latencies]
         statuses = sum((turn.statuses for turn in turns), Counter[int]())
         figures[way] = _show(way, BESIDE, Load(sum(turn.seconds for turn in turns), latencies, statuses))
-    rates = {way: figures[way]["requests_per_second"] for way in loads}
-    ratios = ", ".join(f"{rates['batches'] / rate:.2f} x {way}" for way, rate in rates.items() if way != "batches")
-    print(f"Batches: {ratios}")
     return figures
 
 
@@ -119,8 +116,8 @@ def _litserve(folder: Path, workers: int, threads: int) -> Iterator[tuple[int, s
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = int(probe.getsockname()[1])
     command = [sys.executable, "-m", "benchmarks.litserve", str(folder), *map(str, (port, workers, threads))]
-    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "text": True}
-    with subprocess.Popen(command, start_new_session=True, **quiet) as process:
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, start_new_session=True, stdout=quiet, stderr=quiet, text=True) as process:
         try:
             started = time.monotonic()
             while not _is_up(port):

@@ -1,16 +1,15 @@
 """Classifier: the network with its loss, metrics and optimiser. Change the loss here, the optimiser in optim.py."""
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat, restricted_number_type
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 from torchvision.transforms import v2
 
@@ -18,21 +17,7 @@ from project import models, optim
 from project.batch import Batch
 from project.metrics import Mean, metrics
 from project.models import weights as sources
-from project.models.normalize import BATCH_NORMS, Normalize
-
-if TYPE_CHECKING:
-    Share = float
-else:
-    Share = restricted_number_type("Share", float, [(">=", 0), ("<", 1)])
-
-Mix = Literal["none", "mixup", "cutmix"]
-Freeze = Literal["none", "backbone", "gradual"]
-# alpha as in torchvision's reference training
-MIXERS: dict[str, Callable[[int], Any]] = {
-    "none": lambda _: None,
-    "mixup": lambda classes: v2.MixUp(alpha=0.2, num_classes=classes),
-    "cutmix": lambda classes: v2.CutMix(alpha=1.0, num_classes=classes),
-}
+from project.models.normalize import BATCH_NORMS
 
 
 class Classifier(LightningModule):
@@ -65,43 +50,42 @@ class Classifier(LightningModule):
         image_size: int,
         name: str = "alexnet",
         weights: str = "none",
-        freeze: Freeze = "none",
+        freeze: Literal["none", "backbone", "gradual"] = "none",
         optimizer: optim.Rule = "adam",
         lr: PositiveFloat | None = None,
         backbone_lr: PositiveFloat | None = None,
-        warmup: Share = 0.1,
+        warmup: ClosedUnitInterval = 0.1,
         weight_decay: NonNegativeFloat = 0.0,
-        label_smoothing: Share = 0.0,
+        label_smoothing: ClosedUnitInterval = 0.0,
         positive: str | None = None,
-        mix: Mix = "none",
+        mix: Literal["none", "mixup", "cutmix"] = "none",
         compile: bool = False,
         class_weights: list[float] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False, ignore="weights")  # when resuming, `weights` is the run's checkpoint
+        # plain numbers: jsonargparse's types would be code in a checkpoint
+        self.hparams.update({key: float(value) for key, value in self.hparams.items() if isinstance(value, float)})
+        self.hparams["lr"] = float(lr or optim.RATES[optimizer])
+        self.hparams["backbone_lr"] = float(backbone_lr or (1.0 if weights == "none" else 0.1))
         measured = metrics(class_names, positive)
         self.name, self.class_names, self.image_size = name, class_names, image_size
-        self.transfer, self.compiled, self.rule = freeze, compile, optimizer
-        self.lr = float(lr or optim.RATES[optimizer])
-        self.backbone_lr = float(backbone_lr or (1.0 if weights == "none" else 0.1))
-        self.warmup, self.weight_decay, self.label_smoothing = map(float, (warmup, weight_decay, label_smoothing))
-        # plain numbers: jsonargparse's types would be code in a checkpoint
-        plain = {name: float(value) for name, value in self.hparams.items() if isinstance(value, float)}
-        self.hparams.update(plain | {"backbone_lr": self.backbone_lr})
+        self.transfer, self.compiled = freeze, compile
         network, self.weights_note = sources.start(name, class_names, weights)
         self.network = network.to(memory_format=torch.channels_last)
         models.require_size(self.network, name, image_size)
-        self.head_name, head = models.head(self.network)
+        self.head_name = models.head(self.network)[0]
         if freeze == "backbone":
             self.network.requires_grad_(False).eval()
-            head.requires_grad_(True)
+            self.head.requires_grad_(True)
         self.batch_norm = any(isinstance(m, BATCH_NORMS) for m in self.network.modules())
-        self.mix = MIXERS[mix](len(class_names))
+        classes = len(class_names)
+        mixers = {"mixup": v2.MixUp(alpha=0.2, num_classes=classes), "cutmix": v2.CutMix(num_classes=classes)}
+        self.mix = mixers.get(mix)  # with alpha as in torchvision's reference training
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", torch.tensor(class_weights) if class_weights else None, persistent=False)
         self.train_loss, self.val_loss, self.test_loss, self.train_accuracy = (Mean() for _ in range(4))
         self.val_metrics, self.test_metrics = measured.clone("val/"), measured.clone("test/")
-        self.metadata: dict[str, Any] = {}  # further entries of a checkpoint's metadata; the command line fills it
 
     def forward(self, image: Tensor) -> Any:
         """Maps images (B, 3, H, W) uint8 to logits (B, K)."""
@@ -115,8 +99,7 @@ class Classifier(LightningModule):
     def train(self, mode: bool = True) -> "Classifier":
         """Training mode; frozen layers stay in evaluation mode, without dropout and with their batch statistics."""
         super().train(mode)
-        if self.transfer == "backbone":
-            self.network.eval()
+        self.network.train(mode and self.transfer != "backbone")
         return self
 
     def on_fit_start(self) -> None:
@@ -126,16 +109,12 @@ class Classifier(LightningModule):
         trainer: Any = self.trainer
         shape = (max(2, trainer.datamodule.batch_size // trainer.world_size), 3, self.image_size, self.image_size)
         image = torch.zeros(shape, dtype=torch.uint8, device=self.device).to(memory_format=torch.channels_last)
-        # A copy is compiled first, with its gradients: if that fails, the network itself is unchanged; if not, the
-        # code is in the compiler's cache.
-        trial = copy.deepcopy(self.network)
+        trial = copy.deepcopy(self.network)  # a failure leaves the network as it is; otherwise the code is cached
+        trial.compile()
         try:
-            trial.compile()
             with trainer.precision_plugin.forward_context():
                 loss = trial(image).sum()
             loss.backward()
-            with trainer.precision_plugin.forward_context(), torch.inference_mode():
-                trial.eval()(image)
         except Exception as error:  # compilers and their drivers fail in many ways
             reason = str(error).strip().splitlines()[0]
             self.print(f"--model.compile does not work here, continuing without: {reason}")
@@ -159,8 +138,8 @@ class Classifier(LightningModule):
 
     def log_epoch(self) -> None:
         """Logs loss and accuracy of the training epoch at its end."""
-        self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
-        self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True)
+        means = {"train/loss": self.train_loss, "train/accuracy": self.train_accuracy}
+        self.log_dict(means, on_step=False, on_epoch=True)
 
     def sums(self) -> list[tuple[Tensor, Tensor]]:
         """Sum and count of loss and accuracy in the training epoch so far, on this rank."""
@@ -173,15 +152,16 @@ class Classifier(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Adds a batch to the validation metrics and returns its probabilities (B, K)."""
-        return self._evaluate(batch, "val", self.val_metrics)
+        return self._evaluate(batch, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Adds a batch to the test metrics and returns its probabilities (B, K)."""
-        return self._evaluate(batch, "test", self.test_metrics)
+        return self._evaluate(batch, "test")
 
-    def _evaluate(self, batch: Batch, split: str, measured: MetricCollection) -> Tensor:
+    def _evaluate(self, batch: Batch, split: str) -> Tensor:
         _, logits = self._step(batch, split)
         probabilities = logits.float().softmax(dim=1)
+        measured: MetricCollection = getattr(self, f"{split}_metrics")
         if len(batch.label):
             measured.update(probabilities, batch.label)
         self.log(f"{split}/loss", getattr(self, f"{split}_loss"))
@@ -205,48 +185,34 @@ class Classifier(LightningModule):
             self.network.train()
         if not len(target):  # no image could be read; the batch still takes part, so that no rank waits for another
             return logits.sum(), logits
-        weight, smoothing = (self.class_weights, self.label_smoothing) if split == "train" else (None, 0.0)
+        weight, smoothing = (self.class_weights, self.hparams["label_smoothing"]) if split == "train" else (None, 0.0)
         loss = functional.cross_entropy(logits, target, weight, reduction="sum", label_smoothing=smoothing)
         mean: Mean = getattr(self, f"{split}_loss")
         mean.update(loss.detach(), len(target))
         if split == "train":
-            self.train_accuracy.update(_right(logits.detach(), target), len(target))
+            likeliest = logits.detach().argmax(dim=1)  # a mixed image is right in part
+            right = likeliest == target if target.ndim == 1 else target.gather(1, likeliest[:, None])
+            self.train_accuracy.update(right.sum(), len(target))
         return loss / len(target), logits
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimiser and its schedule; see optim.py."""
-        return optim.configure(
-            self.network,
-            self.head,
-            rule=self.rule,
-            lr=self.lr,
-            backbone_lr=self.backbone_lr,
-            warmup=self.warmup,
-            weight_decay=self.weight_decay,
-            freeze=self.transfer,
-            total_steps=self.trainer.estimated_stepping_batches,
-            fused=self.trainer.precision != "16-mixed",  # a fused Adam would unscale gradients after they are clipped
-        )
+        fused = self.trainer.precision != "16-mixed"  # a fused Adam would unscale gradients after they are clipped
+        steps = self.trainer.estimated_stepping_batches
+        return optim.configure(self.network, self.head, self.hparams, total_steps=steps, fused=fused)
 
     def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clips here because Lightning 2.6 refuses to with a fused optimiser, also under bf16-mixed."""
-        if not gradient_clip_val:
-            return
-        if gradient_clip_algorithm == "value":
-            nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
-        else:
-            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        clip: Any = nn.utils.clip_grad_value_ if gradient_clip_algorithm == "value" else nn.utils.clip_grad_norm_
+        if gradient_clip_val:
+            clip(self.parameters(), gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the metadata that readers of the checkpoint need, as plain types."""
-        normalize = self.network[0]
-        assert isinstance(normalize, Normalize)
-        checkpoint["metadata"] = self.metadata | {
+        normalize: Any = self.network[0]
+        checkpoint["metadata"] = checkpoint.get("metadata", {}) | {  # with what callbacks have added
             "model": self.name,
             "class_names": list(self.class_names),
             "image_size": self.image_size,
@@ -254,11 +220,3 @@ class Classifier(LightningModule):
             "std": (normalize.std.flatten() / 255).tolist(),
             "metrics": {key: float(value) for key, value in self.trainer.callback_metrics.items()},
         }
-
-
-def _right(logits: Tensor, target: Tensor) -> Tensor:
-    """Share of the targets, (B,) or when mixed (B, K), that the likeliest classes have, summed over the batch."""
-    likeliest = logits.argmax(dim=1)
-    if target.ndim == 1:
-        return (likeliest == target).float().sum()
-    return target.gather(1, likeliest[:, None]).sum()

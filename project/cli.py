@@ -31,7 +31,6 @@ COMMANDS = {
 }
 VERBS = TRAINER_VERBS | COMMANDS
 MOVED_BENCHMARKS = ("predict", "accuracy", "bundle", "serve")
-CLOSED_PIPE = 141  # as a shell reports a process that SIGPIPE has ended
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             print(flush=True)
         except BrokenPipeError:  # the reader of the output has ended, as `| head` does after some lines
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python exits
-            return CLOSED_PIPE
+            return 141  # as a shell reports a process that SIGPIPE has ended
         raise
     return code
 
@@ -80,9 +79,9 @@ def _run(argv: list[str]) -> int:
     verb, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     if verb in ("-h", "--help"):
         lines = [f"  {name:{max(map(len, VERBS))}}  {text}" for name, text in VERBS.items()]
-        print("\n".join(["usage: python -m project.cli VERB [options]", "", *lines, ""]))
-        print("  fit --data.root DIR          train on your own images: DIR/<class>/*.jpg")
-        print("  VERB --help                  the options of a verb")
+        lines += ["", "  fit --data.root DIR  train on your own images: DIR/<class>/*.jpg"]
+        lines += ["  VERB --help          the options of a verb"]
+        print("usage: python -m project.cli VERB [options]", "", *lines, sep="\n")
         return 0
     if verb.startswith("-"):
         later = next((word for word in rest if word in VERBS), "fit")

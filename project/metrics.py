@@ -30,38 +30,31 @@ def metrics(class_names: Sequence[str], positive: str | None = None) -> MetricCo
     Raises:
         UserError: `positive` is not among the names, or there are not two of them.
     """
-    index = positive_index(class_names, positive)
+    index, classes = positive_index(class_names, positive), len(class_names)
     # validate_args would read the values, which waits for the device at every step
-    task: dict[str, Any] = {"validate_args": False, "task": "binary"}
-    auroc: Metric = PositiveAUROC(validate_args=False)
+    unchecked: dict[str, Any] = {"validate_args": False}
+    task = unchecked | {"task": "binary"}
     if index is None:
-        task |= {"task": "multiclass", "num_classes": len(class_names), "average": "macro"}
-        auroc = PresentAUROC(len(class_names), validate_args=False)
+        task |= {"task": "multiclass", "num_classes": classes, "average": "macro"}
     return Probabilities(
         {
             "accuracy": Accuracy(**task | {"average": "micro"}),
             "precision": Precision(**task),
             "recall": Recall(**task),
             "f1": F1Score(**task),
-            "auroc": auroc,
+            "auroc": PresentAUROC(classes, **unchecked) if index is None else PositiveAUROC(**unchecked),
         },
         index,
     )
 
 
 def positive_index(class_names: Sequence[str], positive: str | None) -> int | None:
-    """Index of the positive class of two; None if there are more classes.
-
-    Raises:
-        UserError: `positive` is not among the names, or there are not two of them.
-    """
+    """Index of the positive class of two, as in `metrics`; None if there are more classes."""
     if positive is not None and (len(class_names) != 2 or positive not in class_names):
         raise UserError(
             f"--model.positive {positive} must be one of two classes; the data has {', '.join(class_names)}."
         )
-    if len(class_names) != 2:
-        return None
-    return class_names.index(positive) if positive is not None else 1
+    return class_names.index(positive or class_names[1]) if len(class_names) == 2 else None
 
 
 class Probabilities(MetricCollection):

@@ -1,7 +1,7 @@
 """The optimiser, its parameter groups and its learning-rate schedule."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -18,46 +18,30 @@ STAGES = 4  # into which gradual unfreezing divides the backbone, with equally m
 
 
 def configure(
-    network: nn.Module,
-    head: nn.Module,
-    *,
-    rule: Rule,
-    lr: float,
-    backbone_lr: float,
-    warmup: float,
-    weight_decay: float,
-    freeze: str,
-    total_steps: float,
-    fused: bool,
+    network: nn.Module, head: nn.Module, options: Mapping[str, Any], total_steps: float, fused: bool
 ) -> OptimizerLRSchedulerConfig:
     """Creates the optimiser and its schedule, in which a group's learning rate is a function of the step alone.
 
     Args:
         network: The whole network.
         head: Its last layer.
-        rule: adam, adamw or sgd.
-        lr: Peak learning rate of the head.
-        backbone_lr: Peak learning rate of the backbone, as a share of `lr`.
-        warmup: Share of the steps over which the learning rate rises.
-        weight_decay: Of weights; biases and norms have none.
-        freeze: none, backbone (only the head is trained) or gradual (the backbone is unfrozen stage by stage, during
-            the first half of the fit).
+        options: `optimizer`, `lr`, `backbone_lr`, `warmup`, `weight_decay` and `freeze` of `Classifier`.
         total_steps: Optimiser steps of the whole fit; may be infinite.
         fused: One kernel for all parameters: a step takes 43 ms instead of 504 at 57 M parameters on two cores.
     """
     groups: list[dict[str, Any]] = []
     factors: list[Callable[[int], float]] = []
-    for stage, parameters in _stages(network, head, freeze, backbone_lr):
-        start = stage / STAGES / 2 if freeze == "gradual" else 0.0
+    lr, weight_decay = options["lr"], options["weight_decay"]
+    for stage, parameters in _stages(network, head, options["freeze"], options["backbone_lr"]):
+        start = stage / STAGES / 2 if options["freeze"] == "gradual" else 0.0
+        name, rate = (f"below {stage}", lr * options["backbone_lr"]) if stage else ("head", lr)
         for suffix, decay, decays in (("", weight_decay, True), (", no decay", 0.0, False)):
             if members := [p for p in parameters if (p.ndim > 1 or not weight_decay) == decays]:
-                name = f"{f'below {stage}' if stage else 'head'}{suffix}"
-                rate = lr * (backbone_lr if stage else 1)
-                groups.append({"params": members, "lr": rate, "weight_decay": decay, "name": name})
-                factors.append(partial(lr_factor, total=total_steps, warmup=warmup, start=start))
+                groups.append({"params": members, "lr": rate, "weight_decay": decay, "name": name + suffix})
+                factors.append(partial(lr_factor, total=total_steps, warmup=options["warmup"], start=start))
     if len(groups) == 1:
         del groups[0]["name"]
-    optimizer = make_optimizer(rule, groups, fused)
+    optimizer = make_optimizer(options["optimizer"], groups, fused)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "step"}}
 
 
@@ -89,15 +73,16 @@ def lr_factor(step: int, total: float, warmup: float, start: float = 0.0) -> flo
     Args:
         step: Optimiser steps made so far.
         total: Optimiser steps of the whole fit; beyond it, and if it is infinite, the factor stays.
-        warmup: Share of `total` that the rise takes; 100 steps if `total` is infinite.
-        start: Share of `total` (or of 1,000 steps) before which the factor is 0.
+        warmup: Share of `total` (of 1,000 steps if it is infinite) that the rise takes.
+        start: Share of the same before which the factor is 0.
     """
-    if step < start * (total if math.isfinite(total) else 1000):
+    length = total if math.isfinite(total) else 1000
+    if step < start * length:
         return 0.0
-    rise = max(1.0, warmup * total) if math.isfinite(total) else 100.0
+    rise = max(1.0, warmup * length)
     if step < rise:
         return (step + 1) / (rise + 1)
-    done = min(1.0, (step - rise) / max(1.0, total - rise)) if math.isfinite(total) else 0.0
+    done = min(1.0, (step - rise) / max(1.0, total - rise))  # 0 if `total` is infinite
     return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
 
 

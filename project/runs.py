@@ -21,9 +21,6 @@ Curve = tuple[list[float], list[float]]  # epochs and values
 class RunLock:
     """An exclusive lock on a run folder, released by the operating system when the process exits.
 
-    Args:
-        folder: The run's folder; it may be renamed while it is locked.
-
     Raises:
         BlockingIOError: Another process holds the lock.
     """
@@ -46,48 +43,34 @@ class RunLock:
             self._descriptor = None
 
 
-def create_run(name: str, fill: Callable[[Path], None], runs: Path = ROOT) -> tuple[Path, RunLock]:
-    """Makes the next runs/<name>/version_N, which appears with its first files in it.
-
-    Args:
-        name: Name of the folder in `runs`.
-        fill: Writes the first files into the folder that it is given.
-        runs: The folder of all runs.
-
-    Returns:
-        The run's folder and its lock.
+def create_run(name: str, fill: Callable[[Path], None]) -> tuple[Path, RunLock]:
+    """Makes and locks the next runs/<name>/version_N, which appears with its first files, those that `fill` writes.
 
     Raises:
-        UserError: The folder cannot be written.
+        UserError: The name cannot be used (TensorBoard splits names at `,` and `:`), or the folder cannot be written.
     """
+    if name in ("", ".", "..", "latest") or Path(name).name != name or {",", ":"} & set(name):
+        raise UserError(f"A run cannot be called {name!r}; give a name without / , : and other than latest by --name.")
     try:
-        unfinished = files.beside(runs / name / "version")
+        unfinished = files.beside(ROOT / name / "version")
         unfinished.mkdir()
         lock = RunLock(unfinished)
         fill(unfinished)
-        taken = [int(n) for p in (runs / name).glob("version_*") if (n := p.name.removeprefix("version_")).isdigit()]
-        number = max(taken, default=-1) + 1
         while True:
-            run = runs / name / f"version_{number}"
+            numbers = [p.name.removeprefix("version_") for p in (ROOT / name).glob("version_*")]
+            run = ROOT / name / f"version_{max((int(n) for n in numbers if n.isdigit()), default=-1) + 1}"
             try:
                 unfinished.rename(run)
                 break
             except OSError:
-                if not run.exists():
+                if not run.exists():  # else another fit, started at the same time, has this number
                     raise
-                number += 1  # another fit, started at the same time, has this number
     except OSError as error:
         raise UserError(
-            f"Cannot write into {runs}/: {error.strerror} ({error.filename}); check its permissions."
+            f"Cannot write into {ROOT}/: {error.strerror} ({error.filename}); check its permissions."
         ) from error
     os.environ[VARIABLE] = str(run)
     return run, lock
-
-
-def require_name(name: str) -> None:
-    """Raises UserError where a run cannot have this name; TensorBoard splits names at `,` and `:`."""
-    if name in ("", ".", "..", "latest") or Path(name).name != name or {",", ":"} & set(name):
-        raise UserError(f"A run cannot be called {name!r}; give a name without / , : and other than latest by --name.")
 
 
 def point_latest(run: Path, latest: Path) -> None:
@@ -103,11 +86,8 @@ def point_latest(run: Path, latest: Path) -> None:
 
 def read_status(run: Path) -> dict[str, Any]:
     """The status of the run's last fit; its `state` is running (also after a kill), stopped, failed or finished."""
-    try:
-        content = json.loads((run / STATUS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    file = run / STATUS
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
 def write_status(run: Path, **entries: Any) -> None:
@@ -116,9 +96,9 @@ def write_status(run: Path, **entries: Any) -> None:
         json.dump(read_status(run) | entries, stream, indent=2)
 
 
-def unfinished(runs: Path = ROOT) -> list[Path]:
+def unfinished() -> list[Path]:
     """Runs whose fit has not finished, the newest first."""
-    folders = [file.parent for file in runs.glob(f"*/version_*/{STATUS}")]
+    folders = [file.parent for file in ROOT.glob(f"*/version_*/{STATUS}")]
     waiting = [run for run in folders if read_status(run).get("state") not in (None, "finished")]
     return sorted(waiting, key=_started, reverse=True)
 
@@ -138,16 +118,12 @@ def name_of(path: Path) -> str:
     return folder_of(path).resolve().parent.name if is_inside(path) else path.absolute().stem
 
 
-def newest_checkpoint(runs: Path = ROOT) -> Path:
-    """The best.ckpt of the newest run that has one.
-
-    Raises:
-        UserError: No run has one.
-    """
-    files = sorted(runs.glob("*/version_*/checkpoints/best.ckpt"), key=lambda file: _started(folder_of(file)))
-    if not files:
-        raise UserError(f"No run in {runs}/ has a best.ckpt; train one first: python -m project.cli fit.")
-    return files[-1]
+def newest_checkpoint() -> Path:
+    """The best.ckpt of the newest run that has one; raises UserError where there is none."""
+    checkpoints = list(ROOT.glob("*/version_*/checkpoints/best.ckpt"))
+    if not checkpoints:
+        raise UserError(f"No run in {ROOT}/ has a best.ckpt; train one first: python -m project.cli fit.")
+    return max(checkpoints, key=lambda file: _started(folder_of(file)))
 
 
 def resolve_latest(path: Path) -> Path:
@@ -163,11 +139,10 @@ def _started(run: Path) -> float:
 
 
 def read_metrics(file: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Columns and complete rows of a metrics.csv; a row that a killed process has cut off is left out."""
-    text = file.read_text(encoding="utf-8")
+    """Columns and complete rows of a metrics.csv, none without the file; a row that a kill has cut off is left out."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
     reader = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
-    rows = list(reader)
-    return list(reader.fieldnames or []), rows
+    return list(reader.fieldnames or []), list(reader)
 
 
 def write_metrics(file: Path, columns: list[str], rows: list[Any]) -> None:
@@ -181,8 +156,6 @@ def write_metrics(file: Path, columns: list[str], rows: list[Any]) -> None:
 def curves(file: Path) -> dict[str, Curve]:
     """Each metric of a metrics.csv over the epochs (the first is 1); empty without the file."""
     curves: dict[str, Curve] = {}
-    if not file.exists():
-        return curves
     for row in read_metrics(file)[1]:
         for name, value in row.items():
             if name.startswith(("train/", "val/")) and not name.endswith("_step") and value:

@@ -14,23 +14,16 @@ from tests.conftest import SEED, SMALL, put_in_cache
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 
-def test_default_is_complete_and_equal_to_the_signatures(workplace, capsys):
-    assert cli.main(["fit", "--print_config"]) == 0
-    signatures = yaml.safe_load(capsys.readouterr().out)
-    written = yaml.safe_load(next(c for c in CONFIGS if c.name == "default.yaml").read_text())
-    assert written == signatures
-
-
-def test_the_others_say_only_what_differs(workplace, capsys):
+def test_default_is_equal_to_the_signatures_and_the_others_say_only_what_differs(workplace, capsys):
     assert cli.main(["fit", "--print_config"]) == 0
     default = yaml.safe_load(capsys.readouterr().out)
-    for config in CONFIGS:
-        if config.name == "default.yaml":
-            continue
-        for key, value in yaml.safe_load(config.read_text()).items():
-            assert value != default[key], (config.name, key)
+    contents = {config.stem: yaml.safe_load(config.read_text()) for config in CONFIGS}
+    assert contents.pop("default") == default
+    for name, content in contents.items():
+        for key, value in content.items():
+            assert value != default[key], (name, key)
             if isinstance(value, dict):
-                assert not {k for k, v in value.items() if v == default[key][k]}, (config.name, key)
+                assert not {k for k, v in value.items() if v == default[key][k]}, (name, key)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.stem)

@@ -1,20 +1,18 @@
 import os
-import platform
-import subprocess
-import sys
 from pathlib import Path
+
+import pytest
 
 from project import files
 
 
-def test_the_next_writer_into_a_folder_removes_what_killed_ones_have_left(workplace):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    for process, node in ((ended.pid, platform.node()), (ended.pid, "another-machine"), (os.getpid(), platform.node())):
-        Path(f".a.csv.{process}@{node}.0.tmp").touch()
-    with files.replacing(Path("b.csv")) as stream:
-        stream.write("whole")
-    kept = [f".a.csv.{ended.pid}@another-machine.0.tmp", f".a.csv.{os.getpid()}@{platform.node()}.0.tmp"]
-    assert sorted(os.listdir()) == sorted([*kept, "b.csv"])
-    files.sweep(Path(), mine=True)
-    assert os.listdir() == ["b.csv"]
+def test_file_is_replaced_whole_or_not_at_all_with_the_usual_permissions(workplace):
+    target, usual = Path("a.csv"), Path("usual")
+    usual.touch()
+    with files.replacing(target) as stream:
+        stream.write("first")
+    with pytest.raises(TypeError), files.replacing(target) as stream:
+        stream.writelines(["second, and then", 0])
+    assert target.read_text() == "first"
+    assert target.stat().st_mode == usual.stat().st_mode
+    assert sorted(os.listdir()) == ["a.csv", "usual"]

@@ -1,6 +1,5 @@
 """The notebooks run from start to end, in a copy of the project's folder."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -9,18 +8,13 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+BRIEF = ["--model.name", "squeezenet1_1", "--trainer.max_epochs", "1"]
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")  # Jupyter's own
 @pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param(
-            ["--model.name", "squeezenet1_1", "--trainer.max_epochs", "1"], marks=pytest.mark.slow, id="brief"
-        ),
-        pytest.param([], marks=pytest.mark.full, id="unchanged"),
-    ],
+    "options", [pytest.param(BRIEF, marks=pytest.mark.slow), pytest.param([], marks=pytest.mark.full)]
 )
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)
 def test_notebook_runs(notebook, options, workplace):
@@ -34,8 +28,6 @@ def test_notebook_runs(notebook, options, workplace):
     outputs = [output for cell in book.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
     assert (workplace / "runs" / "latest" / "test_metrics.json").exists()
-    if target := os.environ.get("KEEP_NOTEBOOKS"):  # to look at
-        nbformat.write(book, Path(target) / notebook.name)
 
 
 def test_notebooks_are_kept_without_output_and_define_nothing():

@@ -16,17 +16,13 @@ from tests.conftest import SMALL, make_images
 ROOT = Path(__file__).parent.parent
 PAGES = {file: file.read_text(encoding="utf-8") for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 README, RECIPE = PAGES[ROOT / "README.md"], PAGES[ROOT / "docs" / "recipe.md"]
-SHORT = {
-    "fit": [*SMALL, "--trainer.max_epochs", "1"],
-    "tune": [*SMALL, "--steps", "30"],
-    "bench": ["--count", "8", "--rounds", "1"],
-}
+SHORT = {"fit": [*SMALL, "--trainer.max_epochs", "1"], "tune": [*SMALL, "--steps", "30"]}
+SHORT["bench"] = ["--count", "8", "--rounds", "1"]
 
 
 def blocks(language, *pages):
     text = "\n".join(pages or PAGES.values())
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    return [body for name, body in fenced if name == language]
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 def commands(program, *pages):
@@ -53,8 +49,7 @@ def as_in_the_docs(photos):
 
 @pytest.mark.slow
 def test_commands_run(as_in_the_docs):
-    pages = [text for text in PAGES.values() if text != RECIPE]
-    found = commands("python -m project.cli", *pages)
+    found = commands("python -m project.cli", *(text for text in PAGES.values() if text != RECIPE))
     assert {command[3] for command in found} == set(cli.VERBS) - {"serve", "validate"}  # tests/serving serves
     for command in found:
         run(command)
@@ -78,13 +73,12 @@ def test_python_snippet_runs(as_in_the_docs, capsys):
 
 
 def test_public_data_set_becomes_a_folder_that_fit_takes(workplace, monkeypatch):
-    class Images(datasets.FakeData):  # available without a download
-        classes = ("cat", "dog")
+    def without_download(root, train, download):
+        images = datasets.FakeData(30 if train else 10, (3, 32, 32), num_classes=2)
+        images.classes = ("cat", "dog")
+        return images
 
-        def __init__(self, root, train, download):
-            super().__init__(size=30 if train else 10, image_size=(3, 32, 32), num_classes=2)
-
-    monkeypatch.setattr(datasets, "CIFAR10", Images)
+    monkeypatch.setattr(datasets, "CIFAR10", without_download)
     (snippet,) = [text for text in blocks("python") if "torchvision" in text]
     exec(snippet, {})
     assert len(list(Path("cifar10").rglob("*.png"))) == 40
@@ -115,24 +109,24 @@ def test_options_exist(workplace, capsys):
 
 
 def test_every_room_is_in_the_tree_and_the_tree_is_true():
-    tree = next(block for block in blocks("", README) if block.startswith("project/"))
-    parents, edited = [ROOT], set()
-    for line in tree.splitlines():
+    tree = next(block for block in README.split("```\n") if block.startswith("project/")).splitlines()
+    parents, edited = [Path()], set()
+    for line in tree:
         depth, (name, *words) = (len(line) - len(line.lstrip())) // 2, line.split()
         parents[depth + 1 :] = [parents[depth] / name]
-        assert parents[-1].exists(), line
-        edited |= {parents[-1]} if "EDIT" in words else set()
+        assert (ROOT / parents[-1]).exists(), line
+        edited |= {str(parents[-1])} if "EDIT" in words else set()
     rooms = {path.name for path in (ROOT / "project").iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert rooms <= {line.split()[0].rstrip("/") for line in tree.splitlines()}
-    (sentence,) = re.findall(r"^Edit: (.*?)\. The rest", README, re.MULTILINE)
-    named = {
-        next(base / name for base in (ROOT / "project", ROOT) if (base / name).exists())
-        for name in sentence.split(", ")
-    }
-    assert named == {file.parent if file.parent.name == "models" else file for file in edited}
+    assert rooms <= {line.split()[0].rstrip("/") for line in tree}
+    (sentence,) = re.findall(r"^Edit: (.*?)/?\. The rest", README, re.MULTILINE)
+    shown = {name.removeprefix("project/").replace("models/alexnet.py", "models") for name in edited}
+    assert {name.rstrip("/") for name in sentence.split(", ")} == shown
 
 
-def test_files_and_links_exist():
+def test_files_and_links_exist_and_the_readmes_first_screen_says_what_to_do():
+    assert README.count("\n") <= 250
+    for words in ("make fit", "make test", "tensorboard.png", "data/──▶", "Edit: data/"):
+        assert words in "\n".join(README.splitlines()[:30])
     for page, text in PAGES.items():
         for target in re.findall(r"\]\(([^)]+)\)", text):
             assert target.startswith("https://") or (page.parent / target).exists(), (page, target)
@@ -140,16 +134,9 @@ def test_files_and_links_exist():
             assert (ROOT / name).exists() or (ROOT / "project" / name).exists(), (page, name)
 
 
-def test_readme_is_short_and_its_first_screen_says_what_to_do():
-    lines = README.splitlines()
-    assert len(lines) <= 250
-    first = "\n".join(lines[:30])
-    assert all(words in first for words in ("make fit", "make test", "tensorboard.png", "data/──▶", "Edit: data/"))
-
-
 def test_a_run_leaves_what_the_tree_shows(tested):
     version = tested / "runs" / "photos" / "version_0"
-    tree = next(block for block in blocks("", README) if block.startswith("runs/"))
+    tree = next(block for block in README.split("```\n") if block.startswith("runs/"))
     shown = {line.split()[0] for line in tree.splitlines()[1:]}
     there = {str(file.relative_to(version)) for file in version.rglob("*") if file.is_file()}
     assert {re.sub(r"tfevents.*", "tfevents…", name) for name in there} == shown

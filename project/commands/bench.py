@@ -7,7 +7,6 @@ import itertools
 import json as json_format
 import statistics
 import tempfile
-import time
 from collections import deque
 from functools import partial
 from pathlib import Path
@@ -18,12 +17,19 @@ from jsonargparse.typing import PositiveInt
 from PIL import Image
 
 from project import files
-from project.data import images, manifest
+from project.data.inputs import gather
 from project.data.workers import usable_cores
-from project.errors import UserError
 from project.export.verify import side_by_side
 
 BATCH, SIZE = 64, 224
+PARTS = {  # of a step, and the actions under which Lightning's profiler records them
+    "waiting for data": ".train_dataloader_next",
+    "transfer": ".batch_to_device",
+    "forward and loss": ".training_step",
+    "backward": ".backward",
+    "optimiser": ".optimizer_step",
+    "step": "run_training_epoch",
+}
 
 
 def bench(
@@ -36,12 +42,9 @@ def bench(
 ) -> int:
     """Measures the parts of a training step, the speed of reading, or the cost of checkpoints.
 
-    Comparisons with other programs are in a checkout's benchmarks/: make bench.
-
     Args:
-        what: `training`: the parts of a step of `fit` with AlexNet, and the same network's forward, backward and
-            optimizer on a batch in memory. `data`: reading, on one core and with workers, with and without the cache.
-            `saving`: a whole `fit` with and without checkpoints.
+        what: `training`: a step of `fit` with AlexNet, and the same step on a batch in memory. `data`: reading, on one
+            core and with workers, with and without the cache. `saving`: a whole `fit` with and without checkpoints.
         root: The images, as fit takes them; by default generated ones of 475 x 404 pixels, for `saving` the digits.
         count: Number of images; `saving` takes all.
         rounds: How often each is measured, in turn; the median counts.
@@ -54,8 +57,8 @@ def bench(
         if what == "saving":
             figures = _saving(f"--data.root={source}" if source else "--data.cache=on", rounds)
         else:
-            count = len(write_table(source or make_photographs(Path("photos"), count), count))
-            figures = (_training if what == "training" else _data)(count, rounds)
+            train = write_table(source, count)
+            figures = _training(len(train), rounds) if what == "training" else _data(rounds)
     if json is not None:
         with files.replacing(Path(json)) as stream:
             json_format.dump(figures, stream, indent=2)
@@ -63,40 +66,31 @@ def bench(
 
 
 def make_photographs(root: Path, count: int) -> Path:
-    """Writes JPEGs of two classes, as detailed as photographs: noise of all scales, 65 kB each."""
+    """Writes JPEGs as detailed as photographs: noise of all scales, 65 kB each."""
     random = np.random.default_rng(0)
+    root.mkdir(parents=True)
     for number in range(count):
         scales = [Image.fromarray(random.integers(0, 256, (2**k, 2**k, 3), np.uint8)) for k in range(1, 10)]
         layers = [np.asarray(scale.resize((475, 404), Image.Resampling.BICUBIC)) for scale in scales]
-        pixels = np.mean(layers, axis=0)
-        file = root / "ab"[number % 2] / f"{number:04d}.jpg"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.astype(np.uint8)).save(file, quality=90)
+        Image.fromarray(np.mean(layers, axis=0).astype(np.uint8)).save(root / f"{number:04d}.jpg", quality=90)
     return root
 
 
-def write_table(root: Path, count: int) -> list[tuple[str, str]]:
-    """Writes about `count` readable images of a data set into images.csv; returns path and label of those for training.
+def write_table(root: Path | None, count: int) -> list[tuple[str, str]]:
+    """Writes randomly chosen images, in two classes whatever their own, into images.csv; returns those for training.
 
-    One of each class is for validation, without which fit does not start.
+    Two more, one of each class, are for validation, without which fit does not start.
     """
-    table, rows, classes = manifest.load(root), list[tuple[str, str]](), set[str]()
+    root = root or make_photographs(Path("photos"), count + 2)
+    paths = sorted(path for path, _ in gather([str(root)]))
+    np.random.default_rng(0).shuffle(paths)
+    splits = ["val", "val", *["train"] * count]
+    rows = list(zip(paths, itertools.cycle("ab"), splits, strict=False))
     with files.replacing(Path("images.csv")) as stream:
-        writer = csv.writer(stream)
-        writer.writerow(("path", "label", "split"))
-        for row in np.random.default_rng(0).permutation(len(table.paths)).tolist():
-            path, label = str((table.root / table.paths[row]).absolute()), table.class_names[table.labels[row]]
-            with contextlib.suppress(images.ImageError):
-                images.read(path, SIZE)
-                writer.writerow((path, label, "train" if label in classes else "val"))
-                rows += [(path, label)] if label in classes else []
-                classes.add(label)
-            if len(rows) + len(classes) >= count and {label for _, label in rows} == classes:
-                break
-    if not rows:
-        raise UserError(f"Of the images in {root}, too few can be read; see: python -m project.cli check {root}")
-    print(f"{root}: {len(rows):,} training images, {SIZE} px, batches of {min(BATCH, len(rows))}\n")
-    return rows
+        csv.writer(stream).writerows([("path", "label", "split"), *rows])
+    train = [(path, label) for path, label, split in rows if split == "train"]
+    print(f"{root}: {len(train):,} training images, {SIZE} px, batches of {min(BATCH, len(train))}\n")
+    return train
 
 
 def _fit(*options: str) -> Any:
@@ -118,62 +112,45 @@ def _training(count: int, rounds: int) -> dict[str, Any]:
     only_steps = ["--trainer.limit_val_batches=0", "--trainer.enable_checkpointing=false"]
     watch = ["--trainer.profiler=simple", f"--trainer.callbacks={StepsInMemory.__module__}.StepsInMemory"]
     trainer = _fit(*data, *only_steps, *watch, f"--trainer.max_epochs={rounds + 1}")
+    split = dict[str, float]()
+    for part, action in PARTS.items():
+        (times,) = (times for name, times in trainer.profiler.recorded_durations.items() if name.endswith(action))
+        split[part] = sum(times[len(times) // (rounds + 1) :]) / (count // batch * rounds)
+    step = split.pop("step")
+    split["optimiser"] -= split["forward and loss"] + split["backward"]  # which it calls
+    split["logging and the rest"] = step - sum(split.values())
     (memory,) = (callback for callback in trainer.callbacks if isinstance(callback, StepsInMemory))
-    split = _split(trainer.profiler.recorded_durations, rounds)
-    step, limit = sum(split.values()), statistics.median(memory.seconds[1:])
+    limit = statistics.median(memory.seconds[1:])
     print(f"{'a step of fit':30}          ms    share")
-    for name, seconds in split.items():
-        print(f"  {name:28}  {1e3 * seconds:10.1f}   {seconds / step:6.1%}")
+    for part, seconds in split.items():
+        print(f"  {part:28}  {1e3 * seconds:10.1f}   {seconds / step:6.1%}")
     print(
         f"\n{batch / step:.1f} images/s: a step takes {step / limit:.2f} times as long as the same network's forward, "
-        f"backward and optimizer on a batch in memory, {batch / limit:.1f} images/s.\nIf it waits for data, leave "
-        "--data.cache on and increase --data.workers; if logging takes long, increase --trainer.log_every_n_steps."
+        f"backward and optimizer on a batch in memory, {batch / limit:.1f} images/s."
     )
     return {"step_seconds": split, "images_per_second": batch / step, "limit": batch / limit}
-
-
-def _split(durations: dict[str, list[float]], rounds: int) -> dict[str, float]:
-    """Seconds of each part of a step, the mean over the steps of the last `rounds` epochs."""
-    steps = len(durations["run_training_batch"]) * rounds // len(durations["run_training_epoch"])
-
-    def total(ending: str, count: int = steps) -> float:
-        times = [value for name, values in durations.items() if name.endswith(ending) for value in values]
-        return float(sum(times[-count:]))
-
-    forward, backward = total(".training_step"), total(".backward")
-    parts = {
-        "waiting for data": total("train_dataloader_next"),
-        "transfer": total("batch_to_device"),
-        "forward and loss": forward,
-        "backward": backward,
-        "optimiser": total(".optimizer_step") - forward - backward,
-    }
-    parts["logging and the rest"] = total("run_training_epoch", rounds) - sum(parts.values())
-    return {name: seconds / steps for name, seconds in parts.items()}
 
 
 def loaders(workers: int) -> dict[str, Any]:
     """The loaders of fit for the training images of images.csv, each image once."""
     from project.data.datamodule import ImageData
 
-    def loader(cache: Literal["on", "off"], augment: Literal["flip", "crop"] = "flip") -> Any:
-        data = ImageData("images.csv", image_size=SIZE, batch_size=BATCH, cache=cache, augment=augment, workers=workers)
-        return data.in_order("train")
-
-    crop = loader("on", "crop")
-    return {"first epoch": loader("off"), "from the cache": loader("on"), "from the cache, augment crop": crop}
+    data = partial(ImageData, "images.csv", image_size=SIZE, batch_size=BATCH, workers=workers)
+    sources = {"first epoch": data(cache="off"), "from the cache": data(cache="on")}
+    sources["from the cache, augment crop"] = data(cache="on", augment="crop")
+    return {name: source.in_order("train") for name, source in sources.items()}
 
 
-def _data(count: int, rounds: int) -> dict[str, Any]:
+def _data(rounds: int) -> dict[str, Any]:
     """Reads all images by each loader in turn."""
     import torch
 
-    threads, cores = torch.get_num_threads(), usable_cores()
+    cores = usable_cores()
     torch.set_num_threads(1)
     readers = loaders(0) | {f"{name}, {cores} workers": loader for name, loader in loaders(cores).items()}
-    epochs: list[partial[deque[Any]]] = [partial(deque, loader, 0) for loader in readers.values()]
+    epochs = [partial(deque[Any], loader, 0) for loader in readers.values()]
     seconds = side_by_side(*epochs, rounds=rounds, warm_up=1)  # warming up fills the cache
-    torch.set_num_threads(threads)
+    count = sum(len(batch.row) for batch in readers["from the cache"])  # of those that can be read
     speed = {name: count / taken for name, taken in zip(readers, seconds, strict=True)}
     print(f"{'reading':40}    images/s")
     for name, value in speed.items():
@@ -183,15 +160,9 @@ def _data(count: int, rounds: int) -> dict[str, Any]:
 
 def _saving(data: str, rounds: int) -> dict[str, Any]:
     """Runs fit with and without checkpoints, in turn, after an epoch that fills the cache."""
-    seconds: dict[str, list[float]] = {"true": [], "false": []}
-    _fit(data, "--trainer.max_epochs=1", "--trainer.enable_checkpointing=false")
-    for _, saves in itertools.product(range(rounds), seconds):
-        started = time.perf_counter()
-        _fit(data, f"--trainer.enable_checkpointing={saves}")
-        seconds[saves].append(time.perf_counter() - started)
-    saving, without = (statistics.median(times) for times in seconds.values())
-    cost = saving / without - 1
-    print(
-        f"fit takes {saving:.1f} s with checkpoints and {without:.1f} s without: saving costs {cost:.1%} of its time."
-    )
-    return {"with_checkpoints": saving, "without_checkpoints": without, "cost": cost}
+    without = "--trainer.enable_checkpointing=false"
+    _fit(data, without, "--trainer.max_epochs=1")
+    saving, plain = side_by_side(partial(_fit, data), partial(_fit, data, without), rounds=rounds, warm_up=0)
+    cost = saving / plain - 1
+    print(f"fit takes {saving:.1f} s with checkpoints, {plain:.1f} s without: saving costs {cost:.1%} of its time.")
+    return {"with_checkpoints": saving, "without_checkpoints": plain, "cost": cost}

@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from project import files
-from project.data.inputs import expand
+from project.data.inputs import gather
 from project.errors import UserError, did_you_mean
 from project.evaluation import attribution
 from project.evaluation.attribution import Method
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import nn
 
+    from project.data.images import Pixels
     from project.inference.checkpoint import TorchPredictor
 
 SHEET, COLUMNS = 24, 3  # images on a contact sheet, and in a row of it
@@ -50,7 +52,7 @@ def explain(
     """
     folder = Path(out)
     files.require_new(folder, "out")
-    source, paths = locate(checkpoint), list(expand(images))
+    source, paths = locate(checkpoint), [path for path, _ in gather(images)]
     attribution.captum()
     from rich.console import Console
     from rich.progress import track
@@ -58,10 +60,8 @@ def explain(
     predictor = source.load_network()
     names = predictor.class_names
     if target is not None and target not in names:
-        raise UserError(
-            f"--target is {target}, which is not a class of {checkpoint}.{did_you_mean(target, names)} "
-            f"The classes are {', '.join(names[:20])}{f' and {len(names) - 20:,} more' * (len(names) > 20)}."
-        )
+        known = ", ".join(names[:10]) + ", …" * (len(names) > 10)
+        raise UserError(f"--target {target} is not one of the classes {known}.{did_you_mean(target, names)}")
     unreadable: dict[str, str] = {}
     explanations = _explain(predictor, paths, method, None if target is None else names.index(target), unreadable)
     try:
@@ -80,67 +80,51 @@ def explain(
 
 
 class _Explanation(NamedTuple):
-    row: int
     path: str
-    image: "npt.NDArray[np.uint8]"  # (H, W, 3)
+    image: "Pixels"  # (H, W, 3)
     heat: "npt.NDArray[np.float32]"  # (H, W)
     caption: str
 
 
 def _explain(
     predictor: "TorchPredictor", paths: Sequence[str], method: Method, target: int | None, unreadable: dict[str, str]
-) -> "Iterator[_Explanation]":
+) -> Iterator[_Explanation]:
     """Yields explanations in the given order; adds the reasons of images that cannot be read to `unreadable`."""
-    from project.data.dataset import ImageDataset
-    from project.data.loader import BatchSampler, loader
+    import torch
 
-    dataset = ImageDataset(Path(), paths, None, predictor.image_size, predictor.resize)
-    for batch in loader(dataset, BatchSampler(len(paths), attribution.AT_A_TIME, shuffle=False), 0):
-        unreadable |= {paths[row]: reason for row, reason in batch.failed}
-        if not len(batch.row):
+    for batch in predictor.batches(paths, attribution.AT_A_TIME):
+        unreadable |= {batch.names[index]: reason for index, reason in batch.failed.items()}
+        if not len(batch.pixels):
             continue
-        pixels = batch.image.permute(0, 2, 3, 1).numpy()
-        probabilities = predictor.probabilities(pixels)
+        probabilities = predictor.probabilities(batch.pixels)
         predicted = probabilities.argmax(axis=1).tolist()
         targets = predicted if target is None else [target] * len(predicted)
-        heats = attribution.heat_maps(predictor, batch.image, targets, method)
-        for index, row in enumerate(batch.row.tolist()):
+        heats = attribution.heat_maps(predictor, torch.from_numpy(batch.pixels).permute(0, 3, 1, 2), targets, method)
+        for index, path in enumerate(name for name in batch.names if name not in unreadable):
             caption = f"{predictor.class_names[targets[index]]}\n{probabilities[index, targets[index]]:.1%}"
             if targets[index] != predicted[index]:
                 caption += f", predicted: {predictor.class_names[predicted[index]]}"
             if not heats[index].any():
                 caption += ", no evidence for it"
-            yield _Explanation(row, paths[row], pixels[index], heats[index], caption)
+            yield _Explanation(path, batch.pixels[index], heats[index], caption)
 
 
 def _draw(explanations: Iterable[_Explanation], folder: Path, total: int) -> int:
     """Writes the images and the contact sheets; returns how many images there were."""
-    import numpy as np
-
     from project.evaluation import figures
 
     def write(name: str, shown: list[_Explanation], titles: list[str], columns: int, side: float) -> None:
-        images, heats = np.stack([entry.image for entry in shown]), np.stack([entry.heat for entry in shown])
-        figure = figures.explanations(images, heats, titles, [entry.caption for entry in shown], columns, side)
-        figure.savefig(folder / name, dpi=120)
+        _, images, heats, captions = zip(*shown, strict=True)
+        figures.explanations(images, heats, titles, captions, columns, side).savefig(folder / name, dpi=120)
 
-    count, sheet = 0, list[_Explanation]()
-
-    def write_sheet() -> None:
-        number = -(-count // SHEET)
-        name = "contact-sheet.png" if number == 1 else f"contact-sheet-{number}.png"
+    count, explanations = 0, iter(explanations)
+    while sheet := list(islice(explanations, SHEET)):
+        for entry in sheet:
+            count += 1
+            stem = re.sub(r"[^\w.-]+", "_", Path(entry.path).stem)[:50]  # at most 200 bytes of a file name's 255
+            write(f"{count:0{len(str(total))}}-{stem}.png", [entry], [entry.path], 1, 3.0)
+        name = "contact-sheet.png" if count <= SHEET else f"contact-sheet-{-(-count // SHEET)}.png"
         write(name, sheet, [Path(entry.path).name for entry in sheet], COLUMNS, 1.5)
-        sheet.clear()
-
-    for entry in explanations:
-        count += 1
-        stem = re.sub(r"[^\w.-]+", "_", Path(entry.path).stem)[:50]  # at most 200 bytes of a file name's 255
-        write(f"{entry.row + 1:0{len(str(total))}}-{stem}.png", [entry], [entry.path], 1, 3.0)
-        sheet.append(entry)
-        if len(sheet) == SHEET:
-            write_sheet()
-    if sheet:
-        write_sheet()
     return count
 
 
@@ -152,5 +136,4 @@ def _draw_filters(network: "nn.Module", folder: Path) -> None:
     layers = attribution.split(network)[1].modules()
     first = next(layer for layer in layers if not any(layer.children()) and any(True for _ in layer.parameters()))
     if isinstance(first, nn.Conv2d):
-        weights = first.weight.detach().float().cpu().numpy()
-        figures.filter_grid(weights).savefig(folder / "filters.png", dpi=120)
+        figures.filter_grid(first.weight.detach().float().cpu()).savefig(folder / "filters.png", dpi=120)

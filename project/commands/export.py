@@ -1,6 +1,5 @@
 """Packs a checkpoint for use elsewhere: python -m project.cli export runs/digits/version_0."""
 
-import importlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -44,11 +43,9 @@ def export(
     from project.inference.checkpoint import TorchPredictor
     from project.inference.metadata import provenance
 
-    onnx.require_libraries()
+    versions = onnx.library_versions()
     loaded = load_network(file, device="cpu")
     temperature = calibration.read(file)
-    # the modules' own versions: onnxruntime is several packages in the index
-    versions = {name: str(importlib.import_module(name).__version__) for name in ("torch", *onnx.LIBRARIES)}
     metadata = replace(
         loaded.metadata,
         temperature=temperature or 1.0,
@@ -56,7 +53,7 @@ def export(
         export={"versions": versions, "git_commit": provenance()["git_commit"]},
     )
     network = TorchPredictor(loaded.network, metadata, metadata.temperature)
-    images = verify.validation_images(run, metadata, data)
+    images = verify.draw_images(run, "val", verify.MAX_IMAGES, metadata, data)
     samples = verify.training_samples(run, network, data) if quantize is not None else []
     try:
         with files.new_folder(target) as folder:
@@ -65,7 +62,6 @@ def export(
             onnx.write_safetensors(network.network, folder / bundle.WEIGHTS)
             if pt2:
                 onnx.write_program(program, folder / bundle.PROGRAM)
-            del program
             bundle.seal(folder, metadata)
             exact = bundle.OnnxPredictor(folder)
             compared, outputs = verify.compare(network, exact, images)

@@ -6,21 +6,18 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
 
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
 from project import files
 from project.data.inputs import STREAM, gather
 from project.errors import FailedRun, UserError
-from project.inference import predictions
+from project.inference import predict_devices, predictions
 from project.inference.load import locate
 from project.inference.predictions import Prediction
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 
 def predict(
@@ -63,78 +60,54 @@ def predict(
     if not to_stdout:
         files.require_new(Path(out), "out", overwrite)
     source = locate(checkpoint)
-    paths, true = gather(images)
+    paths, true = zip(*gather(images), strict=True)
     if devices > 1:
-        try:
-            from project.training import predict_devices  # only here: it imports Lightning
-        except ModuleNotFoundError as error:
-            raise UserError(f"--devices needs {error.name}, which is not installed; leave it out.") from error
         names, stream = predict_devices.predict(source, paths, devices, calibrated, tta, batch_size, workers)
     else:
         predictor = source.load(calibrated)
         names, stream = predictor.class_names, predictor.stream(paths, batch_size, workers, tta)
-    counts, prints = Counter[str](), to_stdout or top is not None
-    with _write_errors(out), closing(stream), _progress(prints) as progress:
-        rows = _with_true(progress.track(stream, len(paths), description="predict"), true, counts)
+    from rich.console import Console  # after the mistakes, which need none of it
+    from rich.progress import Progress
+
+    counts, prints = Counter[bool](), to_stdout or top is not None
+    hidden = not sys.stderr.isatty() or (prints and sys.stdout.isatty())  # results go to the same terminal
+    # redirect_stdout would send standard output to standard error
+    bar = Progress(console=Console(stderr=True), transient=True, redirect_stdout=False, disable=hidden)
+    with closing(stream), bar as progress:
+        rows = _labelled(progress.track(stream, len(paths), description="predict"), true, counts)
         if top is not None:
-            rows = _printed(rows, names, top)
-        if to_stdout:
-            with _standard_output() as output:
-                predictions.write_into(output, rows, names, min_confidence)
-        else:
-            predictions.write(Path(out), rows, names, min_confidence)
-        sys.stdout.flush()
-    labelled, unreadable = counts["labelled"], counts["unreadable"]
-    summary = f"{labelled:,} image{'s' * (labelled != 1)} labelled, {unreadable:,} unreadable: {out}"
+            rows = (_print(row, names, top) for row in rows)
+        try:
+            if to_stdout:
+                if isinstance(sys.stdout, io.TextIOWrapper):  # as in a file
+                    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape", newline="")
+                predictions.write_into(sys.stdout, rows, names, min_confidence)
+            else:
+                predictions.write(Path(out), rows, names, min_confidence)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise  # cli.main ends quietly
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be written: {error.strerror}; give another file.") from error
+    summary = f"{counts[True]:,} image{'s' * (counts[True] != 1)} labelled, {counts[False]:,} unreadable: {out}"
     print(summary, file=sys.stderr if prints else sys.stdout)
-    if not labelled:
+    if not counts[True]:
         raise FailedRun(f"No image can be read; the column error of {out} has the reasons.")
     return 0
 
 
-def _with_true(stream: Iterable[Prediction], true: Iterable[str], counts: Counter[str]) -> Iterator[Prediction]:
+def _labelled(stream: Iterable[Prediction], true: Iterable[str], counts: Counter[bool]) -> Iterator[Prediction]:
+    """Adds the true classes; counts the images that can be read and those that cannot."""
     for prediction, label in zip(stream, true, strict=True):
-        counts["unreadable" if prediction.error else "labelled"] += 1
-        yield prediction.labelled(label)
+        counts[not prediction.error] += 1
+        yield prediction._replace(true=label)
 
 
-def _printed(stream: Iterable[Prediction], class_names: Sequence[str], top: int) -> Iterator[Prediction]:
-    """Prints each image with its likeliest classes, or with the reason why it could not be read."""
-    for prediction in stream:
-        numbers = prediction.probabilities
-        best = heapq.nlargest(top, range(len(numbers)), key=numbers.__getitem__)
-        classes = ", ".join(f"{class_names[index]} {numbers[index]:.4f}" for index in best)
-        line = f"{prediction.path}: {prediction.error or classes}"
-        print(re.sub(r"[\x00-\x1f\x7f]", lambda match: repr(match[0])[1:-1], line))  # a name may contain line breaks
-        yield prediction
-
-
-def _progress(prints: bool) -> "Progress":
-    """A progress bar on standard error; hidden where results go to the same terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    hidden = not sys.stderr.isatty() or (prints and sys.stdout.isatty())
-    # redirect_stdout would send standard output to standard error
-    return Progress(console=Console(stderr=True), transient=True, redirect_stdout=False, disable=hidden)
-
-
-@contextmanager
-def _standard_output() -> Iterator[TextIO]:
-    """Standard output with a file's encoding and line ends."""
-    output = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8", errors="surrogateescape", newline="")
-    try:
-        yield output
-    finally:
-        output.detach()  # flushes, and leaves it open
-
-
-@contextmanager
-def _write_errors(out: str) -> Iterator[None]:
-    """Turns an error in writing the output into one sentence."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise  # cli.main ends quietly
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}; give another file.") from error
+def _print(prediction: Prediction, class_names: Sequence[str], top: int) -> Prediction:
+    """Prints an image with its likeliest classes, or with the reason why it could not be read."""
+    pairs = zip(class_names, prediction.probabilities, strict=False)  # of an unreadable image, none
+    best = heapq.nlargest(top, pairs, key=itemgetter(1))
+    classes = ", ".join(f"{name} {probability:.4f}" for name, probability in best)
+    line = f"{prediction.path}: {prediction.error or classes}"
+    print(re.sub(r"[\x00-\x1f\x7f]", lambda match: repr(match[0])[1:-1], line))  # a name may contain line breaks
+    return prediction

@@ -11,11 +11,7 @@ from project.inference.load import locate
 
 
 def report(
-    checkpoint: str | None = None,
-    /,
-    out: str | None = None,
-    compare: list[str] | None = None,
-    data: str | None = None,
+    checkpoint: str | None = None, /, out: str | None = None, compare: list[str] | None = None, data: str | None = None
 ) -> int:
     """Writes one self-contained HTML page about a checkpoint.
 
@@ -29,9 +25,8 @@ def report(
         compare: Runs to compare with, which have been tested on the same images, or bundles.
         data: The folder or table with the images of bundles; by default that of their runs.
     """
-    target = None if out is None else Path(out)
-    if target is not None:
-        files.require_new(target, "out")
+    if out is not None:
+        files.require_new(Path(out), "out")
     others = [ComparedRun.of(path, data) for path in compare or []]
     source = locate(checkpoint)
     if data is not None and not any(each.is_bundle for each in (source, *map(locate, compare or []))):
@@ -42,5 +37,5 @@ def report(
         from project.training import cli as trainer_cli  # Lightning: only where its Trainer is needed
 
         trainer_cli.run("test", ["--ckpt_path", str(source.file), "--report", "false"])
-    print(f"report: {page.write(source, target, others, data)}")
+    print(f"report: {page.write(source, None if out is None else Path(out), others, data)}")
     return 0

@@ -1,15 +1,20 @@
 """Serves predictions over HTTP: python -m project.cli serve runs/digits/version_0/bundle."""
 
+import logging
 import os
+import re
+import signal
+import sys
 from ipaddress import ip_address
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from project.data.workers import usable_cores
 from project.errors import UserError
 from project.serving.settings import Settings
 
 TOKEN = "SERVE_TOKEN"  # the environment variable: a word of the command line is in the list of processes
-SHORTEST_TOKEN = 8
+PLAIN_TOKEN = r"[!-~][ -~]{6,}[!-~]"
 
 
 def serve(
@@ -21,7 +26,7 @@ def serve(
     public: bool = False,
     calibrated: bool = False,
     top: PositiveInt = 5,
-    min_confidence: ClosedUnitInterval | None = None,
+    min_confidence: ClosedUnitInterval = 0,
     threads: PositiveInt | None = None,
     parallel: PositiveInt = 1,
     batch_size: PositiveInt = 32,
@@ -60,33 +65,31 @@ def serve(
         raise UserError(f"--port is {port}; it must be at most 65535.")
     if queue < max_images:
         raise UserError(f"--queue is {queue}, but must have room for a request with --max_images {max_images}.")
-    token = _checked((os.environ.get(TOKEN) or None) if token is None else token)
+    token = (os.environ.get(TOKEN) or None) if token is None else token
+    if token is not None and not re.fullmatch(PLAIN_TOKEN, token):
+        raise UserError("The token must have 8 or more printable ASCII characters, without blanks at its ends.")
     try:
-        from project.serving import app, server
+        from project.serving.app import listen, server
+        from project.serving.model import Model
     except ImportError as error:
         raise UserError(f"serve needs the library {error.name}; install it: pip install -e .[serve]") from error
-    try:
-        listening = server.listen(host, port)  # before anything slow
+    try:  # before anything slow
+        listening = listen(host, port)
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not an address"
-        raise UserError(
-            f"Cannot listen on --host {host}, --port {port}: {reason[0].lower()}{reason[1:]}; give others (--port 0 "
-            "chooses a free port)."
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"Cannot listen on --host {host}, --port {port}: {reason}; --port 0 is a free one.") from error
     with listening:
-        is_loopback = ip_address(str(listening.getsockname()[0]).partition("%")[0]).is_loopback
+        address, port = listening.getsockname()[:2]
+        name = f"[{host}]" if ":" in host else host
+        is_loopback = ip_address(address).is_loopback
         if token is None and not is_loopback and not public:
             raise UserError(
                 f"--host {host} can be reached by others: set a token in the environment variable {TOKEN}, or give "
                 "--public to serve everybody."
             )
-        from project.data.workers import usable_cores
-        from project.serving.model import Model
-
-        own_names = {host.lower(), "localhost", "127.0.0.1", "::1"} if is_loopback and token is None else ()
         settings = Settings(
             token=token,
-            hosts=frozenset(own_names),
+            hosts=[name, "localhost", "127.0.0.1", "[::1]"] if is_loopback and token is None else [],
             max_body=max_body * 1_000_000,
             max_images=max_images,
             queue=queue,
@@ -94,22 +97,16 @@ def serve(
             batch_size=batch_size,
             batch_wait=batch_wait / 1000,
             top=top,
-            min_confidence=min_confidence or 0.0,
+            min_confidence=min_confidence,
             threads=threads or usable_cores(),
             parallel=parallel,
         )
         served = Model(model, calibrated, settings.threads, settings.parallel)
-        name = f"[{host}]" if ":" in host else host
         print(f"{served.id}, {len(served.predictor.class_names):,} classes")
-        print(f"http://{name}:{listening.getsockname()[1]} (Ctrl-C ends it)", flush=True)
-        return server.run(app.build(served, settings), listening, settings)
-
-
-def _checked(token: str | None) -> str | None:
-    is_plain = token is None or (token.isascii() and token.isprintable() and token == token.strip())
-    if token is not None and not (is_plain and len(token) >= SHORTEST_TOKEN):
-        raise UserError(
-            f"The token must have {SHORTEST_TOKEN} or more characters, all of them ASCII and printable, without blanks "
-            "before or after them."
-        )
-    return token
+        print(f"http://{name}:{port} (Ctrl-C ends it)", flush=True)
+        logging.basicConfig(format="%(asctime)s %(message)s")
+        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
+        for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises it again once it has answered all requests
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+        server(served, settings).run([listening])
+    return 0

@@ -1,6 +1,5 @@
 """Decoded, resized images in one file: the second epoch reads at the speed of memory."""
 
-import contextlib
 import hashlib
 import os
 import shutil
@@ -11,7 +10,6 @@ import numpy as np
 import PIL
 
 from project.data.images import Pixels, Resize
-from project.data.strings import StringArray
 
 Choice = Literal["auto", "on", "off"]
 FOLDER = Path("data/cache")  # `make clean-cache` removes it
@@ -54,7 +52,7 @@ class Cache:
         return pixels if head == [stamp, checksum(pixels)] else None
 
     def put(self, row: int, stamp: int, pixels: Pixels) -> None:
-        """Adds an image; where that fails, one of all processes prints why, and rows are not added from then on."""
+        """Adds an image; where that fails, prints why, and adds none from then on."""
         if self._is_broken:
             return
         head = np.array([stamp, checksum(pixels)], dtype=np.uint64)
@@ -66,16 +64,7 @@ class Cache:
                 stream.write(head.tobytes() + pixels.tobytes())
         except OSError as error:
             self._is_broken = True
-            self._print_once(error)
-
-    def _print_once(self, error: OSError) -> None:
-        try:
-            self.file.with_suffix(".full").touch(exist_ok=False)  # of many processes, the one that creates it prints
-        except FileExistsError:
-            return
-        except OSError:
-            pass
-        print(f"cache: {self.file}: {error.strerror or error}; continuing without", flush=True)
+            print(f"cache: {self.file}: {error.strerror or error}; continuing without", flush=True)
 
 
 def stamp(path: str) -> int:
@@ -93,26 +82,17 @@ def checksum(pixels: Pixels) -> int:
 
 
 def choose(
-    choice: Choice, folder: Path, root: Path, paths: StringArray, size: int, resize: Resize
+    choice: Choice, folder: Path, root: Path, paths: list[str], size: int, resize: Resize
 ) -> tuple[Cache | None, str]:
-    """Decides whether to cache.
+    """The cache for the images `paths` of `root`, if any, and a sentence about it.
 
-    Args:
-        choice: `auto` caches if all images fit into half of the free space.
-        folder: Where caches are stored.
-        root: Folder that `paths` are relative to.
-        paths: All rows of the data set.
-        size: Side of the square images, in pixels.
-        resize: How an image becomes square.
-
-    Returns:
-        The cache, if any, and a sentence about it.
+    With the choice `auto` there is one if all images fit into half of the free space.
     """
     if choice == "off":
         return None, ""
-    digest = hashlib.sha256(repr((FORMAT, PIL.__version__, str(root.resolve()))).encode("utf-8", "surrogateescape"))
-    digest.update(paths.buffer.tobytes() + paths.ends.tobytes())
-    file = folder / f"{digest.hexdigest()[:16]}-{size}-{resize}.pixels"
+    key = repr((FORMAT, PIL.__version__, str(root.resolve()))) + "\0".join(paths)
+    digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+    file = folder / f"{digest[:16]}-{size}-{resize}.pixels"
     cache = Cache(file, len(paths), size)
     allocated = getattr(file.stat(), "st_blocks", 0) * 512 if file.exists() else 0
     nearest = next(parent for parent in file.absolute().parents if parent.exists())
@@ -120,6 +100,4 @@ def choose(
     if choice == "auto" and cache.bytes > free / 2:
         need = f"{cache.bytes / 1e9:,.1f} GB, more than half of the {free / 1e9:,.1f} GB free"
         return None, f"cache: none, it would take {need} (--data.cache on would)"
-    with contextlib.suppress(OSError):  # a folder that cannot be written is reported when a row is
-        file.with_suffix(".full").unlink()
     return cache, f"cache: {file}, {cache.bytes / 1e6:,.0f} MB when it is full"

@@ -2,7 +2,7 @@
 
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -70,15 +70,15 @@ class ImageData(LightningDataModule):
     ) -> None:
         super().__init__()
         self.root = Path(root)
-        self.split, self.split_seed, self.seed = split, split_seed, seed
-        self.group, self.folds, self.fold, self.exclude = group, folds, fold, exclude
+        self._query: dict[str, Any] = {"split": Path(split) if split else None, "seed": split_seed, "group": group}
+        self._query |= {"folds": folds, "fold": fold, "exclude": Path(exclude) if exclude else None}
         self.is_bundled = self.root.resolve() == digits.ROOT.resolve()
         if self.is_bundled:
             digits.write(self.root)
         self.image_size = int(image_size or (digits.IMAGE_SIZE if self.is_bundled else 224))
         self.resize: Resize = resize
-        self.balance, self.cache = balance, cache
         self.augment: Augment = augment or ("none" if self.is_bundled else "flip")
+        self.balance, self.cache, self.seed = balance, cache, seed
         default = 0 if self.is_bundled else min(processes.usable_cores(), 8)
         self.workers = default if workers is None else int(workers)
         if batch_size is not None:
@@ -90,15 +90,7 @@ class ImageData(LightningDataModule):
     @cached_property
     def manifest(self) -> Manifest:
         """The data set's rows; reads the folder on first use."""
-        return manifest.load(
-            self.root,
-            Path(self.split) if self.split else None,
-            self.split_seed,
-            group=self.group,
-            folds=self.folds,
-            fold=self.fold,
-            exclude=Path(self.exclude) if self.exclude else None,
-        )
+        return manifest.load(self.root, **self._query)
 
     @property
     def class_names(self) -> list[str]:
@@ -144,14 +136,21 @@ class ImageData(LightningDataModule):
             UserError: No test split, no readable image, or a batch larger than the training set.
         """
         for split in STAGE_SPLITS[stage]:
-            dataset = self.dataset(split)
+            dataset, errors = self.dataset(split), list[ImageError]()
             if not len(dataset):
                 raise UserError(f"{self.root} has no {split} images; put some in {self.root}/{split}/<class>/.")
-            self._require_readable(dataset, split)
-        if stage == "fit" and self.batch_size > len(self.dataset("train")):
+            for row in range(len(dataset)):
+                try:
+                    dataset[row]
+                    break
+                except ImageError as error:
+                    errors.append(error)
+            else:
+                raise UserError(f"None of the {len(errors)} {split} images can be read; the first: {errors[0]}.")
+        if stage == "fit" and self.batch_size > (count := len(self.dataset("train"))):
             raise UserError(
-                f"--data.batch_size {self.batch_size} is larger than the training set of "
-                f"{len(self.dataset('train'))} images; give a smaller one."
+                f"--data.batch_size {self.batch_size} is larger than the training set of {count} images; give a "
+                "smaller one."
             )
 
     def require_enough_for(self, ranks: int, stage: str) -> None:
@@ -161,38 +160,28 @@ class ImageData(LightningDataModule):
             UserError: A split, or a batch, has fewer images than there are ranks.
         """
         least = {f"{split} images": len(self.dataset(split)) for split in STAGE_SPLITS[stage]}
-        if stage == "fit":
-            least["images in a batch"] = self.batch_size
-        for what, count in least.items():
-            if count < ranks:
-                raise UserError(
-                    f"{ranks} processes are too many for {count} {what} of {self.root}; give --trainer.devices {count}."
-                )
-
-    def _require_readable(self, dataset: ImageDataset, split: str) -> None:
-        errors = []
-        for row in range(len(dataset)):
-            try:
-                dataset[row]
-                return
-            except ImageError as error:
-                errors.append(error)
-        raise UserError(f"None of the {len(errors)} {split} images can be read; the first: {errors[0]}.")
+        least |= {"images in a batch": self.batch_size} if stage == "fit" else {}
+        what, count = min(least.items(), key=lambda item: item[1])
+        if count < ranks:
+            raise UserError(
+                f"{ranks} processes are too many for {count} {what} of {self.root}; give --trainer.devices {count}."
+            )
 
     def dataset(self, split: str) -> ImageDataset:
         """One split's rows; only the training split is augmented."""
         if split not in self._datasets:
             augment: Augment = self.augment if split == "train" else "none"
+            rows = self.manifest.rows(split)
             self._datasets[split] = ImageDataset(
                 root=self.manifest.root,
-                paths=self.manifest.paths,
-                labels=self.manifest.labels,
+                paths=[self.manifest.paths[row] for row in rows.tolist()],
+                labels=self.manifest.labels[rows],
                 image_size=self.image_size,
                 resize=self.resize,
                 augment=augment,
                 seed=self.seed,
-                rows=self.manifest.rows(split).astype(np.int32),
                 cache=self.image_cache(augment)[0],
+                cache_rows=rows,
             )
         return self._datasets[split]
 

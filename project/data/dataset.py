@@ -15,7 +15,6 @@ from project.batch import Batch
 from project.data import images, transforms
 from project.data.cache import Cache, stamp
 
-UNKNOWN = -1  # the label of an unlabelled image
 Key = tuple[int, int]  # epoch, row: the epoch travels with the row, so that workers augment each epoch differently
 
 
@@ -25,13 +24,13 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     Args:
         root: Folder that `paths` are relative to.
         paths: One an image.
-        labels: (N,) integers; None if they are unknown.
+        labels: (N,) integers; None if they are unknown, -1 in batches.
         image_size: Side of the square images, in pixels.
         resize: How an image becomes square; see `images.read`.
         augment: Name of the augmentation, from `transforms.AUGMENTATIONS`.
         seed: Augmentation is drawn from (seed, epoch, row).
-        rows: Indices into `paths` and `labels`, in the order of this set; by default all.
-        cache: Decoded images of all `paths`, of `read_size`.
+        cache: Decoded images of `read_size`.
+        cache_rows: (N,) the row of each image in the cache; by default 0 to N - 1.
     """
 
     def __init__(
@@ -43,18 +42,20 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         resize: images.Resize = "stretch",
         augment: transforms.Augment = "none",
         seed: int = 0,
-        rows: npt.NDArray[np.integer[Any]] | None = None,
         cache: Cache | None = None,
+        cache_rows: npt.NDArray[np.int64] | None = None,
     ) -> None:
-        self.root, self.paths = "" if root == Path() else str(root), paths
-        self.rows = np.arange(len(paths)) if rows is None else rows
-        self.labels = np.full(len(self.rows), UNKNOWN) if labels is None else labels[self.rows].astype(np.int64)
-        self.image_size, self.resize, self.seed, self.cache = image_size, resize, seed, cache
+        self.root = "" if root == Path() else str(root)
+        # Bytes in one buffer: every worker gets a copy, and a list takes twice the memory and eight times the time.
+        self.paths = np.array([os.fsencode(path) for path in paths])
+        self.labels = np.full(len(paths), -1) if labels is None else labels.astype(np.int64)
+        self.image_size, self.resize, self.seed = image_size, resize, seed
         self.augment = transforms.AUGMENTATIONS[augment]
         self.read_size = read_size(image_size, augment)
+        self.cache, self.cache_rows = cache, np.arange(len(paths)) if cache_rows is None else cache_rows
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.paths)
 
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
         """Image (3, H, W) uint8 and label of one row, augmented as in the first epoch.
@@ -83,7 +84,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
     def path(self, row: int) -> str:
         """The file of a row's image, below the root as it was given."""
-        return os.path.join(self.root, self.paths[self.rows[row]])  # noqa: PTH118 (a tenth of a Path's time)
+        return os.path.join(self.root, os.fsdecode(self.paths[row]))  # noqa: PTH118 (a tenth of a Path's time)
 
     def _read(self, key: Key) -> images.Pixels:
         image = self._square(key[1])
@@ -92,7 +93,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return self.augment.apply(image, np.random.default_rng((self.seed, *key)), self.image_size)
 
     def _square(self, row: int) -> images.Pixels:
-        path, index = self.path(row), int(self.rows[row])
+        path, index = self.path(row), int(self.cache_rows[row])
         if self.cache is None:
             return images.read(path, self.read_size, self.resize)
         try:
@@ -106,13 +107,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
 
 class Features(Dataset[tuple[Tensor, int]]):
-    """Rows of an `ImageDataset` with the output of frozen layers instead of images.
-
-    Args:
-        dataset: Without augmentation.
-        values: (N, F) float, in the order of its rows.
-        failed: Reasons by row of the images that could not be read.
-    """
+    """The output (N, F) of frozen layers for the rows of a dataset, and the reasons by row where there is none."""
 
     def __init__(self, dataset: ImageDataset, values: Tensor, failed: dict[int, str]) -> None:
         self.labels, self.values, self.failed = torch.from_numpy(dataset.labels), values, failed

@@ -1,7 +1,5 @@
 """The bundled images: 1,797 handwritten digits (UCI, CC BY 4.0; digits.md), written out as an image folder."""
 
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -27,19 +25,12 @@ def write(root: Path = ROOT) -> None:
         images, labels = stored["images"], stored["labels"]
     rows = [Row(f"{label}/{number:04d}.png", str(label)) for number, label in enumerate(labels)]
     try:
-        unfinished = files.beside(root)
-        unfinished.mkdir()
+        with files.new_folder(root) as unfinished:
+            for path, _, split, _ in splits.assign(rows, seed=0):
+                file = unfinished / split / path
+                file.parent.mkdir(parents=True, exist_ok=True)
+                grey = images[int(Path(path).stem)].astype(np.uint16) * 255 // 16  # 0-16 to 0-255
+                Image.fromarray(grey.astype(np.uint8)).save(file)
     except OSError as error:
-        raise UserError(f"Cannot write the digits into {root}: {error.strerror}; change folder.") from error
-    try:
-        for path, _, split, _ in splits.assign(rows, seed=0):
-            file = unfinished / split / path
-            file.parent.mkdir(parents=True, exist_ok=True)
-            grey = images[int(Path(path).stem)].astype(np.uint16) * 255 // 16  # 0-16 to 0-255
-            Image.fromarray(grey.astype(np.uint8)).save(file)
-        os.rename(unfinished, root)  # noqa: PTH104 (Path.rename is the same call; this one names what matters)
-    except OSError:
         if not root.is_dir():  # unless another process was first
-            raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+            raise UserError(f"Cannot write the digits into {root}: {error.strerror}; change folder.") from error

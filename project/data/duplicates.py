@@ -26,13 +26,13 @@ def groups(
         same_file[inspected["digest"][index].tobytes()].append(index)
     copies = list(same_file.values())
     near = near_groups(fingerprints(inspected["thumbnail"][[files[0] for files in copies]]))
-    alone = set(range(len(copies))) - {member for group in near for member in group}
-    found = [("near-duplicate", [index for member in group for index in copies[member]]) for group in near]
+    found = [("near-duplicate", sorted(index for member in group for index in copies[member])) for group in near]
+    alone = set(range(len(copies))).difference(*near)
     found += [("duplicate", copies[member]) for member in sorted(alone) if len(copies[member]) > 1]
     by_kind: dict[str, list[list[int]]] = defaultdict(list)
     for kind, group in found:
         labels, splits = {rows[index].label for index in group}, {rows[index].split for index in group}
-        by_kind[kind + ("-label" if len(labels) > 1 else "-split" if len(splits) > 1 else "")].append(sorted(group))
+        by_kind[kind + ("-label" if len(labels) > 1 else "-split" if len(splits) > 1 else "")].append(group)
     for kind, what in (("duplicate", "the same file"), ("near-duplicate", "nearly the same")):
         yield f"{kind}-label", f"{what}, with different labels", by_kind[f"{kind}-label"]
         yield f"{kind}-split", f"{what}, on both sides of the split", by_kind[f"{kind}-split"]
@@ -83,14 +83,14 @@ def near_groups(fingerprints: npt.NDArray[np.float16]) -> list[list[int]]:
         return row
 
     for start in range(0, len(order), 1024):
-        end = min(start + 1024, len(order))
-        last = int(np.searchsorted(position, position[end - 1] + reach, side="right"))
-        block = fingerprints[order[start:end]].astype(np.float32)
+        rows = order[start : start + 1024]
+        last = int(np.searchsorted(position, position[start + len(rows) - 1] + reach, side="right"))
+        block = fingerprints[rows].astype(np.float32)
         for other in range(start, last, 16384):
             against = order[other : min(other + 16384, last)]
             near = block @ fingerprints[against].astype(np.float32).T >= NEARLY_SAME
             for row in np.flatnonzero(near.sum(axis=1) > (other == start)):  # in its own block each is near itself
-                joined = root(int(order[start + row]))
+                joined = root(int(rows[row]))
                 for parents in np.unique(parent[against[near[row]]]).tolist():
                     parent[root(parents)] = joined
     groups: dict[int, list[int]] = defaultdict(list)

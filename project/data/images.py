@@ -20,7 +20,7 @@ Resize = Literal["stretch", "crop", "pad"]
 Pixels = npt.NDArray[np.uint8]
 
 _ENDINGS = "avif bmp gif jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp"
-EXTENSIONS = frozenset(f".{ending}" for ending in _ENDINGS.split())
+EXTENSIONS = tuple(f".{ending}" for ending in _ENDINGS.split())
 # Only these decoders see a file's bytes, whatever its name says: Pillow would hand PostScript to Ghostscript.
 Image.init()
 FORMATS = tuple({"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"} & set(Image.OPEN))
@@ -103,11 +103,11 @@ def require_short_decoding(content: bytes, name: str = "<bytes>") -> None:
     Raises:
         ImageError: A JPEG has too many scans, each of which covers the whole image, or a text PPM too many comments.
     """
-    marker, what = (b"\xff\xda\x00", "scans") if content.startswith(b"\xff\xd8") else (b"#", "comments")
-    if what == "comments" and not content.startswith((b"P1", b"P2", b"P3")):
-        return
-    if (count := content.count(marker)) > MAX_MARKERS:
-        raise ImageError(name, f"{count:,} {what}, more than the {MAX_MARKERS} allowed")
+    scans = content.count(b"\xff\xda\x00") if content.startswith(b"\xff\xd8") else 0
+    comments = content.count(b"#") if content.startswith((b"P1", b"P2", b"P3")) else 0
+    for count, what in ((scans, "scans"), (comments, "comments")):
+        if count > MAX_MARKERS:
+            raise ImageError(name, f"{count:,} {what}, more than the {MAX_MARKERS} allowed")
 
 
 def is_plain_grey(image: Image.Image) -> bool:
@@ -185,4 +185,4 @@ def _reason(error: Exception) -> str:
 
 def is_image(name: str) -> bool:
     """Whether a file's name says that it is an image."""
-    return Path(name).suffix.lower() in EXTENSIONS
+    return name.lower().endswith(EXTENSIONS)

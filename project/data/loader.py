@@ -24,8 +24,8 @@ class BatchSampler(Sampler[list[Key]]):
         batch_size: Rows in a global batch.
         shuffle: New order each epoch, drawn from (seed, epoch).
         seed: The run's seed.
-        rank: Of this process.
-        world_size: Number of processes that share a batch.
+        rank: Of this process, among the `world_size` that share a batch.
+        world_size: Their number.
         weights: (rows,) relative frequency of each row; an epoch then draws with replacement.
     """
 
@@ -41,10 +41,8 @@ class BatchSampler(Sampler[list[Key]]):
         weights: npt.NDArray[np.float64] | None = None,
     ) -> None:
         self.rows, self.batch_size, self.shuffle, self.seed = rows, batch_size, shuffle, seed
-        self.rank, self.world_size = rank, world_size
-        self.weights = weights
-        self.epoch = 0
-        self._start = (0, 0)
+        self.rank, self.world_size, self.weights = rank, world_size, weights
+        self.epoch, self._start = 0, (0, 0)
 
     def __len__(self) -> int:
         """Batches an epoch; when shuffling, an incomplete last batch is dropped."""
@@ -52,19 +50,16 @@ class BatchSampler(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         (epoch, first), self._start = self._start, (0, 0)
-        order = self._order()
+        order = np.arange(self.rows)
+        if self.shuffle:
+            random = np.random.default_rng((self.seed, self.epoch))
+            if self.weights is None:
+                order = random.permutation(self.rows)
+            else:
+                order = random.choice(self.rows, self.rows, p=self.weights / self.weights.sum())
         for batch in range(first if epoch == self.epoch else 0, len(self)):
-            indices = np.arange(batch * self.batch_size, min((batch + 1) * self.batch_size, self.rows))
-            indices = indices[self.rank :: self.world_size]
-            yield [(self.epoch, int(row)) for row in (order[indices] if order is not None else indices)]
-
-    def _order(self) -> npt.NDArray[np.int64] | None:
-        if not self.shuffle:
-            return None
-        random = np.random.default_rng((self.seed, self.epoch))
-        if self.weights is None:
-            return random.permutation(self.rows)
-        return random.choice(self.rows, self.rows, p=self.weights / self.weights.sum())
+            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield [(self.epoch, row) for row in rows[self.rank :: self.world_size].tolist()]
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this before each epoch."""

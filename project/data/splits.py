@@ -42,11 +42,10 @@ def assign(rows: Sequence[Row], seed: int, folds: int | None = None, fold: int |
     """
     least = {None: 3, 2: 4}.get(folds) or max(3, folds or 0)  # two folds of three would leave nothing for train
     if not any(row.group for row in rows):
-
-        def test_of(order: list[str]) -> list[str]:
-            return order[: _quota(order, TEST_SHARE)] if folds is None else order[fold::folds]
-
-        return _by_class(rows, seed, least, test_of)
+        split = _by_class(
+            rows, seed, least, lambda paths: paths[: _quota(paths, TEST_SHARE)] if folds is None else paths[fold::folds]
+        )
+        return [row._replace(split=split[row.path]) for row in rows]
     if folds is None:
         part = _by_group(rows, [1 - VAL_SHARE - TEST_SHARE, VAL_SHARE, TEST_SHARE], seed, least)
         return [row._replace(split=SPLITS[part[row.unit]]) for row in rows]
@@ -66,26 +65,25 @@ def carve_val(rows: Sequence[Row], seed: int) -> list[Row]:
     train = [row for row in rows if row.split == "train"]
     if any(row.group for row in train):
         is_val = _by_group(train, [1 - VAL_SHARE, VAL_SHARE], seed, 2)
-        val = {row.path for row in train if is_val[row.unit]}
+        split = {row.path: SPLITS[is_val[row.unit]] for row in train}
     else:
-        val = {row.path for row in _by_class(train, seed, 2, lambda _: []) if row.split == "val"}
-    return [row._replace(split="val") if row.path in val else row for row in rows]
+        split = _by_class(train, seed, 2, lambda _: [])
+    return [row._replace(split=split.get(row.path, row.split)) for row in rows]
 
 
-def _by_class(rows: Sequence[Row], seed: int, least: int, test_of: Callable[[list[str]], list[str]]) -> list[Row]:
-    """Of each class, the paths that `test_of` takes from its order become test, a tenth of all val, the rest train."""
-    paths: dict[str, list[str]] = defaultdict(list)
+def _by_class(rows: Sequence[Row], seed: int, least: int, test_of: Callable[[list[str]], list[str]]) -> dict[str, str]:
+    """The split of each path: of a class's shuffled paths `test_of` takes those for test, a tenth of all become val."""
+    classes: dict[str, list[str]] = defaultdict(list)
     for row in rows:
-        paths[row.label].append(row.path)
-    _require({label: len(members) for label, members in paths.items()}, least, "images")
+        classes[row.label].append(row.path)
+    _require({label: len(paths) for label, paths in classes.items()}, least, "images")
     split: dict[str, str] = {}
-    for members in paths.values():
-        order = _shuffled(members, seed)
+    for paths in classes.values():
+        order = _shuffled(paths, seed)
         test = set(test_of(order))
-        rest = [path for path in order if path not in test]
-        val = _quota(order, VAL_SHARE)
+        rest, val = [path for path in order if path not in test], _quota(order, VAL_SHARE)
         split |= dict.fromkeys(test, "test") | dict.fromkeys(rest[:val], "val") | dict.fromkeys(rest[val:], "train")
-    return [row._replace(split=split[row.path]) for row in rows]
+    return split
 
 
 def _by_group(rows: Sequence[Row], shares: Sequence[float], seed: int, least: int) -> dict[str, int]:
@@ -108,12 +106,8 @@ def _by_group(rows: Sequence[Row], shares: Sequence[float], seed: int, least: in
             part[group] = gains.index(max(gains))
             for label, n in counts.items():
                 missing[part[group]][label] -= n
-        untouched = {
-            label
-            for lacks, share in zip(missing, shares, strict=True)
-            for label, total in totals.items()
-            if lacks[label] == share * total
-        }
+        reached = {(label, part[group]) for group in order for label in members[group]}
+        untouched = {label for label in totals for index in range(len(shares)) if (label, index) not in reached}
         if not untouched:
             return part
     raise UserError(

@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Callable
-from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -15,12 +14,7 @@ Transform = Callable[[Pixels, np.random.Generator, int], Pixels]
 
 
 class Augmentation(NamedTuple):
-    """A random change of training images.
-
-    Attributes:
-        apply: Maps (image (S, S, 3), random generator, side of the result) to the result.
-        margin: Side S of its input, as a multiple of the result's.
-    """
+    """Maps an image (S, S, 3) and a random generator to an image whose side is given; S is `margin` times as long."""
 
     apply: Transform
     margin: float = 1.0
@@ -54,18 +48,12 @@ def crop(image: Pixels, random: np.random.Generator, size: int) -> Pixels:
 def trivial(image: Pixels, random: np.random.Generator, size: int) -> Pixels:
     """One random operation of random strength (TrivialAugmentWide, arXiv:2103.10158), after `crop`."""
     import torch
+    from torchvision.transforms import v2  # the other augmentations do without
 
     cropped = Image.fromarray(crop(image, random, size))
     with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
         torch.default_generator.manual_seed(int(random.integers(2**63)))
-        return np.asarray(_trivial_augment()(cropped))
-
-
-@cache
-def _trivial_augment() -> Any:
-    from torchvision.transforms import v2  # the other augmentations do without torch
-
-    return v2.TrivialAugmentWide()
+        return np.asarray(v2.TrivialAugmentWide()(cropped))
 
 
 AUGMENTATIONS = {

@@ -19,7 +19,12 @@ def start_server() -> None:
         from multiprocessing import forkserver  # missing on Windows
 
         multiprocessing.get_context("forkserver").set_forkserver_preload(["project.data.dataset"])
+        is_main = threading.current_thread() is threading.main_thread()  # only it may set a handler
+        # server and workers inherit it from their first moment: a terminal sends Ctrl-C to all processes
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
         forkserver.ensure_running()
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
 
 
 def prepare(_: int) -> None:

@@ -24,15 +24,7 @@ class ComparedRun:
 
     @classmethod
     def of(cls, path: str, data: str | None = None) -> "ComparedRun":
-        """Reads a run's predictions, or predicts with a bundle.
-
-        Args:
-            path: A checkpoint, a run folder or a bundle.
-            data: The data set's folder or table for a bundle; None means that of its run.
-
-        Raises:
-            UserError: The run has not been tested.
-        """
+        """Reads the predictions of a tested run, or predicts with a bundle, on `data` or on the images of its run."""
         source = locate(path)
         if source.is_bundle:
             return cls.own(results.gather(source, source.load(), data))
@@ -49,11 +41,7 @@ class ComparedRun:
 
 
 def content(result: Results, others: Sequence[ComparedRun]) -> dict[str, Any]:
-    """What the template shows.
-
-    Raises:
-        UserError: The runs have different classes, no image in common, or different labels of an image.
-    """
+    """What the template shows."""
     compared = [ComparedRun.own(result), *others]
     samples = shared(compared, result.scored.positive)
     fits = {run.name: run.curves for run in compared if run.curves}
@@ -71,10 +59,8 @@ def shared(compared: Sequence[ComparedRun], positive: int | None) -> list[scores
     own = compared[0]
     for run in compared[1:]:
         if run.test.class_names != own.test.class_names:
-            raise UserError(
-                f"{own.name} and {run.name} have different classes and cannot be compared: "
-                f"{', '.join(own.test.class_names)}; {', '.join(run.test.class_names)}."
-            )
+            classes = " and ".join(", ".join(r.test.class_names[:10]) for r in (own, run))
+            raise UserError(f"{own.name} and {run.name} cannot be compared: they have different classes, {classes}.")
     indices = [{path: index for index, path in enumerate(run.test.paths)} for run in compared]
     paths = [path for path in own.test.paths if all(path in index for index in indices)]
     if not paths:

@@ -1,8 +1,8 @@
 """Figures: arrays and predictions drawn with matplotlib."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
@@ -16,6 +16,9 @@ from project.data.images import Pixels
 from project.evaluation.fonts import families, shortened, wrapped
 from project.evaluation.scores import BINS, Floats, ScoredPredictions, format_score
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Array = npt.NDArray[np.floating[Any]]
 INK, FAINT = "#222222", "#999999"  # of text and lines; a page may replace them
 STYLE: dict[Any, Any] = {  # matplotlib types the names of its settings
@@ -27,6 +30,7 @@ STYLE: dict[Any, Any] = {  # matplotlib types the names of its settings
     "legend.fontsize": 9,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
 }
+DOTTED: dict[str, Any] = {"linestyle": ":", "color": FAINT, "linewidth": 1}  # a line to compare with
 NAMED = 20  # classes whose names fit beside a figure
 FEWEST = 10  # images in a bin of the reliability diagram whose accuracy is drawn
 
@@ -39,18 +43,21 @@ def _axes(width: float, height: float, x: str = "", y: str = "") -> tuple[Figure
 
 
 @mpl.rc_context(STYLE)
-def image_grid(images: Pixels, titles: Sequence[str], columns: int = 8, wrong: Sequence[bool] = ()) -> Figure:
+def image_grid(
+    images: Pixels, titles: Sequence[str], columns: int = 8, wrong: Sequence[bool] = (), side: float = 1.0
+) -> Figure:
     """Images in rows, each below its title.
 
     Args:
         images: (N, H, W, 3) uint8, RGB.
-        titles: N texts with the same number of lines.
+        titles: N texts.
         columns: Images in a row.
         wrong: N flags; images with True are marked in red. By default none.
+        side: Of an image, in inches.
     """
     rows, lines = max(1, math.ceil(len(images) / columns)), max((text.count("\n") + 1 for text in titles), default=1)
-    height = 1.1 + 0.2 * lines  # of a row, where an image is 1 wide
-    figure = Figure(figsize=(1.1 * columns, height * rows))
+    height = 1.1 + 0.2 * lines / side  # of a row, where an image is 1 wide
+    figure = Figure(figsize=(1.1 * columns * side, height * rows * side))
     axes = figure.add_axes((0, 0, 1, 1))  # one for all: one for each image takes five times as long
     axes.set_axis_off()
     for index, (image, title, is_wrong) in enumerate(zip(images, titles, wrong or [False] * len(images), strict=True)):
@@ -66,13 +73,7 @@ def image_grid(images: Pixels, titles: Sequence[str], columns: int = 8, wrong: S
 
 
 def rate_finder(rates: Array, losses: Array, chosen: float | None) -> Figure:
-    """Loss over the learning rate, and the suggested rate.
-
-    Args:
-        rates: (N,)
-        losses: (N,)
-        chosen: None where no rate could be suggested.
-    """
+    """N losses over N learning rates, and the suggested rate, if there is one."""
     figure, axes = _axes(7, 4, "learning rate", "training loss, smoothed")
     axes.plot(rates, losses)
     axes.set_xscale("log")
@@ -86,13 +87,9 @@ def rate_finder(rates: Array, losses: Array, chosen: float | None) -> Figure:
 
 @mpl.rc_context(STYLE)
 def confusion_matrix(counts: npt.NDArray[Any], class_names: Sequence[str]) -> Figure:
-    """True classes in rows, predicted classes in columns; colours and percentages are shares of the row.
+    """Images (K, K) by true class (rows) and predicted class; colours and percentages are shares of the row.
 
     Where the names of many classes do not fit, the most confused pairs are listed beside the matrix.
-
-    Args:
-        counts: (K, K) images.
-        class_names: K names.
     """
     counts = np.asarray(counts, dtype=np.float64)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -103,8 +100,8 @@ def confusion_matrix(counts: npt.NDArray[Any], class_names: Sequence[str]) -> Fi
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xlabel="predicted", ylabel="true")
     axes.spines[:].set_visible(True)
+    names = [shortened(name, 22) for name in class_names]
     if is_named:
-        names = [shortened(name, 24) for name in class_names]
         rotation = 45 if max(map(len, names)) > 3 else 0
         axes.set_xticks(range(classes), names, rotation=rotation, ha="right", fontsize=9)
         axes.set_yticks(range(classes), names, fontsize=9)
@@ -114,12 +111,11 @@ def confusion_matrix(counts: npt.NDArray[Any], class_names: Sequence[str]) -> Fi
             colour, size = "white" if share > 0.55 else "#08306b", 9 if classes < 6 else 7
             axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
         return figure
-    names, wrong = [shortened(name, 22) for name in class_names], np.where(np.eye(classes, dtype=bool), 0, counts)
+    wrong = np.where(np.eye(classes, dtype=bool), 0, counts)
     order = np.argsort(-wrong, axis=None, kind="stable")[:15]
     pairs = [divmod(int(index), classes) for index in order if wrong.flat[index]]
-    beside[0].barh(range(len(pairs)), [wrong[pair] for pair in pairs], color="tab:blue")
     labels = [f"{names[true]} → {names[predicted]}" for true, predicted in pairs]
-    beside[0].set_yticks(range(len(pairs)), labels, fontsize=9)
+    beside[0].barh(range(len(pairs)), [wrong[pair] for pair in pairs], tick_label=labels)
     beside[0].invert_yaxis()
     beside[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     beside[0].set(xlabel="images")
@@ -129,14 +125,9 @@ def confusion_matrix(counts: npt.NDArray[Any], class_names: Sequence[str]) -> Fi
 
 @mpl.rc_context(STYLE)
 def roc(predictions: ScoredPredictions, class_names: Sequence[str]) -> Figure:
-    """ROC curves of each class against the rest and their mean, or of the positive class with some thresholds.
-
-    Args:
-        predictions: N predictions of K classes.
-        class_names: K names.
-    """
+    """ROC curves of each class against the rest and their mean, or of the positive class with some thresholds."""
     figure, axes = _axes(6.2, 4.6, "false positive rate", "true positive rate")
-    axes.plot((0, 1), (0, 1), linestyle=":", color=FAINT, linewidth=1)
+    axes.plot((0, 1), (0, 1), **DOTTED)
     curves = [(class_names[i], r.auroc(), *r.roc(), r.thresholds) for i, r in predictions.ranked.items()]
     return _draw_curves(figure, axes, curves, "AUROC")
 
@@ -146,10 +137,11 @@ def precision_recall(predictions: ScoredPredictions, class_names: Sequence[str])
     """Precision over recall of each class against the rest and their mean, or of the positive class; see `roc`."""
     figure, axes = _axes(6.2, 4.6, "recall", "precision")
     if predictions.positive is not None:
-        share = (predictions.true == predictions.positive).mean()
-        axes.axhline(share, linestyle=":", color=FAINT, linewidth=1, label="always positive")
-    ranked = {class_names[index]: scores for index, scores in predictions.ranked.items()}
-    curves = [(n, r.average_precision(), *r.precision_recall(), r.thresholds) for n, r in ranked.items()]
+        axes.axhline((predictions.true == predictions.positive).mean(), label="always positive", **DOTTED)
+    curves = [
+        (class_names[index], ranked.average_precision(), *ranked.precision_recall(), ranked.thresholds)
+        for index, ranked in predictions.ranked.items()
+    ]
     return _draw_curves(figure, axes, curves, "AP")
 
 
@@ -182,15 +174,12 @@ def _draw_curves(
 def reliability(predictions: ScoredPredictions, calibrated: ScoredPredictions | None = None) -> Figure:
     """Accuracy over confidence; below, how many images are in each bin of confidence.
 
-    A bin with fewer than `FEWEST` images is a gap in the line, for its accuracy is chance.
-
-    Args:
-        predictions: N predictions.
-        calibrated: The same at the fitted temperature, if there is one.
+    A bin with fewer than `FEWEST` images is a gap in the line, for its accuracy is chance. `calibrated` are the same
+    predictions at the fitted temperature, if there is one.
     """
     figure = Figure(figsize=(5.4, 5.4), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    above.plot((0, 1), (0, 1), linestyle=":", color=FAINT, linewidth=1)
+    above.plot((0, 1), (0, 1), **DOTTED)
     edges = np.linspace(0, 1, BINS + 1)
     for name, scored, colour in (("as trained", predictions, "tab:blue"), ("calibrated", calibrated, "tab:orange")):
         if scored is not None:
@@ -201,7 +190,7 @@ def reliability(predictions: ScoredPredictions, calibrated: ScoredPredictions | 
     count, _, _ = predictions.bins()
     bars = below.bar(edges[:-1], count, 1 / BINS, align="edge", color="tab:blue", alpha=0.2, log=True)
     below.bar_label(bars, [f"{images:,.0f}" if images else "" for images in count], fontsize=7)
-    below.axhline(FEWEST, linestyle=":", color=FAINT, linewidth=1)
+    below.axhline(FEWEST, **DOTTED)
     below.yaxis.set_major_formatter("{x:,.0f}")
     above.set(ylabel="accuracy", ylim=(0, 1.02))
     below.set(xlim=(0, 1), ylim=(0.5, 4 * max(count.max(), FEWEST)), xlabel="confidence", ylabel="images")
@@ -222,11 +211,7 @@ def coverage(predictions: ScoredPredictions) -> Figure:
 
 @mpl.rc_context(STYLE)
 def learning_curves(runs: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]) -> Figure:
-    """Loss and accuracy over the epochs; training dashed, validation solid.
-
-    Args:
-        runs: Of each run, by name: of each metric, like val/loss, epochs and values.
-    """
+    """Loss and accuracy of runs by name, from epochs and values by metric; training dashed, validation solid."""
     figure = Figure(figsize=(9.5, 3.6), layout="constrained")
     for axes, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for number, (name, curves) in enumerate(runs.items()):
@@ -257,14 +242,9 @@ def _mark_thresholds(axes: Axes, x: Floats, y: Floats, thresholds: Floats) -> No
 
 
 def overlay(image: Pixels, heat: Array) -> Pixels:
-    """Lays a heat map in colour over an image in grey; the hotter, the less of the image shows through.
+    """Lays a heat map (H, W), 0 to 1, in colour over an image (H, W, 3) uint8, which becomes grey.
 
-    Args:
-        image: (H, W, 3) uint8, RGB.
-        heat: (H, W), 0 to 1.
-
-    Returns:
-        (H, W, 3) uint8, RGB; grey where the heat is 0.
+    The hotter, the less of the image shows through.
     """
     luma = image @ np.array([0.299, 0.587, 0.114])  # of ITU-R BT.601, as Pillow's mode L
     grey = 51 + 0.6 * luma[..., None]  # black and white would change the colours
@@ -274,57 +254,40 @@ def overlay(image: Pixels, heat: Array) -> Pixels:
     return mixed
 
 
-@mpl.rc_context(STYLE)
 def explanations(
-    images: Pixels, heats: Array, titles: Sequence[str], captions: Sequence[str], columns: int = 1, side: float = 3.0
+    images: Iterable[Pixels],
+    heats: Iterable[Array],
+    titles: Iterable[str],
+    captions: Iterable[str],
+    columns: int,
+    side: float,
 ) -> Figure:
-    """Pairs in rows: each image below its title, and beside it the image with its heat map below a caption.
+    """Pairs in rows: each image below its title, and beside it its `overlay` with a heat map below a caption.
 
-    Args:
-        images: (N, H, W, 3) uint8, RGB.
-        heats: (N, H, W), 0 to 1.
-        titles: N texts.
-        captions: N texts.
-        columns: Pairs in a row.
-        side: Of an image, in inches.
+    `columns` are pairs, `side` is that of an image in inches.
     """
-    size = 9 if side > 2 else 7  # of the letters, in points
-    width = round(side * 72 / size / 0.7)  # letters in a line: wide ones of DejaVu are 0.7 of their size
-    texts = [[wrapped(text, width) for text in pair] for pair in zip(titles, captions, strict=True)]
-    lines = max((text.count("\n") + 1 for pair in texts for text in pair), default=0)
-    rows = max(1, math.ceil(len(images) / columns))
-    height = side + (lines * size * 1.4 + 14) / 72
-    figure = Figure(figsize=(2 * side * columns, height * rows), layout="constrained")
-    pairs = figure.subplots(rows, 2 * columns, squeeze=False).reshape(-1, 2)
-    for axes in pairs.ravel():
-        axes.set_axis_off()
-        axes.set_anchor("S")  # the remaining height is for the captions
-    for (left, right), image, heat, (title, caption) in zip(pairs, images, heats, texts, strict=False):
-        for axes, pixels, text in ((left, image, title), (right, overlay(image, heat), caption)):
-            axes.imshow(pixels)
-            axes.set_title(text, fontsize=size)
-    return figure
+    width = round(side * 72 / 8 / 0.7)  # letters in a line: wide ones of DejaVu are 0.7 of their size, 8 points
+    pairs = [pixels for image, heat in zip(images, heats, strict=True) for pixels in (image, overlay(image, heat))]
+    texts = [wrapped(text, width) for pair in zip(titles, captions, strict=True) for text in pair]
+    return image_grid(np.stack(pairs), texts, 2 * columns, side=side)
 
 
-def filter_grid(filters: Array, most: int = 256) -> Figure:
-    """A convolution's filters, each scaled by its largest weight; a weight of 0 is middle grey.
+def filter_grid(filters: "Tensor") -> Figure:
+    """A convolution's first 256 filters, each scaled by its largest weight; a weight of 0 is middle grey.
 
     Args:
         filters: (N, C, h, w); in colour where C is 3, else their mean over C in grey.
-        most: How many are drawn at most.
     """
-    shown = filters[:most] if filters.shape[1] == 3 else filters[:most].mean(axis=1, keepdims=True).repeat(3, axis=1)
-    largest = np.abs(shown).max(axis=(1, 2, 3), keepdims=True)
-    tiles = 0.5 + shown / np.where(largest == 0, 1, 2 * largest)  # (N, 3, h, w), 0 to 1
+    from torchvision.utils import make_grid
+
+    shown = filters[:256] if filters.shape[1] == 3 else filters[:256].mean(dim=1, keepdim=True)
+    largest = shown.abs().amax(dim=(1, 2, 3), keepdim=True)
+    tiles = 0.5 + shown / (2 * largest).clamp(min=1e-12)  # (N, 3 or 1, h, w), 0 to 1
     count, _, height, width = tiles.shape
-    columns = math.ceil(math.sqrt(count))
-    rows, gap = math.ceil(count / columns), max(1, round(width / 8))
-    padding = (0, rows * columns - count), (0, 0), (0, gap), (0, gap)
-    tiles = np.pad(tiles, padding, constant_values=1).reshape(rows, columns, 3, height + gap, width + gap)
-    canvas = tiles.transpose(0, 3, 1, 4, 2).reshape(rows * (height + gap), columns * (width + gap), 3)
-    figure, axes = _axes(6, 6 * rows / columns + 0.4)
+    grid = make_grid(tiles, math.ceil(math.sqrt(count)), padding=max(1, round(width / 8)), pad_value=1)
+    figure, axes = _axes(6, 6 * grid.shape[1] / grid.shape[2] + 0.4)
     axes.set_axis_off()
-    axes.imshow(canvas[:-gap, :-gap], interpolation="nearest")
+    axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
     prefix = "" if count == len(filters) else f"the first {count} of "
     axes.set_title(f"first layer: {prefix}{len(filters)} filters, {height}x{width}", fontsize=9)
     return figure

@@ -6,7 +6,6 @@ import warnings
 
 from matplotlib import font_manager
 
-DEJAVU = "DejaVu Sans"  # comes with matplotlib: Latin, Greek, Cyrillic, Armenian, Georgian, Hebrew, Arabic
 SCRIPTS = (
     "Devanagari Bengali Gurmukhi Gujarati Oriya Tamil Telugu Kannada Malayalam Sinhala Thai Khmer Myanmar Ethiopic"
 )
@@ -21,9 +20,9 @@ warnings.filterwarnings("ignore", "Glyph .* missing from font")
 
 
 def families() -> list[str]:
-    """The installed font families for `font.family`: matplotlib takes each letter from the first that has it."""
+    """Font families for `font.family`: matplotlib's own, then installed ones for the scripts that it lacks."""
     installed = set(font_manager.get_font_names())
-    return [DEJAVU, *(name for name in OTHERS if name in installed)]
+    return ["DejaVu Sans", *(name for name in OTHERS if name in installed)]
 
 
 def shortened(name: str, length: int) -> str:

@@ -1,24 +1,24 @@
 """report.html: a self-contained page on how good a classifier is and how it was trained."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import yaml
 
 from project import files, runs
-from project.data import check, images, manifest
+from project.data import check, manifest
+from project.data.images import Pixels
 from project.data.splits import SPLITS
 from project.errors import UserError
 from project.evaluation import attribution, comparison, figures, html, results, run_split, scores
 from project.evaluation.comparison import ComparedRun
 from project.evaluation.fonts import shortened
 from project.evaluation.results import Results
-from project.evaluation.scores import ScoredPredictions
+from project.evaluation.scores import Integers, ScoredPredictions
 from project.inference.load import Source
 from project.inference.predictor import Predictor
 
@@ -35,9 +35,6 @@ def write(source: Source, out: Path | None = None, others: Sequence[ComparedRun]
         out: The page; by default report.html in the run or in the bundle.
         others: Runs to compare with.
         data: The data set's folder or table for a bundle; None means that of its run.
-
-    Returns:
-        The page's path.
 
     Raises:
         UserError: Predictions are missing or damaged, or the page cannot be written.
@@ -101,68 +98,59 @@ def _classes(result: Results) -> list[dict[str, Any]]:
 
 
 def _galleries(result: Results, predictor: Predictor) -> dict[str, Any]:
+    """The most confident errors and the least certain images, as far as they can be read."""
     scored, table = result.scored, result.test
-    errors, uncertain = confident_errors(scored), least_certain(scored)
-    shown: dict[int, images.Pixels] = {}
-    for index in {*errors, *uncertain}:
-        try:
-            shown[index] = images.read(table.paths[index], predictor.image_size, predictor.resize)
-        except images.ImageError:
-            continue
-    heat, heat_text = _heat_maps(shown, result, predictor)
-
-    def items(indices: list[int]) -> list[dict[str, Any]]:
-        return [
-            {
-                "path": table.paths[index],
-                "image": html.image(shown[index]),
-                "heat": html.image(heat[index]) if index in heat else None,
-                **{
-                    kind: {"name": table.class_names[label], "probability": float(scored.probabilities[index, label])}
-                    for kind, label in (("true", scored.true[index]), ("predicted", scored.predicted[index]))
-                },
-            }
-            for index in indices
-            if index in shown
-        ]
-
-    missing = "The test images are missing." if errors else "All test images are classified correctly."
-    return {"errors": items(errors), "uncertain": items(uncertain), "no_errors": missing, "heat_text": heat_text}
+    errors, uncertain = confident_errors(scored).tolist(), least_certain(scored).tolist()
+    indices = sorted({*errors, *uncertain})
+    (batch,) = predictor.batches([table.paths[index] for index in indices], len(indices))
+    readable = [index for number, index in enumerate(indices) if number not in batch.failed]
+    heats, heat_text = _heat_maps(batch.pixels, scored.predicted[readable].tolist(), result.source, predictor)
+    items = {}
+    for index, pixels, heat in zip(readable, batch.pixels, heats, strict=True):
+        true, predicted = (
+            {"name": table.class_names[label], "probability": float(scored.probabilities[index, label])}
+            for label in (scored.true[index], scored.predicted[index])
+        )
+        item = {"path": table.paths[index], "image": html.image(pixels), "true": true, "predicted": predicted}
+        items[index] = item | {"heat": None if heat is None else html.image(figures.overlay(pixels, heat))}
+    return {
+        "errors": [items[index] for index in errors if index in items],
+        "uncertain": [items[index] for index in uncertain if index in items],
+        "no_errors": "The test images are missing." if errors else "All test images are classified correctly.",
+        "heat_text": heat_text,
+    }
 
 
-def confident_errors(scored: ScoredPredictions, count: int = SHOWN) -> list[int]:
+def confident_errors(scored: ScoredPredictions) -> Integers:
     """Indices of the misclassified images, the most confident first."""
     wrong = np.flatnonzero(scored.predicted != scored.true)
     confidence = scored.probabilities[wrong, scored.predicted[wrong]]
-    return [int(index) for index in wrong[np.argsort(-confidence, kind="stable")][:count]]
+    return wrong[np.argsort(-confidence, kind="stable")][:SHOWN]
 
 
-def least_certain(scored: ScoredPredictions, count: int = SHOWN) -> list[int]:
+def least_certain(scored: ScoredPredictions) -> Integers:
     """Indices of the images whose two likeliest classes have the closest probabilities."""
     top = np.sort(scored.probabilities, axis=1)[:, -2:]
-    return [int(index) for index in np.argsort(top[:, 1] - top[:, 0], kind="stable")[:count]]
+    return np.argsort(top[:, 1] - top[:, 0], kind="stable")[:SHOWN]
 
 
-def _heat_maps(
-    shown: dict[int, images.Pixels], result: Results, predictor: Predictor
-) -> tuple[dict[int, npt.NDArray[np.uint8]], str]:
-    """The images with the heat map of their predicted class, and a sentence about them."""
-    if not shown:
-        return {}, ""
+def _heat_maps(pixels: Pixels, predicted: list[int], source: Source, predictor: Predictor) -> tuple[Iterable[Any], str]:
+    """A heat map of each image's predicted class, or None, and a sentence about them."""
+    nothing: list[Any] = [None] * len(pixels)
+    if not len(pixels):
+        return nothing, ""
     if not attribution.is_available():
-        return {}, " With pip install -e .[explain], a heat map of the predicted class is shown beside each image."
+        return nothing, " With pip install -e .[explain], a heat map of the predicted class is shown beside each image."
     import torch
 
     from project.inference.checkpoint import TorchPredictor
 
-    stacked = torch.from_numpy(np.stack(list(shown.values()))).permute(0, 3, 1, 2)
     try:
-        network = predictor if isinstance(predictor, TorchPredictor) else result.source.load_network(device="cpu")
-        maps = attribution.heat_maps(network, stacked, result.scored.predicted[list(shown)].tolist())
+        network = predictor if isinstance(predictor, TorchPredictor) else source.load_network(device="cpu")
+        heats = attribution.heat_maps(network, torch.from_numpy(pixels).permute(0, 3, 1, 2), predicted)
     except UserError as error:  # a network without maps for Grad-CAM, a bundle without model.safetensors
-        return {}, f" {error}"
-    overlaid = {index: figures.overlay(shown[index], heat) for index, heat in zip(shown, maps, strict=True)}
-    return overlaid, " The heat maps (Grad-CAM) show the evidence for the predicted class."
+        return nothing, f" {error}"
+    return heats, " The heat maps (Grad-CAM) show the evidence for the predicted class."
 
 
 def _findings(result: Results) -> list[str]:

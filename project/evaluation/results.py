@@ -1,8 +1,8 @@
 """The results of a tested run: predictions, learning curves, temperature. Missing predictions are computed."""
 
 import json
-import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,16 +36,7 @@ class TestPredictions:
 
     @classmethod
     def of(cls, rows: Iterable[Prediction], class_names: list[str], source: str) -> "TestPredictions":
-        """Collects predictions; those without a true class are left out.
-
-        Args:
-            rows: The predictions.
-            class_names: K names.
-            source: Where the predictions are from, for the error message.
-
-        Raises:
-            UserError: No image could be read, or no class is known.
-        """
+        """Collects predictions; refuses a source without a readable image of a known class."""
         paths, true, probabilities, errors = [], [], [], {}
         for row in rows:
             if row.error:
@@ -67,15 +58,11 @@ class TestPredictions:
         """
         try:
             class_names = predictions.read_class_names(file)
-            if not class_names:
-                raise ValueError("it has no column p:<class>")
             table = cls.of(predictions.read(file), class_names, str(file))
             if table.probabilities.shape[1] != len(class_names):
                 raise ValueError("its rows do not fit its header")
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"{file} is not a predictions.csv ({error}); python -m project.cli test writes it anew."
-            ) from error
+            raise UserError(f"{file} is damaged ({error}); python -m project.cli test writes it anew.") from error
         return table
 
     def scored(self, positive: int | None) -> ScoredPredictions:
@@ -133,18 +120,15 @@ def gather(source: Source, predictor: Predictor, data: str | None = None) -> Res
         images = run_split.images(run, "test", metadata, data)
         pairs = [(path, label) for path, label in images.pairs if Path(path).is_file()]
         if not pairs:
-            missing = f"None of the {len(images.pairs):,} test images of {source.file} is in {images.root}"
-            raise UserError(f"{missing}; give a data set's folder by --data.")
+            raise UserError(f"No test image of {source.file} is in {images.root}; give the data's folder by --data.")
         test = TestPredictions.of(_predict(predictor, pairs), predictor.class_names, images.root)
         measured, notice = {"data": images.root}, images.notice
     else:
         test = TestPredictions.read(run / TEST)
         if test.class_names != predictor.class_names:
-            raise UserError(
-                f"{run / TEST} has the classes {', '.join(test.class_names)}, but {source.file} has "
-                f"{', '.join(predictor.class_names)}; run: python -m project.cli test --ckpt_path {source.file}"
-            )
-        measured = json.loads((run / MEASURED).read_text(encoding="utf-8")) if (run / MEASURED).exists() else {}
+            command = f"python -m project.cli test --ckpt_path {source.file}"
+            raise UserError(f"{run / TEST} has other classes than {source.file}; run: {command}")
+        measured = _measured(run)
         val = _validation(source.file, predictor, measured)
         temperature = _temperature(source.file, val)
     curves, counts, status = runs.curves(run / runs.METRICS), run_split.counts(run), runs.read_status(run)
@@ -154,11 +138,16 @@ def gather(source: Source, predictor: Predictor, data: str | None = None) -> Res
 def is_tested(checkpoint: Path) -> bool:
     """Whether the predictions in the checkpoint's run are its own, and newer than it."""
     run = runs.folder_of(checkpoint)
+    return Path(str(_measured(run).get("checkpoint"))).name == checkpoint.name and _is_newer(run / TEST, checkpoint)
+
+
+def _measured(run: Path) -> dict[str, Any]:
+    """The content of test_metrics.json; empty where the file is missing or damaged."""
     try:
-        measured = json.loads((run / MEASURED).read_text(encoding="utf-8"))
-        return Path(measured["checkpoint"]).name == checkpoint.name and _is_newer(run / TEST, checkpoint)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        content = json.loads((run / MEASURED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _is_newer(file: Path, than: Path) -> bool:
@@ -167,42 +156,32 @@ def _is_newer(file: Path, than: Path) -> bool:
 
 def _predict(predictor: Predictor, pairs: list[tuple[str, str]]) -> Iterator[Prediction]:
     stream = predictor.stream(path for path, _ in pairs)
-    return (prediction.labelled(label) for prediction, (_, label) in zip(stream, pairs, strict=True))
+    return (prediction._replace(true=label) for prediction, (_, label) in zip(stream, pairs, strict=True))
 
 
 def _validation(checkpoint: Path, predictor: Predictor, measured: dict[str, Any]) -> TestPredictions | None:
     """Predictions on the validation images, from the run or computed now; None if the images are missing."""
-    run = runs.folder_of(checkpoint)
+    run, is_best = runs.folder_of(checkpoint), checkpoint.name == "best.ckpt"
     file = run / VALIDATION
-    if checkpoint.name == "best.ckpt" and _is_newer(file, checkpoint):
+    if is_best and _is_newer(file, checkpoint):
         return TestPredictions.read(file)
     if not (run / run_split.FILE).is_file():
         return None
     pairs = run_split.images(run, "val", predictor.metadata, measured.get("data")).pairs
     if not pairs or not all(Path(path).exists() for path, _ in pairs):
         return None
-    try:
-        predictions.write(file, _predict(predictor, pairs), predictor.class_names)
-        return TestPredictions.read(file)
-    except OSError as error:
-        print(f"{file} cannot be written: {error.strerror}", file=sys.stderr)
-        return TestPredictions.of(_predict(predictor, pairs), predictor.class_names, "The validation split")
+    rows = list(_predict(predictor, pairs))
+    if is_best:
+        with suppress(OSError):  # the run may be read-only
+            predictions.write(file, rows, predictor.class_names)
+    return TestPredictions.of(rows, predictor.class_names, "The validation split")
 
 
 def _temperature(checkpoint: Path, val: TestPredictions | None) -> float | None:
     """Fits the temperature on the validation images and keeps it beside the checkpoint; None if there is none."""
     if val is None:
         return calibration.read(checkpoint)
-    before = val.scored(None)
-    temperature = calibration.fit_temperature(before.true, before.probabilities)
-    if temperature is None:
-        calibration.forget(checkpoint)
-        return None
-    after = before.at_temperature(temperature)
-    measured = {"n": float(len(before.true)), "ece_before": before.ece(), "ece_after": after.ece()}
-    measured |= {"loss_before": before.scores()["loss"], "loss_after": after.scores()["loss"]}
-    try:
-        calibration.write(checkpoint, temperature, measured)
-    except OSError as error:
-        print(f"the temperature cannot be written beside {checkpoint}: {error.strerror}", file=sys.stderr)
+    temperature = calibration.fit_temperature(val.true, val.probabilities)
+    with suppress(OSError):  # the run may be read-only
+        calibration.write(checkpoint, temperature)
     return temperature

@@ -55,17 +55,17 @@ def images(run: Path, split: str, metadata: Metadata, data: str | None) -> Split
         pairs = []
     if unknown := sorted({label for _, label in pairs} - set(metadata.class_names)):
         raise UserError(
-            f"The images of {location} have other classes ({', '.join(unknown[:4])}) than the network "
-            f"({', '.join(metadata.class_names[:4])}); give a folder with the network's classes by --data."
+            f"The images of {location} have classes that the network does not have ({', '.join(unknown[:10])}); give "
+            f"a folder with its classes by --data: {', '.join(metadata.class_names[:10])}."
         )
-    folder = root.parent if root.is_file() else root
+    folder = manifest.folder_of(root)
     return SplitImages([(str(folder / path), label) for path, label in pairs], location or "no known folder", notice)
 
 
 def rows(run: Path) -> list[Row]:
     """The rows of a run's split.csv; none where the file is missing."""
     file = run / FILE
-    return manifest.read_csv(file, {"path", "label", "split"}) if file.is_file() else []
+    return manifest.read_rows(file, is_split_file=True) if file.is_file() else []
 
 
 def counts(run: Path) -> dict[str, dict[str, int]]:

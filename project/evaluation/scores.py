@@ -24,17 +24,11 @@ SHARES = ("accuracy", "precision", "recall")  # written as percentages
 
 @dataclass(frozen=True)
 class ScoredPredictions:
-    """Predictions and the true classes.
+    """Predictions and the true classes."""
 
-    Args:
-        true: (N,) indices of the true classes.
-        probabilities: (N, K).
-        positive: Index of the positive class of two; None to score each class against the rest.
-    """
-
-    true: Integers
-    probabilities: Floats
-    positive: int | None = None
+    true: Integers  # (N,) indices of the true classes
+    probabilities: Floats  # (N, K)
+    positive: int | None = None  # index of the positive class of two; None to score each class against the rest
 
     @cached_property
     def predicted(self) -> npt.NDArray[np.int64]:
@@ -43,7 +37,7 @@ class ScoredPredictions:
             return np.asarray(self.probabilities.argmax(axis=1))
         return np.where(self.probabilities[:, self.positive] > 0.5, self.positive, 1 - self.positive)
 
-    @cached_property
+    @property
     def confidence(self) -> Floats:
         """(N,) probability of the likeliest class."""
         return np.asarray(self.probabilities.max(axis=1))
@@ -122,51 +116,41 @@ class ScoredPredictions:
 
     def coverage(self) -> tuple[Floats, Floats, Floats]:
         """Abstaining below a confidence: share of images that are kept, accuracy on them, and that confidence."""
-        order = np.argsort(-self.confidence, kind="stable")
-        confidence = self.confidence[order]
-        last = np.append(confidence[1:] != confidence[:-1], True)  # images of equal confidence are kept together
-        kept = np.arange(1, len(order) + 1)
-        correct = np.cumsum((self.predicted == self.true)[order])
-        return (kept / len(order))[last], (correct / kept)[last], confidence[last]
+        ranked = RankedScores(self.confidence, self.predicted == self.true)
+        correct, wrong = ranked.counts()
+        kept = correct + wrong
+        return (kept / kept[-1])[1:], correct[1:] / kept[1:], ranked.thresholds
 
 
 class RankedScores:
-    """One class's probabilities, sorted once for all curves and bootstrap samples.
-
-    Args:
-        score: (N,)
-        positive: (N,) bool, whether the image is of the class.
-    """
+    """Probabilities (N,) of a class, sorted once for all curves and bootstrap samples; `positive` images are of it."""
 
     def __init__(self, score: Floats, positive: npt.NDArray[np.bool_]) -> None:
         self.order = np.argsort(-score, kind="stable")
         score, self.positive = score[self.order], positive[self.order]
-        self.last = np.flatnonzero(np.append(score[1:] != score[:-1], True))  # of equal scores
-        self.thresholds = score[self.last]
+        last = np.flatnonzero(np.append(score[1:] != score[:-1], True))  # of equal scores
+        self.thresholds, self.above = score[last], np.insert(last + 1, 0, 0)
 
     def counts(self, weight: Floats | None = None) -> tuple[Floats, Floats]:
-        """True and false positives at each threshold, from the highest."""
+        """True and false positives at each threshold, from the highest, after (0, 0)."""
         weights = np.ones(len(self.order)) if weight is None else weight[self.order]
-        positive = np.cumsum(weights * self.positive)[self.last]
-        return positive, np.cumsum(weights)[self.last] - positive
+        hits = np.cumsum(np.append(0.0, weights * self.positive))[self.above]
+        return hits, np.cumsum(np.append(0.0, weights))[self.above] - hits
 
     def auroc(self, weight: Floats | None = None) -> float:
         """Area under the ROC curve; nan where all images are of the class, or none."""
         hits, alarms = self.counts(weight)
-        if not hits[-1] or not alarms[-1]:
-            return np.nan
-        heights, widths = np.insert(hits, 0, 0.0), np.diff(alarms, prepend=0.0)
-        return float((widths * (heights[1:] + heights[:-1])).sum() / 2 / hits[-1] / alarms[-1])
+        return float(np.trapezoid(hits, alarms) / hits[-1] / alarms[-1]) if hits[-1] and alarms[-1] else np.nan
 
     def roc(self) -> tuple[Floats, Floats]:
         """False and true positive rate at each threshold, after the point (0, 0)."""
-        hits, alarms = (np.insert(count, 0, 0.0) for count in self.counts())
+        hits, alarms = self.counts()
         return alarms / max(alarms[-1], 1), hits / max(hits[-1], 1)
 
     def precision_recall(self) -> tuple[Floats, Floats]:
         """Recall and precision at each threshold."""
         hits, alarms = self.counts()
-        return hits / max(hits[-1], 1), hits / (hits + alarms)
+        return hits[1:] / max(hits[-1], 1), hits[1:] / (hits + alarms)[1:]
 
     def average_precision(self) -> float:
         """Mean precision over recall; nan where no image is of the class."""
@@ -174,29 +158,24 @@ class RankedScores:
         return float((np.diff(recall, prepend=0.0) * precision).sum()) if self.positive.any() else np.nan
 
 
-def intervals(sample: ScoredPredictions, repeats: int | None = None, seed: int = 0) -> dict[str, tuple[float, float]]:
+def intervals(sample: ScoredPredictions) -> dict[str, tuple[float, float]]:
     """95 % intervals of the scores, by resampling the images (percentile bootstrap)."""
-    return {name: _interval(values) for name, values in _resampled([sample], repeats, seed)[0].items()}
+    return {name: _interval(values) for name, values in _resampled(sample).items()}
 
 
-def differences(
-    first: ScoredPredictions, second: ScoredPredictions, repeats: int | None = None, seed: int = 0
-) -> dict[str, tuple[float, float, float]]:
+def differences(first: ScoredPredictions, second: ScoredPredictions) -> dict[str, tuple[float, float, float]]:
     """Second minus first on the same images: the difference, and its 95 % interval by resampling the pairs."""
-    resampled = _resampled([first, second], repeats, seed)
-    before, after = first.scores(), second.scores()
-    return {n: (after[n] - before[n], *_interval(resampled[1][n] - resampled[0][n])) for n in before}
+    before, after, draws = first.scores(), second.scores(), [_resampled(first), _resampled(second)]
+    return {name: (after[name] - before[name], *_interval(draws[1][name] - draws[0][name])) for name in before}
 
 
-def _resampled(samples: list[ScoredPredictions], repeats: int | None, seed: int) -> list[dict[str, Floats]]:
-    random, count = np.random.default_rng(seed), len(samples[0].true)
-    repeats = repeats or min(REPEATS, max(200, 200_000_000 // samples[0].probabilities.size))  # some seconds at most
-    draws: list[list[dict[str, float]]] = [[] for _ in samples]
-    for _ in range(repeats):
-        weight = np.bincount(random.integers(count, size=count), minlength=count).astype(np.float64)
-        for sample, scores in zip(samples, draws, strict=True):
-            scores.append(sample.scores(weight))
-    return [{name: np.array([scores[name] for scores in draw]) for name in draw[0]} for draw in draws]
+def _resampled(sample: ScoredPredictions) -> dict[str, Floats]:
+    """The scores of many samples drawn with replacement: the same images for all predictions on N images."""
+    random, count = np.random.default_rng(0), len(sample.true)
+    repeats = min(REPEATS, max(200, 200_000_000 // sample.probabilities.size))  # some seconds at most
+    draws = (np.bincount(random.integers(count, size=count), minlength=count) for _ in range(repeats))
+    scores = [sample.scores(draw.astype(np.float64)) for draw in draws]
+    return {name: np.array([score[name] for score in scores]) for name in scores[0]}
 
 
 def _interval(values: Floats) -> tuple[float, float]:

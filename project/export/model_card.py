@@ -16,13 +16,7 @@ MAX_NAMES = 40  # class names that the card lists
 
 
 def write(file: Path, checkpoint: Path, metadata: Metadata) -> None:
-    """Writes the card.
-
-    Args:
-        file: The card.
-        checkpoint: The exported checkpoint; if its run has been tested, the card has its figures.
-        metadata: Of the bundle.
-    """
+    """Writes the card; if the run of the exported checkpoint has been tested, with its figures."""
     names = metadata.class_names
     text = html.render(
         TEMPLATE,
@@ -34,8 +28,6 @@ def write(file: Path, checkpoint: Path, metadata: Metadata) -> None:
         splits=SPLITS,
         **_figures(checkpoint, metadata),
         metadata=metadata,
-        trained_with=_versions(metadata.versions),
-        exported_with=_versions(metadata.export["versions"]),
         checkpoint=_plain(checkpoint.name),
         date=f"{datetime.now().astimezone():%Y-%m-%d}",
         program=(file.parent / bundle.PROGRAM).exists(),
@@ -65,10 +57,6 @@ def _counts(run: Path, names: list[str]) -> list[tuple[str, list[int]]]:
         return []
     rows = [(_plain(name), [counts[split].get(name, 0) for split in SPLITS]) for name in names[:MAX_NAMES]]
     return [*rows, ("all classes", [sum(counts[split].values()) for split in SPLITS])]
-
-
-def _versions(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items()) or "unknown versions"
 
 
 def _plain(text: str) -> str:

@@ -1,8 +1,7 @@
 """A PyTorch network becomes files for other programs: ONNX, safetensors and torch.export's own format."""
 
-import importlib.util
+import importlib
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,7 @@ MAX_BYTES = 2_000_000_000  # of weights: an ONNX file without external data hold
 
 
 class ExportModule(nn.Module):
-    """From pixels to probabilities.
-
-    Args:
-        network: (B, 3, H, W) uint8 to logits (B, K).
-        temperature: Divisor of the logits.
-    """
+    """A network (B, 3, H, W) uint8 to logits (B, K), their division by the temperature, and softmax."""
 
     def __init__(self, network: nn.Module, temperature: float) -> None:
         super().__init__()
@@ -35,10 +29,12 @@ class ExportModule(nn.Module):
         return (logits / self.temperature).softmax(dim=1)
 
 
-def require_libraries() -> None:
-    """Checks that the extra `export` is installed."""
-    if missing := [name for name in LIBRARIES if importlib.util.find_spec(name) is None]:
-        raise UserError(f"export needs {', '.join(missing)}; install what it needs: pip install -e .[export]")
+def library_versions() -> dict[str, str]:
+    """Returns the versions of the libraries that make a bundle; without the extra `export`, raises UserError."""
+    try:  # the modules' own versions: onnxruntime is several packages in the index
+        return {name: str(importlib.import_module(name).__version__) for name in ("torch", *LIBRARIES)}
+    except ImportError as error:
+        raise UserError(f"export needs {error.name}; install it: pip install -e .[export]") from error
 
 
 def trace(network: nn.Module, temperature: float, image_size: int) -> torch.export.ExportedProgram:
@@ -77,9 +73,7 @@ def write_onnx(program: torch.export.ExportedProgram, file: Path, properties: di
             verbose=False,
         )
     except torch.onnx.OnnxExporterError as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
+        cause = error.__cause__ or error  # which names the operation
         raise UserError(f"ONNX cannot express an operation of the network: {first_line(cause)}") from error
     assert exported is not None
     save(exported.model_proto, file, properties)
@@ -116,8 +110,7 @@ def write_program(program: torch.export.ExportedProgram, file: Path) -> None:
 def properties(metadata: Metadata) -> dict[str, str]:
     """Returns the texts that a model.onnx holds about itself."""
     return {
-        "preprocess": json.dumps(bundle.preprocess(metadata)),
-        "class_names": json.dumps(metadata.class_names),
+        **bundle.properties(metadata),
         "model": metadata.model,
         "temperature": repr(metadata.temperature),
         "precision": metadata.precision,

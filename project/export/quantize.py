@@ -1,8 +1,6 @@
 """8 bits: a model.onnx whose layers with weights compute in int8, kept only where that gains much and costs little."""
 
-import os
 import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +32,6 @@ def write_int8(source: Path, file: Path, properties: dict[str, str], samples: It
 
     Raises:
         UserError: The quantiser cannot handle the network.
-        OSError: The disk is full, perhaps that of the temporary folder.
     """
     import onnx as library
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
@@ -66,16 +63,11 @@ def write_int8(source: Path, file: Path, properties: dict[str, str], samples: It
                 "OpTypesToExcludeOutputQuantization": linear,
             },
         )
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror} (8 bits need room in {tempfile.gettempdir()}, too)") from error
+    except OSError:
+        raise
     except Exception as error:  # the quantiser raises many types where it does not know a graph
         raise UserError(f"ONNX Runtime cannot compute the network in 8 bits: {onnx.first_line(error)}") from error
     onnx.save(library.load(file), file, properties)
-
-
-def is_worth_it(lost: float, smaller: float, faster: float) -> bool:
-    """Decides whether 8 bits are kept: points of accuracy lost, factors by which they are smaller and faster."""
-    return round(lost, 6) <= MAX_LOSS and (smaller >= MIN_SMALLER or faster >= MIN_FASTER)
 
 
 def quantize(
@@ -86,15 +78,10 @@ def quantize(
     images: verify.LabelledImages,
     samples: list[Pixels],
 ) -> Metadata:
-    """Replaces a bundle's model.onnx by one in 8 bits where `is_worth_it`, and prints what was measured.
+    """Replaces a bundle's model.onnx by one in 8 bits where that is worth it, and prints what was measured.
 
-    Args:
-        folder: The bundle, loaded as `exact`.
-        metadata: Of the bundle; returned with its new `precision` and `int8`.
-        exact: Predicts in 32 bits.
-        expected: The checkpoint's outputs for the images.
-        images: Validation images.
-        samples: As for `write_int8`.
+    `exact` is the bundle in `folder`, loaded; `expected` are the checkpoint's outputs for the images; `samples` as for
+    `write_int8`. Returns the metadata with its new `precision` and `int8`.
     """
     model, trial, reduced = folder / bundle.MODEL, folder / "int8", replace(metadata, precision="int8")
     trial.mkdir()
@@ -105,15 +92,15 @@ def quantize(
         outputs = verify.predict(candidate, images, batch_size=64)
     except UserError as error:
         shutil.rmtree(trial)
-        print(f"int8: {str(error).replace(f'{trial}{os.sep}', '').rstrip('.')}; model.onnx stays float32")
+        print(f"int8: {error}; model.onnx stays float32")
         return metadata
     accuracy = expected.accuracy, outputs.accuracy
-    difference = float(np.nan_to_num(np.abs(expected.probabilities - outputs.probabilities), nan=1.0).max())
+    difference = float(np.abs(expected.probabilities - outputs.probabilities).max())
     sizes = [file.stat().st_size for file in (model, trial / bundle.MODEL)]
     image = np.zeros((1, exact.image_size, exact.image_size, 3), np.uint8)
     seconds = verify.side_by_side(lambda: exact.probabilities(image), lambda: candidate.probabilities(image))
-    smaller, faster = sizes[0] / sizes[1], seconds[0] / seconds[1]
-    kept = is_worth_it(100 * (accuracy[0] - accuracy[1]), smaller, faster)
+    lost, smaller, faster = 100 * (accuracy[0] - accuracy[1]), sizes[0] / sizes[1], seconds[0] / seconds[1]
+    kept = round(lost, 6) <= MAX_LOSS and (smaller >= MIN_SMALLER or faster >= MIN_FASTER)
     print(
         f"int8: accuracy {accuracy[0]:.2%} becomes {accuracy[1]:.2%}, probabilities differ by at most "
         f"{difference:.2g}, {sizes[0] / 1e6:,.1f} MB become {sizes[1] / 1e6:,.1f} ({smaller:.1f} x smaller), "

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,57 +36,47 @@ class Outputs(NamedTuple):
     accuracy: float
 
 
-def validation_images(run: Path, metadata: Metadata, data: str | None) -> LabelledImages:
-    """Draws validation images to compare on; without a split.csv in the run, prints how they were found.
-
-    Args:
-        run: The run's folder.
-        metadata: Of its checkpoint.
-        data: The data set's folder or table; None means where the run had it.
+def draw_images(
+    run: Path, split: Literal["train", "val"], count: int, metadata: Metadata, data: str | None
+) -> LabelledImages:
+    """Draws up to `count` images of a run's split; without a split.csv in the run, prints how they were found.
 
     Raises:
-        UserError: None of the images is there.
+        UserError: None of the images is there, or they have other classes.
     """
-    images = run_split.images(run, "val", metadata, data)
-    paths, labels = _draw(images, MAX_IMAGES, "validation images to compare the bundle with the checkpoint", run)
-    if images.notice:
-        print(images.notice)
-    return LabelledImages(paths, labels, f"validation images of {images.root}")
+    kind, found = {"train": "training", "val": "validation"}[split], run_split.images(run, split, metadata, data)
+    order = np.random.default_rng(0).permutation(len(found.pairs)).tolist()
+    pairs = list(islice((found.pairs[index] for index in order if Path(found.pairs[index][0]).is_file()), count))
+    if not pairs:
+        raise UserError(
+            f"export needs {kind} images, but none of the {len(found.pairs):,} of {run} is in {found.root}; give the "
+            "folder of the run's images by --data."
+        )
+    if found.notice:
+        print(found.notice)
+    paths, labels = zip(*pairs, strict=True)
+    return LabelledImages(list(paths), list(labels), f"{kind} images of {found.root}")
 
 
 def training_samples(run: Path, network: Predictor, data: str | None) -> list[Pixels]:
-    """Draws training images for the scales of 8 bits; otherwise like `validation_images`.
+    """Reads training images for the scales of 8 bits: arrays (B, H, W, 3) uint8, RGB, of up to 8 images.
 
-    Returns:
-        Arrays (B, H, W, 3) uint8, RGB, of up to 8 images.
+    Raises:
+        UserError: None of the images is there or can be read.
     """
-    images = run_split.images(run, "train", network.metadata, data)
-    paths, _ = _draw(images, MAX_SAMPLES, "training images for the scales of 8 bits (or leave out --quantize)", run)
-    batches = list(network.batches(paths, batch_size=8))
+    images = draw_images(run, "train", MAX_SAMPLES, network.metadata, data)
+    batches = list(network.batches(images.paths, batch_size=8))
     samples = [batch.pixels for batch in batches if len(batch.pixels)]
     if not samples:
-        reason = f"{paths[0]}: {batches[0].failed[0]}"
-        raise UserError(f"None of the {len(paths):,} training images of {images.root} can be read: {reason}.")
+        raise UserError(f"None of the {len(images.paths):,} {images.source} can be read: {batches[0].failed[0]}.")
     return samples
-
-
-def _draw(images: run_split.SplitImages, count: int, purpose: str, run: Path) -> tuple[list[str], list[str]]:
-    """Draws paths and labels from the images that are there."""
-    order = np.random.default_rng(0).permutation(len(images.pairs)).tolist()
-    pairs = list(islice((images.pairs[index] for index in order if Path(images.pairs[index][0]).is_file()), count))
-    if not pairs:
-        raise UserError(
-            f"export needs {purpose}, but none of the {len(images.pairs):,} of {run} is in {images.root}; give the "
-            "folder of the run's images by --data."
-        )
-    return [path for path, _ in pairs], [label for _, label in pairs]
 
 
 def compare(network: Predictor, exported: Predictor, images: LabelledImages) -> tuple[dict[str, Any], Outputs]:
     """Compares two predictors on the same files, and prints how much they differ.
 
-    A label counts as different only where the network's probabilities of the two classes differ by more than
-    `TOLERANCE`: which of two equal probabilities is larger is chance.
+    Where all probabilities are equal within `TOLERANCE`, another label is a tie: which of two equal probabilities is
+    larger is chance.
 
     Returns:
         What was measured, and the outputs of the network.
@@ -97,23 +87,20 @@ def compare(network: Predictor, exported: Predictor, images: LabelledImages) -> 
     """
     # batches of different size, so that neither can depend on it
     expected, outputs = predict(network, images, batch_size=64), predict(exported, images, batch_size=7)
-    rows = np.arange(len(expected.probabilities))
-    labels, others = expected.probabilities.argmax(axis=1), outputs.probabilities.argmax(axis=1)
-    gap = expected.probabilities[rows, labels] - expected.probabilities[rows, others]
-    flips, ties = int((gap > TOLERANCE).sum()), int(((labels != others) & (gap <= TOLERANCE)).sum())
-    largest = float(np.abs(expected.probabilities - outputs.probabilities).max())
-    if flips or not largest <= TOLERANCE:  # nan, too
+    count, largest = len(outputs.probabilities), float(np.abs(expected.probabilities - outputs.probabilities).max())
+    others = int((expected.probabilities.argmax(axis=1) != outputs.probabilities.argmax(axis=1)).sum())
+    if not largest <= TOLERANCE:  # nan, too
         raise FailedRun(
-            f"model.onnx does not predict the same as the checkpoint: of {len(rows):,} {images.source}, {flips:,} get "
+            f"model.onnx does not predict the same as the checkpoint: of {count:,} {images.source}, {others:,} get "
             f"another label, and probabilities differ by up to {largest:.2g}, where {TOLERANCE:g} is allowed; no "
             "bundle was made."
         )
     print(
-        f"compared on {len(rows):,} {images.source}, from file to prediction: the same labels"
-        f"{f' ({ties:,} of them a tie)' if ties else ''}, probabilities differ by at most {largest:.2g}"
+        f"compared on {count:,} {images.source}, from file to prediction: the same labels"
+        f"{f' ({others:,} of them a tie)' if others else ''}, probabilities differ by at most {largest:.2g}"
     )
-    measured = {"largest_difference": largest, "accuracy": expected.accuracy, "ties": ties}
-    return {"images": len(rows), "of": images.source, **measured}, expected
+    measured = {"largest_difference": largest, "accuracy": expected.accuracy, "ties": others}
+    return {"images": count, "of": images.source, **measured}, expected
 
 
 def predict(predictor: Predictor, images: LabelledImages, batch_size: int) -> Outputs:

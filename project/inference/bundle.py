@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,13 +42,9 @@ class OnnxPredictor(Predictor):
     def __init__(self, folder: Path, threads: int | None = None) -> None:
         self._file = folder / MODEL
         with ThreadPoolExecutor(1) as pool:  # sums are computed while the model is read
-            verified = pool.submit(verify, folder, MODEL)
-            try:
-                self._session = _session(self._file, threads or usable_cores())
-            except UserError:
-                verified.result()  # where a file is missing or damaged, this error is more precise
-                raise
-            super().__init__(verified.result())
+            session = pool.submit(_session, self._file, threads or usable_cores())
+            super().__init__(verify(folder, MODEL))  # where a file is damaged, its error is the more precise one
+        self._session = session.result()
         _require_match(self._session, self._file, self.metadata)
 
     def probabilities(self, image: Pixels) -> npt.NDArray[np.float32]:
@@ -57,15 +52,16 @@ class OnnxPredictor(Predictor):
         try:
             result: npt.NDArray[np.float32] = self._session.run(None, {"image": image})[0]
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            raise UserError(f"{self._file} fails on an image: {_line(error)}") from error
+            raise UserError(f"{self._file} fails on an image: {' '.join(str(error).split())[:300]}") from error
         if result.shape != (len(image), len(self.class_names)):
             raise UserError(f"{self._file} maps {len(image)} images to an array of shape {result.shape}.")
         return result
 
 
-def preprocess(metadata: Metadata) -> dict[str, Any]:
-    """Returns what model.onnx holds of its input under the key `preprocess`; NHWC means (B, H, W, 3)."""
-    return {"image_size": metadata.image_size, "resize": metadata.resize, "layout": "NHWC"}
+def properties(metadata: Metadata) -> dict[str, str]:
+    """The texts in a model.onnx that must match config.json; the layout NHWC means (B, H, W, 3)."""
+    preprocess = {"image_size": metadata.image_size, "resize": metadata.resize, "layout": "NHWC"}
+    return {"preprocess": json.dumps(preprocess), "class_names": json.dumps(metadata.class_names)}
 
 
 def seal(folder: Path, metadata: Metadata) -> None:
@@ -85,11 +81,7 @@ def write_sums(folder: Path) -> None:
 
 
 def verify(folder: Path, needed: str) -> Metadata:
-    """Compares the files that are there with SHA256SUMS, and reads config.json.
-
-    Args:
-        folder: The bundle.
-        needed: The file that must be there besides; others may have been left out.
+    """Compares the files that are there with SHA256SUMS, and reads config.json; only `needed` must be there besides.
 
     Raises:
         UserError: A file is missing or damaged, or config.json is not a bundle's.
@@ -99,23 +91,20 @@ def verify(folder: Path, needed: str) -> Metadata:
             raise UserError(f"{folder} has no {name}; copy the whole bundle, or {ANEW}.")
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
-        listed = {line[66:]: line[:64] for line in lines if re.fullmatch(r"[0-9a-f]{64}  [\w.]+", line)}
-        if len(listed) != len(lines) or not {CONFIG, needed} <= set(listed):
+        sums = {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
+        if not {CONFIG, needed} <= set(sums) <= set(PARTS):
             raise UserError(f"{folder / SUMS} is damaged; {ANEW}.")
-        present = [name for name in listed if (folder / name).is_file()]
+        present = [name for name in sums if (folder / name).is_file()]
         with ThreadPoolExecutor(len(present)) as pool:
             for name, checksum in zip(present, pool.map(_sum, [folder / name for name in present]), strict=True):
-                if checksum != listed[name]:
+                if checksum != sums[name]:
                     raise UserError(f"{folder / name} is damaged: its content does not match {SUMS}; {ANEW}.")
         content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"Cannot read {error.filename or folder}: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{folder / CONFIG} or {SUMS} is not text in the format of a bundle; {ANEW}.") from error
-    refusal = f"{folder / CONFIG} is not the configuration of a bundle"
-    if not isinstance(content, dict):
-        raise UserError(f"{refusal}; {ANEW}.")
-    return Metadata.parse(content, refusal, of_bundle=True)
+        raise UserError(f"{folder / CONFIG} or {SUMS} is damaged; {ANEW}.") from error
+    return Metadata.parse(content, f"{folder / CONFIG} is not the configuration of a bundle")
 
 
 def _sum(file: Path) -> str:
@@ -139,7 +128,7 @@ def _session(file: Path, threads: int) -> Any:
     try:
         return runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no base class
-        raise UserError(f"{file} cannot be used: {_line(error)}") from error
+        raise UserError(f"{file} cannot be used: {' '.join(str(error).split())[:300]}") from error
 
 
 def _require_match(session: Any, file: Path, metadata: Metadata) -> None:
@@ -147,20 +136,13 @@ def _require_match(session: Any, file: Path, metadata: Metadata) -> None:
     size, count = metadata.image_size, len(metadata.class_names)
     inputs = [(node.name, node.type, node.shape[1:]) for node in session.get_inputs()]
     outputs = [(node.type, node.shape[1:]) for node in session.get_outputs()]
-    if inputs != [("image", "tensor(uint8)", [size, size, 3])] or outputs != [("tensor(float)", [count])]:
-        raise UserError(f"{file} does not map images of {size} pixels to {count} probabilities, as {CONFIG} says.")
-    if isinstance(batch := session.get_inputs()[0].shape[0], int):
-        raise UserError(f"{file} takes batches of {batch} only; {ANEW}.")
-    properties = session.get_modelmeta().custom_metadata_map
-    for key, value in {"preprocess": preprocess(metadata), "class_names": metadata.class_names}.items():
-        try:
-            is_equal = json.loads(properties.get(key, "null")) == value
-        except (ValueError, RecursionError):
-            is_equal = False
-        if not is_equal:
-            raise UserError(f"{file} and {CONFIG} beside it contradict each other in {key}; {ANEW}.")
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split()).rstrip(".")
-    return (text if len(text) <= 300 else f"{text[:300]}…") + "."
+    texts, expected = session.get_modelmeta().custom_metadata_map, properties(metadata)
+    if (
+        inputs != [("image", "tensor(uint8)", [size, size, 3])]
+        or outputs != [("tensor(float)", [count])]
+        or {key: texts.get(key) for key in expected} != expected
+    ):
+        raise UserError(
+            f"{file} and {CONFIG} beside it contradict each other: the model must map images of {size} pixels, "
+            f"{metadata.resize}, to the probabilities of {count} classes of the same names; {ANEW}."
+        )

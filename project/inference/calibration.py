@@ -4,7 +4,6 @@ Guo et al. 2017, "On Calibration of Modern Neural Networks": the logits are divi
 label.
 """
 
-import contextlib
 import json
 import zipfile
 import zlib
@@ -34,13 +33,12 @@ def fit_temperature(true: npt.NDArray[np.integer[Any]], probabilities: npt.NDArr
     """
     logits = np.log(np.maximum(probabilities, SMALLEST).astype(np.float64))
     own = logits[np.arange(len(true)), true]
-    low, high = 1 / HIGHEST, 1 / LOWEST  # the loss is convex in 1/T: bisect for the change of its slope's sign
+    low, high = LOWEST, HIGHEST  # the loss is convex in 1/T: bisect for the change of its slope's sign
     for _ in range(60):
         middle = (low * high) ** 0.5
-        mean = (_softmax(logits * middle) * logits).sum(axis=1)
-        low, high = (low, middle) if (mean - own).mean() > 0 else (middle, high)
-    is_inside = 1.001 * LOWEST < 1 / middle < HIGHEST / 1.001
-    return float(1 / middle) if is_inside else None
+        mean = (_softmax(logits / middle) * logits).sum(axis=1)
+        low, high = (middle, high) if (mean - own).mean() > 0 else (low, middle)
+    return middle if 1.001 * LOWEST < middle < HIGHEST / 1.001 else None
 
 
 def at_temperature(probabilities: npt.NDArray[np.floating[Any]], temperature: float) -> npt.NDArray[np.float64]:
@@ -53,17 +51,13 @@ def _softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.asarray(powers / powers.sum(axis=1, keepdims=True))
 
 
-def write(checkpoint: Path, temperature: float, measured: dict[str, float]) -> None:
-    """Writes a temperature, and what was measured at it, into a file beside its checkpoint."""
-    content = {"temperature": temperature, "checkpoint": fingerprint(checkpoint), **measured}
-    with files.replacing(_file(checkpoint)) as stream:
-        json.dump(content, stream, indent=2)
-
-
-def forget(checkpoint: Path) -> None:
-    """Removes the temperature beside a checkpoint, if there is one."""
-    with contextlib.suppress(OSError):  # the run may be read-only
+def write(checkpoint: Path, temperature: float | None) -> None:
+    """Writes a temperature into a file beside its checkpoint; None removes the file."""
+    if temperature is None:
         _file(checkpoint).unlink(missing_ok=True)
+        return
+    with files.replacing(_file(checkpoint)) as stream:
+        json.dump({"temperature": temperature, "checkpoint": fingerprint(checkpoint)}, stream, indent=2)
 
 
 def read(checkpoint: Path) -> float | None:

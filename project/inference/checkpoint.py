@@ -29,15 +29,12 @@ def read(path: Path) -> tuple[dict[str, Any], Metadata]:
     Raises:
         UserError: The file is damaged, holds code, or is not a checkpoint of this project.
     """
-    content = weights.read(path)
-    known = content.get(METADATA) if isinstance(content, dict) else None
-    if not isinstance(known, dict):
-        raise UserError(f"{path} was not written by this project: it has no {METADATA}; give a best.ckpt of a run.")
-    metadata = Metadata.parse(known, f"{path} is not a checkpoint of this project")
+    content, refusal = weights.read(path), f"{path} is not a checkpoint of this project"
+    metadata = Metadata.parse(content.get(METADATA) if isinstance(content, dict) else None, refusal)
     state = content.get("state_dict")
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise UserError(f"{path} is not a checkpoint of this project: it has no weights by name.")
-    return dict(content), metadata
+        raise UserError(f"{refusal}: it has no weights by name.")
+    return content, metadata
 
 
 class TorchPredictor(Predictor):
@@ -62,23 +59,11 @@ class TorchPredictor(Predictor):
 
 
 def load(file: Path, calibrated: bool = False, device: str | None = None) -> TorchPredictor:
-    """Loads a checkpoint.
-
-    Args:
-        file: The checkpoint.
-        calibrated: Use the temperature in the file beside it.
-        device: Where the network computes; by default the accelerator, if there is one.
-
-    Raises:
-        UserError: The checkpoint cannot be used, or no temperature is known for it.
-    """
+    """Loads a checkpoint, if `calibrated` with the temperature in the file beside it; see the function in load.py."""
     content, metadata = read(file)
     temperature = calibration.read(file) if calibrated else 1.0
     if temperature is None:
-        raise UserError(
-            f"No temperature is known for {file}; python -m project.cli report {file} finds it, if the validation "
-            "images are there and some of them are misclassified."
-        )
+        raise UserError(f"No temperature is known for {file}; python -m project.cli report {file} finds it.")
     entries = content["state_dict"].items()
     state = {name.removeprefix("network."): tensor for name, tensor in entries if name.startswith("network.")}
     return _restore(file, metadata, state, temperature, device)

@@ -33,12 +33,9 @@ class Source:
         """Like the function `load`; a bundle computes a batch with `threads`, by default one per core."""
         if not self.is_bundle:
             return self.load_network(calibrated, device)
-        if device not in (None, "cpu"):
-            raise UserError(
-                f"{self.file} is a bundle, which computes on the CPU, not on {device}; give its checkpoint."
-            )
         predictor = bundle.OnnxPredictor(self.file, threads)
-        self._require_temperature(predictor, calibrated)
+        if calibrated and not predictor.metadata.calibrated:
+            raise UserError(f"{self.file} was made before a temperature was known; run report, then export again.")
         return predictor
 
     def load_network(self, calibrated: bool = False, device: str | None = None) -> "TorchPredictor":
@@ -46,22 +43,10 @@ class Source:
         try:
             from project.inference import checkpoint
         except ModuleNotFoundError as error:
-            raise UserError(
-                f"{self.file} is a checkpoint, which needs {error.name}; install it, or give a bundle, which export "
-                "makes of it where torch is."
-            ) from error
-        if not self.is_bundle:
-            return checkpoint.load(self.file, calibrated, device)
-        predictor = checkpoint.load_bundle(self.file, device)
-        self._require_temperature(predictor, calibrated)
-        return predictor
-
-    def _require_temperature(self, predictor: Predictor, calibrated: bool) -> None:
-        if calibrated and not predictor.metadata.calibrated:
-            raise UserError(
-                f"{self.file} was made before a temperature was known; run python -m project.cli report on its run, "
-                "then export again."
-            )
+            raise UserError(f"{self.file} needs {error.name}; without it, predict and serve take bundles.") from error
+        if self.is_bundle:
+            return checkpoint.load_bundle(self.file, device)
+        return checkpoint.load(self.file, calibrated, device)
 
 
 def locate(path: str | os.PathLike[str] | None = None) -> Source:
@@ -119,5 +104,5 @@ def load(path: str | os.PathLike[str] | None = None, calibrated: bool = False, d
 def load_network(
     path: str | os.PathLike[str] | None = None, calibrated: bool = False, device: str | None = None
 ) -> "TorchPredictor":
-    """Like `load`, but always as a PyTorch network; a bundle's is in model.safetensors."""
+    """Like `load`, but always as a PyTorch network, a bundle's at the bundle's own temperature."""
     return locate(path).load_network(calibrated, device)

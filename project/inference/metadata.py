@@ -5,8 +5,8 @@ import importlib.util
 import math
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,7 +19,7 @@ MAX_SIZE = 16_384  # side of an image, in pixels: a foreign file must not decide
 
 @dataclass(frozen=True)
 class Metadata:
-    """What is known of a trained network; the entries without a default are in every file."""
+    """What is known of a trained network."""
 
     model: str  # as `models.build` takes it
     class_names: list[str]
@@ -40,24 +40,21 @@ class Metadata:
     int8: dict[str, Any] | None = None  # accuracy, size and speed in 32 and 8 bits, where 8 bits were tried
 
     @classmethod
-    def parse(cls, content: Mapping[str, Any], refusal: str, of_bundle: bool = False) -> "Metadata":
+    def parse(cls, content: Any, refusal: str) -> "Metadata":
         """Validates the content of a file, whoever wrote it.
 
         Args:
             content: Values by name; unknown names are ignored.
             refusal: How the error message begins: the file, and what it is not.
-            of_bundle: Whether `temperature` and `calibrated` are required, too.
 
         Raises:
             UserError: A value is missing or invalid.
         """
-        required = {
-            entry.name for entry in fields(cls) if entry.default is MISSING and entry.default_factory is MISSING
-        }
-        required |= {"temperature", "calibrated"} if of_bundle else set()
+        if not isinstance(content, dict):
+            raise UserError(f"{refusal}: it has no metadata; give a run, its best.ckpt or a bundle.")
         known = {name: content[name] for name in RULES if content.get(name) is not None}
         for name, (expected, is_valid) in RULES.items():
-            if name in required | set(known) and not is_valid(known.get(name)):
+            if name in (*REQUIRED, *known) and not is_valid(known.get(name)):
                 raise UserError(f"{refusal}: its {name} is not {expected}.")
         return cls(**known)
 
@@ -80,12 +77,12 @@ def _are_numbers(value: Any) -> bool:
 def _is_config(value: Any) -> bool:
     if not isinstance(value, dict) or not all(isinstance(value.get(k), dict) for k in ("data", "model", "trainer")):
         return False
-    texts, numbers = ("root", "split", "group", "exclude"), ("split_seed", "folds", "fold")
-    return all(isinstance(value["data"].get(name), str | None) for name in texts) and all(
-        isinstance(value["data"].get(name), int | None) for name in numbers
-    )
+    types: dict[str, type] = dict.fromkeys(("root", "split", "group", "exclude"), str)
+    types |= dict.fromkeys(("split_seed", "folds", "fold"), int)
+    return all(isinstance(value["data"].get(name), kind | None) for name, kind in types.items())
 
 
+REQUIRED = ("model", "class_names", "image_size", "resize", "mean", "std", "config")
 RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "model": ("a name", _is_text),
     "class_names": ("a list of different names", _are_names),
@@ -97,9 +94,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "temperature": ("a number from 0.01 to 100", lambda number: isinstance(number, float) and 0.01 < number < 100),
     "calibrated": ("true or false", lambda value: isinstance(value, bool)),
     **dict.fromkeys(("machine", "git_commit", "precision"), ("text", _is_text)),
-    **dict.fromkeys(
-        ("versions", "metrics", "export", "compared", "int8"), ("an object", lambda v: isinstance(v, dict))
-    ),
+    **dict.fromkeys(("versions", "metrics", "export", "compared", "int8"), ("an object", lambda v: type(v) is dict)),
 }
 
 
@@ -117,11 +112,9 @@ def provenance() -> dict[str, Any]:
 
 
 def _git_commit() -> str:
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
+    command = ["git", "-C", str(Path(__file__).parent), "describe"]
+    command += ["--always", "--abbrev=40", "--exclude=*", "--dirty=+"]  # the full hash, and no tag
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""  # not a git checkout, or no git

@@ -2,44 +2,29 @@
 
 import csv
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from project import files
 
 COLUMNS, CLASS = ("path", "true", "label", "probability", "error"), "p:"  # the prefix of a class's column
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What is predicted for one image.
+class Prediction(NamedTuple):
+    """What is predicted for one image; label and probabilities are empty where it could not be read."""
 
-    Attributes:
-        path: As it was given.
-        label: Name of the likeliest class; empty where the image could not be read.
-        probability: Of that class, 0 to 1.
-        probabilities: Of each class, in class order; empty where the image could not be read.
-        error: Why the image could not be read; empty where it could.
-        true: The true class; empty where it is unknown.
-    """
-
-    path: str
-    label: str = ""
-    probability: float = 0.0
-    probabilities: tuple[float, ...] = ()
-    error: str = ""
-    true: str = ""
+    path: str  # as it was given
+    label: str = ""  # name of the likeliest class
+    probability: float = 0.0  # of that class, 0 to 1
+    probabilities: tuple[float, ...] = ()  # of each class, in class order
+    error: str = ""  # why the image could not be read; empty where it could
+    true: str = ""  # the true class; empty where it is unknown
 
     @classmethod
     def of(cls, path: str, probabilities: Sequence[float], class_names: Sequence[str], true: str = "") -> "Prediction":
         """Makes a prediction from a row of probabilities."""
         best = max(range(len(class_names)), key=probabilities.__getitem__)
         return cls(path, class_names[best], probabilities[best], tuple(probabilities), true=true)
-
-    def labelled(self, true: str) -> "Prediction":
-        """Returns a copy with its true class."""
-        return replace(self, true=true)
 
 
 def write(
@@ -56,8 +41,7 @@ def write_into(
     """Writes predictions as CSV.
 
     The columns are path, true, label, probability, error, then p:<class> for each class, with nine significant digits.
-    With a `min_confidence`, the column abstained follows error: 1 where the probability is below it, 0 where it is not,
-    empty where the image could not be read. The label stays the likeliest class, for any other threshold.
+    With a `min_confidence`, abstained follows error: 1 where the probability is below it, else 0, or empty with error.
     """
     writer = csv.writer(stream)
     abstained = [] if min_confidence is None else ["abstained"]
@@ -74,7 +58,7 @@ def read(file: Path) -> Iterator[Prediction]:
     """Reads predictions that were written without a `min_confidence`, one by one."""
     with file.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
         rows = csv.reader(stream)
-        next(rows)
+        next(rows, None)
         for path, true, label, probability, error, *numbers in rows:
             probabilities = () if error else tuple(map(float, numbers))
             yield Prediction(path, label, float(probability or 0), probabilities, error, true)

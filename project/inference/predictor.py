@@ -22,17 +22,11 @@ ImageSource = str | os.PathLike[str] | bytes  # a file, or the bytes of one
 
 
 class Batch(NamedTuple):
-    """Images that are labelled together.
+    """Images that are labelled together."""
 
-    Attributes:
-        names: Of all images.
-        pixels: (B, H, W, 3) uint8, RGB, of the B images that could be read.
-        failed: Why the others could not be read, by index into the names.
-    """
-
-    names: list[str]
-    pixels: images.Pixels
-    failed: dict[int, str]
+    names: list[str]  # of all images
+    pixels: images.Pixels  # (B, H, W, 3) uint8, RGB, of the B images that could be read
+    failed: dict[int, str]  # why the others could not be read, by index into the names
 
 
 class Predictor(ABC):
@@ -76,41 +70,37 @@ class Predictor(ABC):
 
     def predict_batch(self, batch: Batch, tta: bool = False) -> Iterator[Prediction]:
         """Yields one `Prediction` per image of a batch, in its order."""
-        rows = iter(self._rows(batch.pixels, tta))
+        rows: Iterator[list[float]] = iter(())
+        if len(batch.pixels):
+            probabilities = self.probabilities(batch.pixels)
+            if tta:
+                mirrored = self.probabilities(np.ascontiguousarray(batch.pixels[:, :, ::-1]))
+                probabilities = np.mean([probabilities, mirrored], axis=0)
+            rows = iter(probabilities.tolist())
         for index, name in enumerate(batch.names):
             if index in batch.failed:
                 yield Prediction(name, error=batch.failed[index])
             else:
                 yield Prediction.of(name, next(rows), self.class_names)
 
-    def _rows(self, pixels: images.Pixels, tta: bool) -> list[list[float]]:
-        if not len(pixels):
-            return []
-        probabilities = self.probabilities(pixels)
-        if tta:
-            mirrored = self.probabilities(np.ascontiguousarray(pixels[:, :, ::-1]))
-            probabilities = np.mean([probabilities, mirrored], axis=0)
-        rows: list[list[float]] = probabilities.tolist()
-        return rows
-
     def batches(
         self, inputs: Iterable[ImageSource], batch_size: int = 64, workers: int | None = None
     ) -> Generator[Batch, None, None]:
         """Reads images in threads, which suffice: Pillow releases the GIL while it decodes and resizes."""
-        remaining, waiting = iter(inputs), deque[tuple[list[str], list[Future[images.Pixels]]]]()
         pool = ThreadPoolExecutor(workers or usable_cores(), thread_name_prefix="reader")
 
-        def read_ahead() -> None:
-            if sources := list(islice(remaining, batch_size)):
+        def submit() -> Iterator[tuple[list[str], list[Future[images.Pixels]]]]:
+            remaining = iter(inputs)
+            while sources := list(islice(remaining, batch_size)):
                 names = ["<bytes>" if isinstance(source, bytes) else os.fspath(source) for source in sources]
-                waiting.append((names, [pool.submit(images.read, s, self.image_size, self.resize) for s in sources]))
+                yield names, [pool.submit(images.read, s, self.image_size, self.resize) for s in sources]
 
         try:
-            for _ in range(READ_AHEAD):
-                read_ahead()
+            submitted = submit()
+            waiting = deque(islice(submitted, READ_AHEAD))
             while waiting:
                 names, futures = waiting.popleft()
-                read_ahead()
+                waiting.extend(islice(submitted, 1))
                 pixels, failed = [], {}
                 for index, future in enumerate(futures):
                     try:

@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 TIMM = "timm/"  # prefix of the names of timm's networks
-MOMENTUM = 0.1  # of BatchNorm, PyTorch's default; see _raise_momentum
 
 
 def build(
@@ -28,10 +27,14 @@ def build(
     """
     from torch import nn
 
-    from project.models.normalize import SCRATCH, Normalize
+    from project.models.normalize import BATCH_NORMS, SCRATCH, Normalize
 
     network = _network(name, num_classes)
-    _raise_momentum(network)
+    for layer in network.modules():
+        # At least PyTorch's default: the 0.01 of MobileNetV3, MaxViT and the largest EfficientNets and the 0.0003 of
+        # MNASNet are made for 100,000s of steps; after a few hundred, the running statistics are far from the images'.
+        if isinstance(layer, BATCH_NORMS) and layer.momentum is not None:
+            layer.momentum = max(layer.momentum, 0.1)
     return nn.Sequential(Normalize(mean or SCRATCH, std or SCRATCH), network)
 
 
@@ -51,26 +54,11 @@ def _network(name: str, num_classes: int) -> "nn.Module":
             f"There is no network {name}.{did_you_mean(name, names)} --model.name takes alexnet, resnet18 or another "
             "of those that python -m project.cli models lists."
         )
-    options = {}
-    if name in ("googlenet", "inception_v3"):
-        # otherwise they return a tuple of logits in training, and rescale the pixels once more
-        options = {"aux_logits": False, "init_weights": True, "transform_input": False}
+    # otherwise these two return a tuple of logits in training, and rescale the pixels once more
+    plain = {"aux_logits": False, "init_weights": True, "transform_input": False}
+    options = plain if name in ("googlenet", "inception_v3") else {}
     network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
     return network
-
-
-def _raise_momentum(network: "nn.Module") -> None:
-    """Lets the running statistics of BatchNorm follow within a short training.
-
-    torchvision's MobileNetV3, the largest of its EfficientNets and MaxViT (0.01) and MNASNet (0.0003) are made for
-    hundreds of thousands of steps: after a few hundred some of them fit all training images but predict validation
-    images as if they had learned nothing.
-    """
-    from project.models.normalize import BATCH_NORMS
-
-    for module in network.modules():
-        if isinstance(module, BATCH_NORMS) and module.momentum is not None:
-            module.momentum = max(module.momentum, MOMENTUM)
 
 
 def torchvision_names() -> list[str]:
@@ -99,11 +87,7 @@ def timm_network(name: str, **options: Any) -> "nn.Module":
 
 
 def import_timm() -> Any:
-    """Imports timm, an extra of this project.
-
-    Raises:
-        UserError: timm is not installed.
-    """
+    """Imports timm; raises a UserError where that extra of this project is not installed."""
     try:
         import timm
     except ImportError as error:
@@ -135,10 +119,10 @@ def require_size(network: "nn.Module", name: str, image_size: int) -> None:
             return False
         return True
 
-    was_training = network.training
     network.eval()
     if not takes(image_size):
-        larger = next((size for size in range(image_size + 1, 513) if takes(size)), None)
-        way_out = f"the next size that it takes is {larger}" if larger else "give another"
-        raise UserError(f"--data.image_size is {image_size}, which {name} does not take; {way_out}.")
-    network.train(was_training)
+        larger = next((size for size in range(image_size + 1, 513) if takes(size)), "above 512")
+        raise UserError(
+            f"--data.image_size is {image_size}, which {name} does not take; the next size that it takes is {larger}."
+        )
+    network.train()

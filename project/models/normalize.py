@@ -10,12 +10,7 @@ SCRATCH = (0.5, 0.5, 0.5)  # mean and standard deviation for a network without p
 
 
 class Normalize(nn.Module):
-    """Subtracts the mean and divides by the standard deviation, both on the scale of 0 to 1.
-
-    Args:
-        mean: Per channel.
-        std: Per channel.
-    """
+    """Subtracts the mean and divides by the standard deviation of each channel, both on the scale of 0 to 1."""
 
     mean: Tensor
     std: Tensor

@@ -1,11 +1,10 @@
 """The weights that a network starts with: random, published or from a file; no code in a file is ever executed."""
 
+import contextlib
 import copy
 import json
-import pickle
 import re
 import zipfile
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,30 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from project import models
-from project.errors import UserError, did_you_mean
+from project.errors import UserError
 
 FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 DESCRIPTION = ("mean", "std", "class_names", "model")  # keys of a checkpoint's metadata, in the order of Weights
+OPTIONAL = re.compile("aux|Aux|num_batches_tracked")  # models.build makes no side outputs; a count is not a weight
 
 
 class Weights(NamedTuple):
-    """Tensors with what is known about them.
-
-    Attributes:
-        tensors: By name, as their source has them.
-        source: Its name, for messages.
-        mean: Of the pixels they were trained on, a channel each, on the scale of 0 to 1; None if unknown.
-        std: Their standard deviation.
-        class_names: The classes, if known.
-        model: The name of the network, if known.
-    """
+    """Tensors by name, their source for messages, and what is known about them."""
 
     tensors: Mapping[str, Tensor]
     source: str
-    mean: Sequence[float] | None = None
+    mean: Sequence[float] | None = None  # of the pixels, a channel each, on the scale of 0 to 1
     std: Sequence[float] | None = None
     class_names: Sequence[str] | None = None
-    model: str | None = None
+    model: str | None = None  # name of the network
 
 
 def start(name: str, class_names: Sequence[str], weights: str) -> tuple[nn.Sequential, str]:
@@ -74,46 +65,33 @@ def start(name: str, class_names: Sequence[str], weights: str) -> tuple[nn.Seque
 def _load(network: nn.Module, name: str, weights: Weights, class_names: Sequence[str]) -> str:
     """Loads all weights, those of the head only if they are of the same classes; returns a sentence about that."""
     own, tensors = network.state_dict(), _renamed(weights.tensors, network)
-
-    def same_shape(key: str, start: int = 0) -> bool:
-        return bool(tensors[key].shape[start:] == own[key].shape[start:])
-
-    head = models.head(network)[0]
-    # further heads (side outputs, those of distilled networks) differ in the number of classes alone
-    of_head = {
-        key
-        for key in own
-        if key.startswith(f"{head}.")
-        or (key in tensors and not same_shape(key) and same_shape(key, 1) and len(own[key]) == len(class_names))
-    }
+    ours, theirs = ({key: tuple(tensor.shape) for key, tensor in state.items()} for state in (own, tensors))
+    resized = {key for key in ours if key in theirs and theirs[key] != ours[key]}
+    # further heads, as of distilled networks, differ in the number of classes alone
+    heads = {key for key in resized if (len(class_names), *theirs[key][1:]) == ours[key]}
+    heads |= {key for key in ours if key.startswith(f"{models.head(network)[0]}.")}
+    note = ", head included"
     other_classes = weights.class_names is not None and list(weights.class_names) != list(class_names)
-    if other_classes or any(key not in tensors or not same_shape(key) for key in of_head):
-        rows = next((len(tensor) for key, tensor in tensors.items() if key in of_head), 0)
-        theirs = _shortened(weights.class_names) if weights.class_names else f"{rows} classes"
-        note = f"; the head is new: the weights have {theirs}, the data {_shortened(class_names)}"
-        tensors = {key: tensor for key, tensor in tensors.items() if key not in of_head}
-    else:
-        note, of_head = ", head included", set()
-    faults = {
-        "it lacks": [key for key in own if key not in {*tensors, *of_head} and "num_batches_tracked" not in key],
-        "it has besides": [key for key in tensors if key not in own and "aux" not in key.lower()],  # see models.build
-        "other shapes": [
-            f"{key} {tuple(tensors[key].shape)} for {tuple(own[key].shape)}"
-            for key in own
-            if key in tensors and not same_shape(key)
-        ],
-    }
-    if any(faults.values()):
-        listed = "; ".join(f"{fault} {_shortened(keys)}" for fault, keys in faults.items() if keys)
+    if other_classes or any(theirs.get(key) != ours[key] for key in heads):
+        rows = max((theirs[key][0] for key in heads if key in theirs), default=0)
+        classes = _shortened(weights.class_names) if weights.class_names else f"{rows} classes"
+        note = f"; the head is new: the weights have {classes}, the data {_shortened(class_names)}"
+        for key in heads:
+            del ours[key]
+            theirs.pop(key, None)
+    faults = [
+        f"{key} {theirs.get(key, 'nothing')} for {ours.get(key, 'nothing')}"
+        for key in ours | theirs
+        if ours.get(key) != theirs.get(key) and not OPTIONAL.search(key)
+    ]
+    if faults:
         raise UserError(
-            f"{weights.source} does not fit {name}: {listed}. Give the network that the weights are of by --model.name."
+            f"{weights.source} does not fit {name}: {_shortened(faults)}. Give the network that the weights are of by "
+            "--model.name."
         )
-    # a copy keeps the layers' versions, by which some networks convert older weights
-    has_versions = isinstance(weights.tensors, OrderedDict) and next(iter(own)) in weights.tensors
-    state: Any = copy.copy(weights.tensors if has_versions else own)
-    state.clear()
-    state.update((key, tensor) for key, tensor in tensors.items() if key in own)
-    network.load_state_dict(state, strict=False)
+    state = copy.copy(own)  # with the layers' versions, by which some networks convert older weights
+    state.update((key, tensors[key]) for key in ours if key in theirs)
+    network.load_state_dict(state)
     return f"weights: {weights.source}{note}"
 
 
@@ -127,15 +105,15 @@ def published(name: str, choice: str) -> Weights:
         return _of_timm(name, choice)
     from torchvision.models import get_model_weights
 
-    if name not in (names := models.torchvision_names()):
-        raise UserError(f"There are no published weights of {name}.{did_you_mean(name, names)}")
+    if name not in models.torchvision_names():
+        raise UserError(f"There are no published weights of {name}; python -m project.cli models lists all weights.")
     known = get_model_weights(name)
-    if choice != "DEFAULT" and choice not in known.__members__:
+    if choice not in known.__members__:
         raise UserError(
             f"There are no weights {choice} of {name}; --model.weights takes none, DEFAULT, "
             f"{', '.join(entry.name for entry in known)} or a file ({', '.join(FILES)})."
         )
-    entry = known[choice] if choice in known.__members__ else known.DEFAULT
+    entry = known[choice]
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(entry.url).path).name
     try:
         tensors = entry.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu")
@@ -146,20 +124,17 @@ def published(name: str, choice: str) -> Weights:
         ) from error
     except Exception as error:  # bytes from anywhere make the unpickler raise anything
         raise UserError(f"{cached} is damaged; remove it, and it is downloaded again.") from error
-    source = f"{name} {entry.name}"
-    if name in ("googlenet", "inception_v3"):  # trained on pixels from -1 to 1, as networks from scratch are here
-        return Weights(tensors, source)
     preset = entry.transforms()
-    return Weights(tensors, source, list(preset.mean), list(preset.std))
+    # these two were trained on pixels from -1 to 1, as networks from scratch are here
+    scale: Any = () if name in ("googlenet", "inception_v3") else (list(preset.mean), list(preset.std))
+    return Weights(tensors, f"{name} {entry.name}", *scale)
 
 
 def _of_timm(name: str, choice: str) -> Weights:
     tagged = name if choice == "DEFAULT" else f"{name}.{choice}"
     try:
         network = models.timm_network(tagged, pretrained=True)
-    except UserError:
-        raise
-    except Exception as error:  # the hub's client has many kinds, some of them its own
+    except OSError as error:  # the hub's errors are of this kind
         raise UserError(
             f"Cannot get the weights of {tagged.removeprefix(models.TIMM)} ({type(error).__name__}); without a "
             "connection, download its model.safetensors elsewhere and give that file by --model.weights."
@@ -178,15 +153,17 @@ def from_file(file: Path) -> Weights:
         raise UserError(f"There are no weights {file}; give a file, or DEFAULT.")
     content: Any
     if file.suffix == ".safetensors":
-        content, known = _safetensors(file), _bundle_config(file.with_name("config.json"))
+        content, metadata = _safetensors(file), None
+        with contextlib.suppress(OSError, ValueError):  # only a bundle has this file
+            metadata = json.loads(file.with_name("config.json").read_text(encoding="utf-8"))
     else:
         content = read(file)
         metadata = content.get("metadata") if isinstance(content, dict) else None
-        known = metadata if isinstance(metadata, dict) else {}
         while isinstance(content, dict) and (inner := next((k for k in ("state_dict", "model") if k in content), None)):
             content = content[inner]
     if not isinstance(content, dict) or not content or not all(isinstance(t, Tensor) for t in content.values()):
         raise UserError(f"{file} holds no weights by name; give a checkpoint, a state dict or safetensors.")
+    known = metadata if isinstance(metadata, dict) and metadata.keys() >= set(DESCRIPTION) else {}
     return Weights(content, str(file), *(known.get(key) for key in DESCRIPTION))
 
 
@@ -203,51 +180,28 @@ def read(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except OSError as error:
         raise UserError(f"Cannot read {file}: {error.strerror or error}.") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{file} is no checkpoint, or holds code, which is never run; give the best.ckpt or last.ckpt of a run."
-        ) from error
     except Exception as error:  # bytes from anywhere make the zip reader and the unpickler raise anything
-        raise UserError(f"{file} is damaged or no checkpoint; give a best.ckpt or last.ckpt of a run.") from error
+        raise UserError(
+            f"{file} is damaged, no checkpoint, or holds code, which is never run; give the best.ckpt of a run."
+        ) from error
 
 
 def is_whole(file: Path) -> bool:
-    """Whether the checksums of a file of torch.save, a zip archive, are right, which PyTorch itself does not check.
-
-    Takes 0.2 s a GB.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            has_checksums = any(record.CRC for record in archive.infolist())  # torch.save can leave them out
-            return not has_checksums or archive.testzip() is None
-    except OSError:
-        raise
-    except Exception:  # a damaged archive makes the zip reader raise anything
-        return False
+    """Whether the checksums of a zip archive of torch.save are right, which PyTorch does not check; 0.2 s a GB."""
+    with zipfile.ZipFile(file) as archive:
+        has_checksums = any(record.CRC for record in archive.infolist())  # torch.save can leave them out
+        return not has_checksums or archive.testzip() is None
 
 
-def _safetensors(file: Path) -> dict[str, Tensor]:
+def _safetensors(file: Path) -> Any:
     try:
         from safetensors.torch import load_file
     except ImportError as error:
         raise UserError(f"{file} needs the library safetensors; install it: pip install -e .[export]") from error
     try:
-        tensors: dict[str, Tensor] = load_file(file)
+        return load_file(file)
     except Exception as error:  # its own kind of error, which the package does not export in every version
         raise UserError(f"{file} is damaged or not in the safetensors format.") from error
-    return tensors
-
-
-def _bundle_config(file: Path) -> dict[str, Any]:
-    """The config.json of a bundle; empty if there is none, or another program's."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) and set(DESCRIPTION) <= set(content) else {}
 
 
 def _renamed(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:

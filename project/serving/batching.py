@@ -2,9 +2,8 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -13,12 +12,7 @@ import numpy.typing as npt
 from project.data.images import Pixels
 from project.serving.settings import Settings
 
-THREADS = "batcher"  # the prefix of the threads' names
 Result = TypeVar("Result")
-
-
-class QueueFull(Exception):
-    """The queue is full; retry later."""
 
 
 class Waiting(NamedTuple):
@@ -46,27 +40,10 @@ class Batcher:
         self, read: Callable[[bytes], Pixels], compute: Callable[[Pixels], npt.NDArray[np.float32]], settings: Settings
     ) -> None:
         self._read, self._compute, self._settings = read, compute, settings
-        self._decoders = ThreadPoolExecutor(settings.threads, f"{THREADS}-decode")
-        self._computers = ThreadPoolExecutor(settings.parallel, f"{THREADS}-compute")
-        self._admitted = self._decoding = self._computing = 0
+        self._decoders, self._computers = ThreadPoolExecutor(settings.threads), ThreadPoolExecutor(settings.parallel)
+        self._decoding = self._computing = 0
         self._waiting: deque[Waiting] = deque()
-        self._started: dict[object, float] = {}  # when unfinished work was handed to the threads
-        self._timer: asyncio.TimerHandle | None = None
-
-    @contextmanager
-    def admitted(self, count: int) -> Iterator[None]:
-        """Reserves room for `count` images in the queue.
-
-        Raises:
-            QueueFull: There is less room.
-        """
-        if self._admitted + count > self._settings.queue:
-            raise QueueFull
-        self._admitted += count
-        try:
-            yield
-        finally:
-            self._admitted -= count
+        self._started: dict[Future[Any], float] = {}  # when unfinished work was handed to the threads
 
     async def probabilities(self, content: bytes) -> list[float]:
         """Decodes an image and computes its K probabilities.
@@ -84,7 +61,7 @@ class Batcher:
             self._decoding -= 1
             self._start_batches()
         batch, index = await image.start
-        return (await asyncio.shield(batch))[index]  # the others of the batch stay when this client goes
+        return (await asyncio.shield(batch))[index]  # a request that times out must not cancel the others' batch
 
     def run(self, work: Callable[..., Result], *arguments: Any) -> asyncio.Future[Result]:
         """Runs work of the network in a thread, in turn with the batches."""
@@ -98,22 +75,14 @@ class Batcher:
         now = asyncio.get_running_loop().time()
         return now - min([now, *self._started.values()])
 
-    def close(self) -> None:
-        """Drops the images that wait and ends the threads, without waiting for those at work."""
-        self._waiting.clear()
-        for pool in (self._decoders, self._computers):
-            pool.shutdown(wait=False, cancel_futures=True)
-
     def _start_batches(self) -> None:
-        """Starts the batches that are due; sets a timer for the next one."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._waiting = deque(image for image in self._waiting if not image.start.done())  # cancelled
+        """Starts the batches that are due; returns when the next one becomes due."""
         loop, size = asyncio.get_running_loop(), self._settings.batch_size
+        self._waiting = deque(image for image in self._waiting if not image.start.done())  # timed out
         while self._waiting and (free := self._settings.parallel - self._computing) > 0:
             due = self._waiting[0].since + self._settings.batch_wait
             if len(self._waiting) < size and self._decoding and loop.time() < due:
-                self._timer = loop.call_at(due, self._start_batches)
+                loop.call_at(due, self._start_batches)
                 return
             count = min(size, -(-len(self._waiting) // free))  # the images are divided among the free networks
             batch = [self._waiting.popleft() for _ in range(count)]
@@ -123,7 +92,6 @@ class Batcher:
 
     def _rows(self, pixels: list[Pixels]) -> list[list[float]]:
         rows: list[list[float]] = self._compute(np.stack(pixels)).tolist()  # (B, K)
-        assert len(rows) == len(pixels), f"{len(rows)} rows of probabilities for {len(pixels)} images"
         return rows
 
     def _release(self, _: asyncio.Future[Any]) -> None:
@@ -131,8 +99,7 @@ class Batcher:
         self._start_batches()
 
     def _submit(self, pool: ThreadPoolExecutor, work: Callable[..., Result], *arguments: Any) -> asyncio.Future[Result]:
-        key = object()
-        self._started[key] = asyncio.get_running_loop().time()
         future = pool.submit(work, *arguments)
-        future.add_done_callback(lambda _: self._started.pop(key))  # also where the client is gone
+        self._started[future] = asyncio.get_running_loop().time()
+        future.add_done_callback(self._started.pop)  # also where the request has timed out
         return asyncio.wrap_future(future)

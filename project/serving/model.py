@@ -3,7 +3,7 @@
 import importlib.util
 import io
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from PIL import Image
@@ -43,14 +43,17 @@ class Model:
             raise UserError(f"--parallel is {parallel}, but a checkpoint computes one batch at a time; export it.")
         self.predictor = self._source.load(calibrated, threads=max(1, threads // parallel))
         self._network: TorchPredictor | None = None
+        needed = ["torch", "captum"]
         if self._source.is_bundle:
             sums = (self._source.file / bundle.SUMS).read_text(encoding="utf-8").splitlines()
             checksum = next(line[:12] for line in sums if line.endswith(f"  {bundle.MODEL}"))
+            needed.append("safetensors")
         else:
             checksum = calibration.fingerprint(self._source.file)
             self.network()
         self.id = f"{self.predictor.metadata.model}-{checksum}"
-        self.unexplained = self._why_unexplained()
+        missing = [name for name in needed if importlib.util.find_spec(name) is None]
+        self.unexplained = f"This server has no {missing[0]}, which heat maps need." if missing else None
         size = self.predictor.image_size
         self.predictor.probabilities(np.zeros((1, size, size, 3), np.uint8))  # fails now or never
 
@@ -63,12 +66,10 @@ class Model:
         """PyTorch's network; a bundle's is loaded on first use, which takes seconds."""
         import torch
 
-        from project.inference.checkpoint import TorchPredictor
-
         with self._lock:
             if self._network is None:
-                own = self.predictor if isinstance(self.predictor, TorchPredictor) else None
-                self._network = own or self._source.load_network()
+                is_bundle = self._source.is_bundle
+                self._network = self._source.load_network() if is_bundle else cast("TorchPredictor", self.predictor)
                 torch.set_num_threads(self._threads)
             return self._network
 
@@ -90,14 +91,3 @@ class Model:
         stream = io.BytesIO()
         Image.fromarray(figures.overlay(pixels, heat)).save(stream, "PNG")
         return stream.getvalue()
-
-    def _why_unexplained(self) -> str | None:
-        if importlib.util.find_spec("torch") is None:
-            return "This server has no torch, which heat maps need."
-        if not attribution.is_available():
-            return "This server has no captum, which heat maps need: pip install -e .[explain]"
-        if self._source.is_bundle and not (self._source.file / bundle.WEIGHTS).is_file():
-            return f"The bundle of this server has no {bundle.WEIGHTS}, which heat maps need."
-        if self._source.is_bundle and importlib.util.find_spec("safetensors") is None:
-            return "This server has no safetensors, which heat maps of a bundle need: pip install -e .[export]"
-        return None

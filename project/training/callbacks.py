@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import random
 import time
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from project import files
+from project import files, runs
 from project.data.datamodule import ImageData
+from project.errors import UserError
 from project.inference import predictions
 from project.inference.predictions import Prediction
 
@@ -26,7 +28,7 @@ class StepSeed(Callback):
         seeds = np.random.SeedSequence(key).generate_state(3, np.uint64).tolist()  # 30 us
         random.seed(seeds[0])
         np.random.seed(seeds[1] % 2**32)
-        torch.default_generator.manual_seed(seeds[2])
+        torch.default_generator.manual_seed(seeds[2])  # torch.manual_seed takes 0.5 ms where CUDA is not initialised
         if pl_module.device.type != "cpu":
             torch.get_device_module(pl_module.device).manual_seed(seeds[2])
 
@@ -48,48 +50,45 @@ class Unreadable(Callback):
     on_train_batch_start = on_validation_batch_start = on_test_batch_start = name
 
 
-class ProgressLines(Callback):
-    """Prints the expected time of the fit, then one line an epoch."""
+class RunMetadata(Callback):
+    """Adds to the metadata of every checkpoint what the network does not know: the run's options and provenance."""
 
-    FIRST, LAST = 2, 7  # the steps between which the estimate is measured; the first ones are slower
+    def __init__(self, metadata: dict[str, Any]) -> None:
+        self._metadata = metadata
+
+    def on_save_checkpoint(self, _: Trainer, __: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["metadata"] = self._metadata  # Classifier.on_save_checkpoint comes next and adds its own
+
+
+class ProgressLines(Callback):
+    """Prints one line an epoch."""
 
     def on_train_epoch_start(self, *_: Any) -> None:
-        self._epoch_start = time.monotonic()
+        self._start = time.monotonic()
 
-    def on_train_start(self, *_: Any) -> None:
-        self._steps = 0
-        self._epoch_start = time.monotonic()  # a fit resumed within an epoch has no on_train_epoch_start
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._steps += 1
-        if self._steps == self.FIRST:
-            self._first = time.monotonic()
-        epochs = (trainer.max_epochs or 0) - trainer.current_epoch
-        if self._steps == self.LAST and epochs > 0 and trainer.max_steps == -1:
-            step = (time.monotonic() - self._first) / (self.LAST - self.FIRST)
-            # a forward pass costs about a third of a training step
-            validation = sum(trainer.num_val_batches) / 3 / (trainer.check_val_every_n_epoch or 1)
-            expected = duration(step * epochs * (trainer.num_training_batches + validation))
-            pl_module.print(f"expected time: {expected} for {epochs} epoch{'s' * (epochs > 1)}")
+    on_train_start: Any = on_train_epoch_start  # a fit resumed within an epoch has no on_train_epoch_start
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         shown = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
         values = [f"{key} {trainer.callback_metrics[key]:.4f}" for key in shown if key in trainer.callback_metrics]
         epochs = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
-        seconds = duration(time.monotonic() - self._epoch_start)
+        seconds = duration(time.monotonic() - self._start)
         pl_module.print(f"epoch {trainer.current_epoch + 1}{epochs}  {'  '.join(values)}  ({seconds})")
 
 
 class PredictionWriter(Callback):
-    """Writes predictions.csv and test_metrics.json into the run of the tested checkpoint."""
+    """Writes predictions.csv and test_metrics.json into the run of the tested checkpoint, if these may be written."""
 
     FILES = ("predictions.csv", "test_metrics.json", "val_predictions.csv", "report.html")  # with those of the report
 
-    def __init__(self, run: Path, checkpoint: Path) -> None:
-        self.run, self.checkpoint = run, checkpoint
-
-    def on_test_start(self, *_: Any) -> None:
+    def __init__(self, checkpoint: Path) -> None:
+        self.run, self.checkpoint = runs.folder_of(checkpoint), checkpoint
         self._predictions: list[tuple[int, Prediction]] = []  # with their rows
+        if not os.access(self.run, os.W_OK):
+            raise UserError(f"The test's results go into {self.run}, which cannot be written; change its permissions.")
+        present = [name for name in self.FILES if (self.run / name).exists()]
+        if present and not runs.is_inside(checkpoint):  # in a run they are those of an earlier test
+            raise UserError(f"{self.run}/{present[0]} exists and may be your own; move it, or the checkpoint, away.")
 
     def on_test_batch_end(self, trainer: Trainer, _: Any, outputs: Any, batch: Any, *__: Any) -> None:
         data = data_of(trainer)
@@ -99,12 +98,11 @@ class PredictionWriter(Callback):
         self._predictions += [(row, Prediction(path(row), error=reason)) for row, reason in batch.failed]
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        every = dict(itertools.chain(*gather(trainer, self._predictions)))
+        every, data = dict(itertools.chain(*gather(trainer, self._predictions))), data_of(trainer)
         if not trainer.is_global_zero:
             return
-        data = data_of(trainer)
         names, labels = data.class_names, data.dataset("test").labels
-        rows = [every[row].labelled(names[labels[row]]) for row in sorted(every)]
+        rows = [every[row]._replace(true=names[labels[row]]) for row in sorted(every)]
         predictions.write(self.run / "predictions.csv", rows, names)
         result = {key: float(value) for key, value in trainer.callback_metrics.items()} | {
             "n": len(rows),

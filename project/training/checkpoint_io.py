@@ -1,11 +1,13 @@
 """How a checkpoint reaches the disk: copied in a moment, written in the background, put in place when complete."""
 
+import contextlib
 import copy
+import mmap
 import os
 import threading
-import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -32,9 +34,6 @@ class AsyncCheckpointIO(TorchCheckpointIO):
 
     Args:
         folder: The run's checkpoints/, for best.ckpt and last.ckpt; other files may be anywhere.
-
-    Attributes:
-        longest: The longest time that a save has held up the fit, in seconds.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,25 +42,34 @@ class AsyncCheckpointIO(TorchCheckpointIO):
         self._held: dict[str, Any] | None = None  # the newest best.ckpt, not yet written
         self._thread: threading.Thread | None = None
         self._failed: dict[Path, str] = {}
-        self.longest = 0.0
+        self._at_rest = False
 
     @property
     def busy(self) -> bool:
         """Whether a checkpoint is still being written."""
         return self._thread is not None and self._thread.is_alive()
 
+    @contextlib.contextmanager
+    def weights_at_rest(self) -> Iterator[None]:
+        """Makes saves copy nothing and return when they are done; within this block the weights must not change."""
+        self._at_rest = True
+        try:
+            yield
+        finally:
+            self._at_rest = False
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Returns as soon as the weights may change; the file appears later."""
-        start, target = time.monotonic(), Path(path)
+        target = Path(path)
         if target.resolve() == self._best.resolve():  # ModelCheckpoint makes paths absolute
-            self._held = copied({key: value for key, value in checkpoint.items() if key not in TRAINING_STATE})
-        else:
+            self._held = None  # its memory is used again
+            self._held = on_cpu({key: value for key, value in checkpoint.items() if key not in TRAINING_STATE})
+            return
+        self.wait()
+        target = self._last if target.name.startswith("hpc_ckpt_") else target  # Lightning's name under SLURM
+        self._write_in_background(target, on_cpu(checkpoint, copies=not self._at_rest))
+        if self._at_rest:
             self.wait()
-            requeued = target.name.startswith("hpc_ckpt_")  # Lightning's name under SLURM
-            self._write_in_background(self._last if requeued else target, copied(checkpoint))
-            if requeued:  # the job is requeued next, and this process is killed
-                self.wait()
-        self.longest = max(self.longest, time.monotonic() - start)
 
     def _write_in_background(self, target: Path, content: dict[str, Any] | None) -> None:
         contents = {target: content}
@@ -77,14 +85,12 @@ class AsyncCheckpointIO(TorchCheckpointIO):
                 continue
             unfinished = files.beside(target)
             try:
-                with unfinished.open("wb") as stream:
-                    torch.save(content, stream)
-                    stream.flush()
-                    os.fsync(stream.fileno())
+                with contextlib.closing(DirectFile(unfinished)) as stream:
+                    torch.save(content, cast(Any, stream))
+                    stream.finish()
                 if target == self._last and target.exists():
                     target.replace(target.with_name(PREVIOUS))
                 unfinished.replace(target)
-                files.folder_to_disk(target.parent)
                 self._failed.pop(target, None)
             except (OSError, RuntimeError) as error:  # torch.save turns some OSErrors into RuntimeErrors
                 self._fail(target, error)
@@ -133,15 +139,77 @@ class AsyncCheckpointIO(TorchCheckpointIO):
         self._last.with_name(PREVIOUS).unlink(missing_ok=True)
 
 
-def copied(content: Any) -> Any:
-    """Copies nested dicts, lists and tuples with each tensor on the CPU; attributes such as `_metadata` are kept."""
+def on_cpu(content: Any, copies: bool = True) -> Any:
+    """Nested dicts, lists and tuples with each tensor on the CPU; attributes such as `_metadata` are kept.
+
+    Args:
+        content: Is not changed.
+        copies: Whether tensors that are on the CPU are copied, too.
+    """
     if isinstance(content, Tensor):
-        return content.detach().to("cpu", copy=True)
+        return content.detach().to("cpu", copy=copies)
     if isinstance(content, dict):
         new = copy.copy(content)
         for key, value in content.items():
-            new[key] = copied(value)
+            new[key] = on_cpu(value, copies)
         return new
     if type(content) in (list, tuple):
-        return type(content)(map(copied, content))
+        return type(content)(on_cpu(value, copies) for value in content)
     return content
+
+
+class DirectFile:
+    """A new file written past the system's page cache, or through it where the file system cannot do otherwise.
+
+    Filling that cache takes a checkpoint of 685 MB up to 1.8 s of processor time, past it 0.3 s (2 cores, ext4), and
+    would drop the images that each epoch reads from it.
+
+    Args:
+        file: Its path.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file.open("wb", buffering=0)
+        self._buffer = memoryview(mmap.mmap(-1, 2048 * mmap.PAGESIZE))  # direct writes need aligned memory
+        self._filled = self._size = 0
+        if hasattr(os, "O_DIRECT"):
+            import fcntl  # Linux only, as O_DIRECT
+
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(self._file, fcntl.F_SETFL, os.O_DIRECT)
+                try:
+                    self._file.write(self._buffer[: mmap.PAGESIZE])
+                except OSError:
+                    fcntl.fcntl(self._file, fcntl.F_SETFL, 0)
+                self._file.seek(0)
+
+    def write(self, content: memoryview) -> int:
+        """Appends bytes."""
+        done = 0
+        while done < len(content):
+            part = content[done : done + len(self._buffer) - self._filled]
+            self._buffer[self._filled : self._filled + len(part)] = part
+            self._filled, done = self._filled + len(part), done + len(part)
+            if self._filled == len(self._buffer):
+                self._write_pages()
+        self._size += done
+        return done
+
+    def _write_pages(self) -> None:
+        """Writes the buffer up to a whole page."""
+        end, done = -(-self._filled // mmap.PAGESIZE) * mmap.PAGESIZE, 0
+        while done < end:
+            done += self._file.write(self._buffer[done:end]) or 0
+        self._filled = 0
+
+    def flush(self) -> None:
+        """Nothing: `finish` writes what is left; torch.save calls this."""
+
+    def finish(self) -> None:
+        """Returns when the content is on the disk."""
+        self._write_pages()
+        self._file.truncate(self._size)
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,5 +1,6 @@
 """What a fit saves and when: best.ckpt and last.ckpt, from which a resumed fit continues to the same bits."""
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class ResumeCheckpoint(Callback):
     def __init__(self, io: AsyncCheckpointIO | None, folder: Path | None, minutes: float) -> None:
         self._io, self._interval = io, 60 * minutes
         self._file = folder / LAST if folder and io else None
+        self._weights_at_rest = io.weights_at_rest if io else contextlib.nullcontext
         self._signals = Signals()
         self._state: LoopState | None = None  # of the current weights; None where no checkpoint may be saved
         self._saving = False
@@ -112,7 +114,8 @@ class ResumeCheckpoint(Callback):
         if self._start is None:  # there was nothing left to train
             return
         self._state = LoopState.of(trainer, _rows(trainer))._replace(batch=0)
-        self._save(trainer)
+        with self._weights_at_rest():
+            self._save(trainer)
 
     def _stop_or_save(self, trainer: Trainer, due: bool) -> None:
         word = self._ranks.all_reduce_max(2 * self._signals.requested + due)
@@ -122,13 +125,12 @@ class ResumeCheckpoint(Callback):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, EMA):
                     callback.swap_back(trainer, trainer.lightning_module)
-            if requested == REQUEUE:
-                self._saving = True
-                self._signals.requeue()
-            else:
-                self._save(trainer)
-            if self._io is not None:
-                self._io.wait()
+            with self._weights_at_rest():
+                if requested == REQUEUE:
+                    self._saving = True
+                    self._signals.requeue()
+                else:
+                    self._save(trainer)
             trainer.strategy.barrier()
             self._signals.end(requested)
 

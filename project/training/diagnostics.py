@@ -1,7 +1,6 @@
 """Diagnostics: warns in a sentence of what goes wrong in a fit, and names what to try."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,16 +19,13 @@ class Diagnostics(Callback):
     """Warns once of each problem, on the terminal and in TensorBoard's TEXT tab.
 
     No rule waits for an accelerator within a step; those on losses and accuracies are checked once an epoch.
-
-    Args:
-        throughput: Measures the time spent waiting for images; it precedes this callback.
     """
 
     MIN_EPOCHS = 3  # before a fit is judged, unless it ends earlier
     MIN_STEPS = 30  # a shorter fit is not judged
 
     def __init__(self, throughput: Throughput) -> None:
-        self._throughput = throughput
+        self._throughput = throughput  # precedes this callback
         self._warned: set[str] = set()
         self._history: list[tuple[int, float, float]] = []  # epoch, training and validation loss
         self._predicted: torch.Tensor | None = None  # how often each class, (K,), in the newest validation
@@ -42,11 +38,6 @@ class Diagnostics(Callback):
         self._warned = set(state_dict["warned"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data = data_of(trainer)
-        frequency = np.bincount(data.dataset("train").labels, minlength=len(data.class_names)) + 1e-9
-        frequency /= frequency.sum()
-        # the loss of guessing: without and with knowledge of the class frequencies
-        self._chance = math.log(len(frequency)), float(-(frequency * np.log(frequency)).sum())
         self._watched = next(parameter for parameter in pl_module.parameters() if parameter.requires_grad)
         self._not_finite = torch.zeros((), dtype=torch.bool, device=pl_module.device)
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -92,79 +83,66 @@ class Diagnostics(Callback):
         if not math.isfinite(losses[0]):  # under 16-mixed, where single gradients may be
             raise FailedRun(f"The training loss of epoch {epoch} is {losses[0]}: lower --model.lr.")
         self._history.append((epoch, *losses))
-        if self._predicted is not None:  # by every rank, before any of them returns
-            self._predicted = trainer.strategy.reduce(self._predicted, reduce_op="sum")
-        problems, last = list[tuple[str, str]](), epoch == trainer.max_epochs
-        if last or len(self._history) >= 2:
-            problems += self._speed(trainer)
-        if trainer.global_step >= self.MIN_STEPS and (last or len(self._history) >= self.MIN_EPOCHS):
-            problems += self._losses(trainer)
-            if self._predicted is not None and "val/accuracy" in metrics:
-                problems += self._predictions(trainer, self._predicted.tolist(), metrics["val/accuracy"])
-        for rule, sentence in problems:
+        predicted = None if self._predicted is None else trainer.strategy.reduce(self._predicted, reduce_op="sum")
+        for rule, sentence in self._problems(trainer, predicted, metrics.get("val/accuracy", math.nan)).items():
             if rule not in self._warned and trainer.is_global_zero:
                 self._warned.add(rule)
                 print(f"warning: {sentence}", flush=True)
                 if writer := tensorboard(trainer):
                     writer.add_text(f"diagnostics/{rule}", sentence, trainer.global_step)
 
-    def _speed(self, trainer: Trainer) -> Iterator[tuple[str, str]]:
-        share, waited = self._throughput.wait_share, self._throughput.waited
-        # an accelerator keeps working while this process waits, so that the share means nothing
-        if share >= 0.3 and waited >= 1 and trainer.strategy.root_device.type == "cpu":
-            yield (
-                "waiting",
-                f"{share:.0%} of the epoch was spent waiting for images ({duration(waited)}): try --data.workers "
-                f"{usable_cores()} (now {data_of(trainer).workers}), --data.cache on, smaller images or a cheaper "
-                "--data.augment.",
-            )
-
-    def _losses(self, trainer: Trainer) -> Iterator[tuple[str, str]]:
+    def _problems(self, trainer: Trainer, predicted: Any, accuracy: float) -> dict[str, str]:
+        """A sentence for each rule that the fit breaks so far, by the rule's name."""
+        data, rate, problems = data_of(trainer), _rate(trainer), dict[str, str]()
         epochs, train, val = (list(column) for column in zip(*self._history, strict=True))
-        rate, data, (uniform, informed) = _rate(trainer), data_of(trainer), self._chance
-        lowest, best = epochs[train.index(min(train))], epochs[val.index(min(val))]
-        if train[-1] >= max(1.2 * uniform, 1.5 * min(train)):
-            yield (
-                "diverging",
-                f"the training loss has risen from {min(train):.3g} in epoch {lowest} to {train[-1]:.3g}: "
-                f"try --model.lr {rate / 10:g}.",
+        is_last, share, waited = epochs[-1] == trainer.max_epochs, self._throughput.wait_share, self._throughput.waited
+        # an accelerator keeps working while this process waits, so that the share means nothing
+        on_cpu = trainer.strategy.root_device.type == "cpu"
+        if on_cpu and share >= 0.3 and waited >= 1 and (is_last or len(epochs) >= 2):
+            problems["waiting"] = (
+                f"{share:.0%} of the epoch was spent waiting for images ({duration(waited)}): try --data.workers "
+                f"{usable_cores()} (now {data.workers}), --data.cache on, smaller images or a cheaper --data.augment."
             )
-        recent = train[-self.MIN_EPOCHS :]
-        if any(all(abs(loss / chance - 1) <= 0.03 for loss in recent) for chance in self._chance):
-            yield (
-                "stuck",
+        if trainer.global_step < self.MIN_STEPS or not (is_last or len(epochs) >= self.MIN_EPOCHS):
+            return problems
+        frequency = np.bincount(data.dataset("train").labels, minlength=len(data.class_names)) + 1e-9
+        frequency /= frequency.sum()
+        # the loss of guessing: without and with knowledge of the class frequencies
+        uniform, informed = guesses = math.log(len(frequency)), float(-(frequency * np.log(frequency)).sum())
+        if train[-1] >= max(1.2 * uniform, 1.5 * min(train)):
+            problems["diverging"] = (
+                f"the training loss has risen from {min(train):.3g} in epoch {epochs[train.index(min(train))]} to "
+                f"{train[-1]:.3g}: try --model.lr {rate / 10:g}."
+            )
+        if any(all(abs(loss / guess - 1) <= 0.03 for loss in train[-self.MIN_EPOCHS :]) for guess in guesses):
+            problems["stuck"] = (
                 f"after {epochs[-1]} epochs the training loss is {train[-1]:.3f}; guessing gives {informed:.3f} "
-                f"(ln {len(data.class_names)} = {uniform:.3f} for equally frequent classes): "
+                f"(ln {len(frequency)} = {uniform:.3f} for equally frequent classes): "
                 f"try --model.lr {rate / 10 if rate >= 1e-4 else rate * 10:g} or a network with batch norm "
-                f"(--model.name resnet18), and run python -m project.cli check {data.root}.",
+                f"(--model.name resnet18), and run python -m project.cli check {data.root}."
             )
         rising = len(val) > 3 and val[-4] < val[-3] < val[-2] < val[-1] and train[-1] < train[-4]
         if rising and val[-1] >= 1.1 * min(val):
-            yield (
-                "overfitting",
+            best = epochs[val.index(min(val))]
+            problems["overfitting"] = (
                 f"overfitting: since epoch {best} the validation loss has risen from {min(val):.3f} to {val[-1]:.3f} "
                 f"and the training loss fallen to {train[-1]:.3f}; best.ckpt holds epoch {best}; "
-                "--data.augment crop may help.",
+                "--data.augment crop may help."
             )
-
-    def _predictions(self, trainer: Trainer, predicted: list[float], accuracy: float) -> Iterator[tuple[str, str]]:
-        data = data_of(trainer)
-        counts = np.bincount(data.dataset("val").labels, minlength=len(predicted))
+        counts = np.bincount(data.dataset("val").labels, minlength=len(frequency))
         majority = counts.max() / counts.sum()
         if accuracy < majority - math.sqrt(majority * (1 - majority) / counts.sum()):  # one standard error
-            yield (
-                "baseline",
+            problems["baseline"] = (
                 f"validation accuracy is {accuracy:.3f}, but always predicting "
                 f"{data.class_names[int(counts.argmax())]} gives {majority:.3f}: the labels or the learning rate may "
-                f"be wrong; run python -m project.cli check {data.root} and python -m project.cli tune.",
+                f"be wrong; run python -m project.cli check {data.root} and python -m project.cli tune."
             )
-        classes = zip(data.class_names, counts, predicted, strict=True)
-        if names := [name for name, count, predictions in classes if count >= 5 and not predictions]:
-            listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            yield (
-                "never_predicted",
-                f"never predicted on the validation set: {listed}; try --data.balance sample or more epochs.",
-            )
+        if predicted is not None and (never := ((counts >= 5) & (predicted.cpu().numpy() == 0)).nonzero()[0]).size:
+            listed = ", ".join(data.class_names[index] for index in never[:5])
+            more = f" and {len(never) - 5} more" if len(never) > 5 else ""
+            hint = "try --data.balance sample or more epochs"
+            problems["never_predicted"] = f"never predicted on the validation set: {listed}{more}; {hint}."
+        return problems
 
 
 def _rate(trainer: Trainer) -> float:
@@ -172,7 +150,7 @@ def _rate(trainer: Trainer) -> float:
 
 
 def first_bad_layer(pl_module: Any, batch: Any) -> str:
-    """The first layer whose output is not finite, or else the parameter nearest to the loss whose gradient is not."""
+    """The first layer whose output is not finite, if it is not a gradient alone."""
     names = {layer: name for name, layer in pl_module.network.named_modules()}
     bad: list[str] = []
 
@@ -182,7 +160,4 @@ def first_bad_layer(pl_module: Any, batch: Any) -> str:
 
     with register_module_forward_hook(look), torch.no_grad():
         (pl_module.network if batch.image.ndim == 4 else pl_module.head)(batch.image)
-    for name, parameter in reversed(list(pl_module.network.named_parameters())):
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
-            bad.append(f"the gradient of {name} is not finite")
     return bad[0] if bad else "a second forward pass gives finite outputs"

@@ -12,15 +12,13 @@ class EMA(WeightAveraging):
 
     The decay starts low and grows with the number of steps (as in TensorFlow's ExponentialMovingAverage with
     num_updates), so that a short fit does not end near its initial weights.
-
-    Args:
-        decay: Share of the average that a step keeps.
     """
+
+    _swapped = False  # whether the module holds the averaged weights
 
     def __init__(self, decay: float) -> None:
         super().__init__(multi_avg_fn=self._update)
-        self._decay = decay
-        self._swapped = False
+        self._decay = decay  # share of the average that a step keeps
 
     def _update(self, averages: Any, weights: Any, updates: Any) -> None:
         kept: Tensor = ((1 + updates) / (10 + updates)).clamp(max=self._decay)  # a tensor: nothing waits for the device

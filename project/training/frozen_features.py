@@ -5,9 +5,10 @@ import time
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
 
+from project.data.datamodule import ImageData
 from project.training.callbacks import data_of, duration
 
 
@@ -17,10 +18,9 @@ class FrozenFeatures(Callback):
     The output is the same in every epoch if nothing augments the images, and sufficient if the head is the last layer.
     """
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Runs the frozen layers once over the training and the validation images, before any loader is made."""
-        model: Any = pl_module  # the Classifier
-        data = data_of(trainer)
+        model, data = pl_module, data_of(trainer)
         if model.transfer != "backbone":
             return
         changing = [f"--data.augment {data.augment}"] * (data.augment != "none") + ["--model.mix"] * bool(model.mix)
@@ -30,13 +30,12 @@ class FrozenFeatures(Callback):
                 "--data.augment none would compute them once"
             )
             return
-        start = time.monotonic()
-        rows = sum(len(data.dataset(split)) for split in ("train", "val"))
+        start, rows = time.monotonic(), sum(len(data.dataset(split)) for split in ("train", "val"))
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 16e9
         model.eval().to(trainer.strategy.root_device)
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             image = torch.zeros(2, 3, data.image_size, data.image_size, dtype=torch.uint8, device=model.device)
-            features, logits = features_and_logits(model.network, model.head, image)
+            features, logits = features_and_logits(model, image)
             needed = rows * features[0].numel() * 4
             if features.ndim != 2 or not torch.allclose(model.head(features), logits, atol=1e-5):
                 note = f"run in every epoch, because {model.name} has operations after its last layer"
@@ -44,27 +43,26 @@ class FrozenFeatures(Callback):
                 note = f"run in every epoch, because their output would take {needed / 1e9:.1f} GB of memory"
             else:
                 for split in ("train", "val"):
-                    data.use_features(split, *self._compute(data, split, model, features.shape[1]))
+                    _compute(model, data, split, features.shape[1])
                 took = duration(time.monotonic() - start)
                 note = f"computed once for {rows:,} images ({took}); from here on only {model.head_name} is run"
         model.train()
         model.print(f"frozen layers: {note}")
 
-    def _compute(self, data: Any, split: str, model: Any, size: int) -> tuple[Tensor, dict[int, str]]:
-        """The output (N, size) for a split's rows, and why a row has none."""
-        output = torch.zeros(len(data.dataset(split)), size)
-        failed: dict[int, str] = {}
-        for batch in data.in_order(split):
-            failed |= dict(batch.failed)
-            if len(batch.row):
-                features, _ = features_and_logits(model.network, model.head, batch.image.to(model.device))
-                output[batch.row] = features.float().cpu()
-        return output, failed
+
+def _compute(model: Any, data: ImageData, split: str, size: int) -> None:
+    """Makes a split's batches hold the frozen layers' output (N, size)."""
+    output, failed = torch.zeros(len(data.dataset(split)), size), dict[int, str]()
+    for batch in data.in_order(split):
+        failed |= dict(batch.failed)
+        if len(batch.row):
+            output[batch.row] = features_and_logits(model, batch.image.to(model.device))[0].float().cpu()
+    data.use_features(split, output, failed)
 
 
-def features_and_logits(network: nn.Module, head: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
-    """The input of the head and the network's logits for images (B, 3, H, W) uint8."""
+def features_and_logits(model: Any, image: Tensor) -> tuple[Tensor, Tensor]:
+    """The input of a Classifier's head and its logits for images (B, 3, H, W) uint8."""
     inputs: list[Tensor] = []
-    with head.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0])):
-        logits: Tensor = network(image)
+    with model.head.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0])):
+        logits: Tensor = model.network(image)
     return inputs[-1], logits

@@ -1,9 +1,8 @@
 """The position of a fit between two steps, and how Lightning's loops are set to it.
 
-Lightning saves its loops' counters, but when it loads them it infers from their differences in which hook they were
-saved, and it restores neither the loader's position nor the running sums of the epoch (tried with 2.6.6). Therefore
-checkpoints are saved in one situation only, between two steps, with one set of counters. This is the only file that
-knows the keys of Lightning's loop state.
+When Lightning loads its counters it infers from their differences in which hook they were saved, and it restores
+neither the loader's position nor the running sums of the epoch (tried with 2.6.6). So checkpoints are saved between two
+steps only, with one set of counters. No other file knows the keys of Lightning's loop state.
 """
 
 import time
@@ -22,60 +21,32 @@ COUNTERS = ("ready", "started", "processed", "completed")
 
 
 class LoopState(NamedTuple):
-    """The position of a fit between two steps.
+    """The position of a fit between two steps."""
 
-    Attributes:
-        epoch: Completed epochs.
-        batch: Completed batches of the current epoch.
-        batches: Batches of an epoch.
-        total: Completed batches since the start of the fit.
-        step: Step of the next logged point: completed optimizer steps, before a validation one less.
-        validate: A validation comes next.
-        rows: Rows of metrics.csv.
-        time: When the position was recorded, in seconds since the epoch (Unix time).
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    batches: int = 0
-    total: int = 0
-    step: int = 0
-    validate: bool = False
-    rows: int = 0
-    time: float = 0.0
+    epoch: int = 0  # completed epochs
+    batch: int = 0  # completed batches of the current epoch
+    batches: int = 0  # batches of an epoch
+    total: int = 0  # completed batches since the start of the fit
+    step: int = 0  # of the next logged point: completed optimizer steps, before a validation one less
+    validate: bool = False  # whether a validation comes next
+    rows: int = 0  # of metrics.csv
+    time: float = 0.0  # when the position was recorded, Unix time
 
     @classmethod
     def of(cls, trainer: Trainer, rows: int, validate: bool = False) -> "LoopState":
         """The position of a Trainer at the start of a batch, of a validation, or at the end of a fit."""
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        return cls(
-            trainer.current_epoch,
-            progress.current.completed,
-            int(trainer.num_training_batches),
-            progress.total.completed,
-            point(trainer),
-            validate,
-            rows,
-            time.time(),
-        )
+        batches, length = trainer.fit_loop.epoch_loop.batch_progress, int(trainer.num_training_batches)
+        done = trainer.current_epoch, batches.current.completed, length, batches.total.completed, point(trainer)
+        return cls(*done, validate, rows, time.time())
 
     @classmethod
     def saved_in(cls, checkpoint: dict[str, Any]) -> "LoopState | None":
-        """The position that a checkpoint holds; None for a checkpoint of another origin.
-
-        Raises:
-            ValueError: The entry is damaged.
-        """
-        if (saved := checkpoint.get(LOOP_STATE)) is None:
-            return None
+        """The position that a checkpoint holds; None where another version or callback has saved it."""
         try:
-            state = cls(**saved["at"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a loop state: {saved}") from error
-        counts = all(type(value) is int and value >= 0 for value in (*state[:5], state.rows))
-        if not counts or type(state.validate) is not bool or type(state.time) is not float:
-            raise ValueError(f"not a loop state: {saved}")
-        return state
+            state = cls(**checkpoint[LOOP_STATE]["at"])
+            return state if min(state) >= 0 else None
+        except (KeyError, TypeError):
+            return None
 
     def put_into(self, checkpoint: dict[str, Any]) -> None:
         """Sets the counters of the fit loop in a checkpoint to this position."""
@@ -101,17 +72,13 @@ def is_between_steps(trainer: Trainer) -> bool:
     return done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches
 
 
-def epochs_done(checkpoint: dict[str, Any]) -> int:
-    """How many epochs a checkpoint with the full training state has completed.
-
-    Raises:
-        ValueError: Its position is damaged.
-    """
+def epochs_done(checkpoint: dict[str, Any]) -> int | None:
+    """How many epochs a checkpoint has completed; None for one without the full training state."""
     if (state := LoopState.saved_in(checkpoint)) is not None:
         return state.epoch
     try:
-        loops = checkpoint["loops"]["fit_loop"]
+        loops = checkpoint["optimizer_states"] and checkpoint["loops"]["fit_loop"]
         epochs, is_last = loops[EPOCHS]["total"], bool(loops[BATCHES][IS_LAST_BATCH])
         return int(epochs["processed"]) + (is_last and epochs["started"] > epochs["processed"])
-    except (KeyError, TypeError) as error:
-        raise ValueError("no loop state of Lightning") from error
+    except (KeyError, TypeError):
+        return None

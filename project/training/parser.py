@@ -12,7 +12,6 @@ from lightning.pytorch.cli import LightningArgumentParser
 from project import arguments
 
 GROUPS = ("", "data", "model")  # whose options --help lists; those of Lightning's Trainer are listed on request
-Options = dict[str, argparse.Action]
 
 
 class Parser(arguments.Parser, LightningArgumentParser):
@@ -29,8 +28,8 @@ class Parser(arguments.Parser, LightningArgumentParser):
 
     def format_help(self, *formatter: Any) -> str:
         names = [(name, action) for action in arguments.actions(self) for name in action.option_strings]
-        options: Options = {name[2:]: action for name, action in names if name.startswith("--")}
-        groups: dict[str, Options] = {}
+        options = {name[2:]: action for name, action in names if name.startswith("--")}
+        groups: dict[str, dict[str, argparse.Action]] = {}
         for name, action in options.items():
             if not name.endswith((".help", "+")):  # --trainer.strategy.help, --trainer.callbacks+
                 groups.setdefault(name.rpartition(".")[0], {})[name] = action
@@ -38,7 +37,7 @@ class Parser(arguments.Parser, LightningArgumentParser):
             return super().format_help(*formatter)
         pairs = itertools.pairwise(self._words)
         topic = next((word.removeprefix("--") for before, word in pairs if before in ("-h", "--help")), "")
-        if topic in groups and topic:
+        if topic and topic in groups:
             return _lines(groups[topic])
         if topic in options:
             blocks = re.split(r"\n(?=  -|\S)", super().format_help(*formatter))
@@ -52,11 +51,10 @@ class Parser(arguments.Parser, LightningArgumentParser):
         return "\n".join([intro, *(_lines(groups[group]) for group in GROUPS), end])
 
 
-def _lines(options: Options) -> str:
+def _lines(options: dict[str, argparse.Action]) -> str:
     """One line for each option, as wide as the terminal, 100 columns at most."""
-    width = max(map(len, options)) + 2
+    width, lines = max(map(len, options)) + 2, ""
     space = min(shutil.get_terminal_size((100, 24)).columns, 100) - width - 4
-    lines = ""
     for name, action in options.items():
         default = "" if action.default in (None, argparse.SUPPRESS) else f" [{action.default}]"
         text = textwrap.shorten(str(action.help or ""), max(space - len(default), 20), placeholder=" ...")

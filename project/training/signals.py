@@ -19,13 +19,10 @@ class Signals:
 
     An exception from a signal handler may be lost inside a library, and Lightning's handler of SIGTERM communicates
     with the other ranks whatever these are doing. A second Ctrl-C ends the process at once.
-
-    Attributes:
-        requested: NONE, INTERRUPT, TERMINATE or REQUEUE, on this rank.
     """
 
     def __init__(self) -> None:
-        self.requested = NONE
+        self.requested = NONE  # on this rank
         self._slurm: Any = None
 
     def listen(self, trainer: Trainer) -> None:

@@ -70,10 +70,10 @@ class Histograms(Callback):
 
 
 class HParams(Callback):
-    """Adds the run's settings and its best metrics to the HPARAMS tab."""
+    """Adds the options of the model and the data, and the run's best metrics, to the HPARAMS tab."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self.settings = settings
+    def __init__(self, model: dict[str, Any]) -> None:
+        self._model = model
         self.best: dict[str, float] = {}  # the metrics of the validation with the lowest val/loss, and its epoch
 
     def state_dict(self) -> dict[str, Any]:
@@ -88,25 +88,28 @@ class HParams(Callback):
             self.best = now | {"epoch": trainer.current_epoch + 1}
 
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+        data = data_of(trainer)
+        settings = {"seed_everything": data.seed, "max_epochs": trainer.max_epochs}
+        settings |= {name: getattr(data, name) for name in ("batch_size", "image_size", "resize", "augment")}
+        settings |= {f"model/{key}": value for key, value in self._model.items() if value is not None}
+        best = {f"val_best/{key.removeprefix('val/')}": value for key, value in self.best.items()}
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and self.best:
-                best = {f"val_best/{key.removeprefix('val/')}": value for key, value in self.best.items()}
-                logger.log_hyperparams(self.settings, best, trainer.global_step - 1)  # the step of the last epoch
+            if isinstance(logger, TensorBoardLogger) and best:
+                logger.log_hyperparams(settings, best, trainer.global_step - 1)  # the step of the last epoch
 
 
 class ValidationPlots(Callback):
     """Shows each class's metrics, plots and sample images of a validation.
 
     Metrics of each class are logged at every validation, into TensorBoard alone, so that metrics.csv has the same
-    columns for any number of classes. Plots are drawn for the last validation, and for those with a new lowest val/loss
-    while all drawing takes less than `SHARE` of the time.
+    columns for any number of classes. Plots are drawn for the last validation, and for earlier ones while all drawing
+    takes less than `SHARE` of the time.
     """
 
     def on_train_start(self, *_: Any) -> None:
         self._start = time.monotonic()
         self._spent = 1.0  # seconds of all drawings, with a guess at that of the last validation
-        self._lowest = math.inf
-        self._undrawn: tuple[int, Columns] | None = None  # step, and what is drawn of the newest validation
+        self._undrawn: tuple[int, npt.NDArray[Any], ScoredPredictions] | None = None  # step, rows and predictions
 
     def on_validation_start(self, *_: Any) -> None:
         self._batches: list[tuple[torch.Tensor, ...]] = []
@@ -114,22 +117,19 @@ class ValidationPlots(Callback):
     def on_validation_batch_end(self, _: Any, __: Any, outputs: Any, batch: Any, *___: Any) -> None:
         self._batches.append((batch.row, batch.label, outputs))  # on their device: no accelerator is waited for
 
-    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.sanity_checking:
-            return
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         columns, writer = gather_columns(trainer, self._batches), tensorboard(trainer)
-        if writer is None or not columns or not np.isfinite(columns[2]).all():
+        if trainer.sanity_checking or writer is None or not columns or not np.isfinite(columns[2]).all():
             return
-        scores, tags = _scored(trainer, columns).per_class(), class_tags(columns[1], data_of(trainer).class_names)
-        for name in ("recall", "precision", "f1"):
-            for index, tag in tags.items():
+        (rows, true, probabilities), names = columns, data_of(trainer).class_names
+        scored = ScoredPredictions(true, probabilities, positive_index(names, pl_module.hparams["positive"]))
+        scores = scored.per_class()
+        for index, tag in class_tags(true, names).items():
+            for name in ("recall", "precision", "f1"):
                 writer.add_scalar(f"val_class/{name}/{tag}", scores[name][index], point(trainer))
-        self._undrawn = point(trainer), columns
-        loss = float(trainer.callback_metrics.get("val/loss", math.inf))
-        # twice: the drawing may take as long as all before it
-        if loss < self._lowest and 2 * self._spent < SHARE * (time.monotonic() - self._start):
+        self._undrawn = point(trainer), rows, scored
+        if 2 * self._spent < SHARE * (time.monotonic() - self._start):  # this one may take as long as all before it
             self.on_train_end(trainer)
-        self._lowest = min(self._lowest, loss)
 
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
         if self._undrawn is not None:
@@ -150,16 +150,14 @@ class Embeddings(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model: Any = pl_module
-        self._batches = []
-        self._spacing = math.ceil(len(data_of(trainer).dataset("val")) / EMBEDDED)
-        self._inputs = inputs = list[torch.Tensor]()
+        self._batches, self._inputs = [], inputs = [], list[torch.Tensor]()
         self._hook = None if model.compiled else model.head.register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
 
-    def on_validation_batch_end(self, _: Any, __: Any, outputs: Any, batch: Any, *___: Any) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, _: Any, outputs: Any, batch: Any, *__: Any) -> None:
         if self._inputs:
             features = self._inputs.pop().float()
             features = features.flatten(2).mean(dim=2) if features.ndim > 2 else features  # before a convolution
-            chosen = batch.row % self._spacing == 0
+            chosen = batch.row % math.ceil(len(data_of(trainer).dataset("val")) / EMBEDDED) == 0
             columns = batch.row, batch.label, outputs.argmax(dim=1), features
             self._batches = [*self._batches, tuple(column[chosen] for column in columns)]
 
@@ -191,10 +189,7 @@ def gather_columns(trainer: Trainer, batches: Sequence[tuple[torch.Tensor, ...]]
 
 
 def readable(trainer: Trainer, columns: Columns) -> tuple[torch.Tensor, Columns]:
-    """Validation images (B, 3, H, W) uint8 of the rows in the first column, and the other columns of the same images.
-
-    Images that can no longer be read are left out.
-    """
+    """Validation images (B, 3, H, W) uint8 of those rows in the first column that can be read, with their columns."""
     batch = data_of(trainer).dataset("val").__getitems__([(0, row) for row in columns[0].tolist()])
     kept = np.isin(columns[0], batch.row.numpy())
     return batch.image, [column[kept] for column in columns[1:]]
@@ -217,23 +212,17 @@ def principal_components(features: npt.NDArray[np.floating[Any]], components: in
     return np.asarray(vectors[:, first] * np.sqrt(np.maximum(values[first], 0)))
 
 
-def _scored(trainer: Trainer, columns: Columns) -> ScoredPredictions:
-    positive = positive_index(data_of(trainer).class_names, trainer.lightning_module.hparams["positive"])
-    return ScoredPredictions(columns[1], columns[2], positive)
-
-
-def _draw(trainer: Trainer, step: int, columns: Columns) -> None:
+def _draw(trainer: Trainer, step: int, rows: npt.NDArray[Any], scored: ScoredPredictions) -> None:
     """Plots of a validation, and the same images each time, from every part of its split."""
-    writer, names, scored = tensorboard(trainer), data_of(trainer).class_names, _scored(trainer, columns)
-    _, true, probabilities = columns
+    writer, names = tensorboard(trainer), data_of(trainer).class_names
     writer.add_figure("val/confusion_matrix", figures.confusion_matrix(scored.confusion(), names), step)
     writer.add_figure("val/roc", figures.roc(scored, names), step)
     writer.add_figure("val/precision_recall", figures.precision_recall(scored, names), step)
     writer.add_figure("val/reliability", figures.reliability(scored), step)
-    for index, tag in class_tags(true, names).items():
-        writer.add_pr_curve(f"val_class/{tag}", true == index, probabilities[:, index], step)
-    spaced = np.linspace(0, len(true) - 1, min(len(true), SAMPLES)).astype(int)
-    image, (true, probabilities) = readable(trainer, [column[spaced] for column in columns])
+    for index, tag in class_tags(scored.true, names).items():
+        writer.add_pr_curve(f"val_class/{tag}", scored.true == index, scored.probabilities[:, index], step)
+    spaced = np.linspace(0, len(rows) - 1, min(len(rows), SAMPLES)).astype(int)
+    image, (true, probabilities) = readable(trainer, [c[spaced] for c in (rows, scored.true, scored.probabilities)])
     titles, predicted = [], probabilities.argmax(axis=1)
     for label, prediction, row in zip(true, predicted, probabilities, strict=True):
         title = f"{shortened(names[prediction], 11)} {row[prediction]:.0%}"

@@ -13,9 +13,7 @@ from project.training.callbacks import data_of, point, tensorboard
 
 
 class Throughput(Callback):
-    """Measures each epoch of training and logs it to TensorBoard alone.
-
-    metrics.csv holds nothing that depends on a clock, so that an interrupted fit leaves the same file.
+    """Measures each epoch and logs it to TensorBoard alone: nothing in metrics.csv depends on a clock.
 
     Attributes:
         waited: Seconds of this epoch between the end of a batch and the start of the next.
@@ -25,8 +23,7 @@ class Throughput(Callback):
     _now = 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.waited, self._worked, self._images = 0.0, 0.0, 0
-        self._now = time.monotonic()
+        self.waited, self._worked, self._images, self._now = 0.0, 0.0, 0, time.monotonic()
 
     on_train_start = on_train_epoch_start  # a fit resumed within an epoch has no on_train_epoch_start
 
@@ -55,19 +52,16 @@ class Throughput(Callback):
 
 
 class StepsInMemory(Callback):
-    """After each epoch, times as many steps of a copy of the network on a batch in memory: the limit of a fit's speed.
-
-    Attributes:
-        seconds: Median seconds of a step, for each epoch.
-    """
+    """After each epoch, times as many steps of a copy of the network from memory: the limit of a fit's speed."""
 
     def __init__(self) -> None:
-        self.seconds: list[float] = []
+        self.seconds: list[float] = []  # median of a step, for each epoch
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         network: Any = copy.deepcopy(pl_module.network)
         optimizer = torch.optim.Adam(network.parameters(), fused=True)
-        size, steps = (data_of(trainer).batch_size, data_of(trainer).image_size), int(trainer.num_training_batches)
+        data, steps = data_of(trainer), int(trainer.num_training_batches)
+        size = data.batch_size, data.image_size
         self.seconds.append(seconds_per_step(network, optimizer, *size, pl_module.device, steps))
 
 

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from project import cli
-from project.data import digits
 from project.data.check import check_dataset
 from project.data.duplicates import near_groups
 from tests.conftest import COLOURS, SMALL, make_images
@@ -47,6 +46,7 @@ def sick(workplace):
     scenery(3).resize((80, 60)).convert("RGB").save(root / "red" / "again.jpg", quality=70)
     scenery(99).save(root / "blue" / "really a png.jpg", "PNG")
     Image.new("RGB", (40, 30), "white").save(root / "green" / "white.png")
+    scenery(101).save(root / "red" / "phone.jpg", "MPO", save_all=True, append_images=[scenery(102)])  # a phone's JPEG
     exif = Image.Exif()
     exif[0x0112] = 6
     scenery(100).save(root / "green" / "turned.jpg", exif=exif)
@@ -58,18 +58,19 @@ def sick(workplace):
     return root
 
 
-def test_everything_is_found_named_and_nothing_is_changed(sick, capsys):
+def test_everything_is_found_named_and_nothing_is_changed_and_fit_leaves_out_what_is_quarantined(sick, capsys):
     before = tree(sick)
-    assert cli.main(["check", str(sick), "--json", "all.json"]) == 1
+    assert cli.main(["check", str(sick), "--json", "all.json", "--quarantine", "out.csv"]) == 1
     assert tree(sick) == before
     out = capsys.readouterr().out
-    found = {finding["kind"]: finding for finding in json.loads(Path("all.json").read_text())["findings"]}
-    paths = {kind: " ".join(path for entry in finding["paths"] for path in entry) for kind, finding in found.items()}
+    findings = json.loads(Path("all.json").read_text())["findings"]
+    found = {finding["kind"]: finding["paths"] for finding in findings}
+    paths = {kind: " ".join(path for entry in entries for path in entry) for kind, entries in found.items()}
     assert "red/000.png: " in paths["unreadable"]
     assert "red/page.jpg: not an image" in paths["unreadable"]
     assert paths["duplicate-label"] == "blue/006.png green/other label.png"
     assert (paths.get("duplicate") or paths["duplicate-split"]) == "blue/005.png blue/copy.png"
-    near = [f["paths"] for k, f in found.items() if k.startswith("near-duplicate")]
+    near = [entries for kind, entries in found.items() if kind.startswith("near-duplicate")]
     assert near == [[["red/again.jpg", "red/scene03.png"]]]
     assert paths["ending"] == "blue/really a png.jpg"
     assert paths["constant"] == "green/white.png"
@@ -78,20 +79,14 @@ def test_everything_is_found_named_and_nothing_is_changed(sick, capsys):
     assert "red/long.png" in paths["aspect"]
     for name in ("empty", "notes.txt", ".ipynb_checkpoints"):
         assert name in out
-    problems = [finding["problem"] for finding in json.loads(Path("all.json").read_text())["findings"]]
+    problems = [finding["problem"] for finding in findings]
     assert problems == sorted(problems, reverse=True)  # worst first
-
-
-def test_quarantine_is_what_fit_leaves_out_and_records(sick, capsys):
-    assert cli.main(["check", str(sick), "--quarantine", "out.csv"]) == 1
     with Path("out.csv").open(newline="") as stream:
         listed = {row["path"]: row["reason"] for row in csv.DictReader(stream)}
     assert {"red/000.png", "red/page.jpg", "blue/006.png", "green/other label.png"} < set(listed)
     assert len({"blue/005.png", "blue/copy.png"} & set(listed)) == 1  # one of the two stays
     assert len({"red/again.jpg", "red/scene03.png"} & set(listed)) == 1
-    (sick / "empty").rmdir()
     fit = ["fit", "--data.root", str(sick), "--data.exclude", "out.csv", *SMALL, "--trainer.max_epochs", "1"]
-    capsys.readouterr()
     assert cli.main(fit) == 0
     out = capsys.readouterr().out
     assert f"listed in out.csv: {len(listed)} of {len(listed)} paths" in out
@@ -104,67 +99,45 @@ def test_quarantine_is_what_fit_leaves_out_and_records(sick, capsys):
     assert cli.main(["test"]) == 0  # the run's split.csv is enough
 
 
-def test_clean_folder_has_no_findings(photos, capsys):
-    assert cli.main(["check", str(photos)]) == 0
+def test_clean_folder_has_no_findings_and_a_preview_shows_what_training_and_validation_see(photos, capsys):
+    preview = ["--preview", "preview.png", "--augment", "crop", "--image_size", "64"]
+    assert cli.main(["check", str(photos), "--json", "all.json", *preview]) == 0
+    found, pixels = json.loads(Path("all.json").read_text()), [np.asarray(Image.open(p)) for p in photos.rglob("*.png")]
+    assert found["mean"] == pytest.approx(np.mean(pixels, axis=(0, 1, 2)) / 255, abs=0.005)
+    assert found["std"] == pytest.approx(np.std(pixels, axis=(0, 1, 2)) / 255, abs=0.005)
     out = capsys.readouterr().out
     assert "problems:\n  none" in out
     assert "green         28          4          8" in out
-    digits.write()
-    assert not [finding for finding in check_dataset(digits.ROOT).findings if finding.problem]
+    with Image.open("preview.png") as image:  # three draws of each way to resize, then validation images as they are
+        assert image.size == (1188, round(1.3 * 7 * 120))
+        assert len(image.convert("RGB").getcolors(10**7)) > 1000
 
 
-def test_classes_that_differ_between_splits_are_a_finding(workplace):
-    make_images(Path("p/train"), {"cat": 12, "dog": 12})
-    make_images(Path("p/val"), {"cat": 4, "owl": 4}, seed=1)
-    finding = kinds(check_dataset(Path("p")))["refused"]
-    assert finding.problem
-    assert "only in train: dog" in finding.sentence
-    assert "only in val: owl" in finding.sentence
-
-
-def test_small_and_unequal_classes_are_findings(workplace):
+def test_small_unequal_and_differing_classes_are_findings(workplace):
     found = kinds(check_dataset(make_images(Path("p"), {"many": 200, "few": 6})))
     assert found["small-class"].paths == [["few: 4"]]
     assert "many has 35 times the images of few" in found["imbalance"].sentence
+    make_images(Path("q/train"), {"cat": 12, "dog": 12})
+    make_images(Path("q/val"), {"cat": 4, "owl": 4}, seed=1)
+    finding = kinds(check_dataset(Path("q")))["refused"]
+    assert finding.problem
+    assert "only in train: dog; only in val: owl" in finding.sentence
 
 
-def test_same_image_on_both_sides_of_the_split_is_found(workplace):
-    for seed, split in enumerate(("train", "test", "val")):
-        make_images(Path("p", split), dict.fromkeys("ab", 4 if seed else 12), seed)
-    Path("p/test/a/000.png").write_bytes(Path("p/train/a/004.png").read_bytes())
-    report = check_dataset(Path("p"))
-    assert kinds(report)["duplicate-split"].paths == [["test/a/000.png", "train/a/004.png"]]
-    assert list(report.leave_out) == ["train/a/004.png"]  # the test stays as hard as it was
-
-
-def test_a_copy_of_a_nearly_same_image_is_of_its_group(workplace):
+def test_copies_on_both_sides_of_the_split_are_found_and_the_training_image_goes(workplace):
     for folder, first in (("train/a", 0), ("train/b", 50), ("val/a", 100), ("val/b", 150)):
         Path("p", folder).mkdir(parents=True)
         for number in range(12):
             scenery(first + number).save(Path("p", folder, f"{number}.png"))
+    Path("p/val/b/copy.png").write_bytes(Path("p/train/b/3.png").read_bytes())
     scenery(300).save("p/train/a/x.png")
     Path("p/val/a/copy.png").write_bytes(Path("p/train/a/x.png").read_bytes())
     scenery(300).convert("RGB").save("p/train/a/saved again.jpg", quality=70)
     report = check_dataset(Path("p"))
-    group = ["train/a/saved again.jpg", "train/a/x.png", "val/a/copy.png"]
-    assert kinds(report)["near-duplicate-split"].paths == [group]
-    assert set(report.leave_out) == set(group[:2])
-
-
-def test_a_phones_jpeg_with_two_images_in_it_has_the_right_ending(photos):
-    scenery(1).save(photos / "red" / "phone.jpg", "MPO", save_all=True, append_images=[scenery(2)])
-    assert "ending" not in kinds(check_dataset(photos))
-
-
-def test_mean_and_deviation_are_those_of_the_pixels(workplace):
-    for number in range(24):
-        pixels = np.zeros((40, 40, 3), dtype=np.uint8)
-        pixels[:, number % 2 :: 2, 0] = 200
-        Path("p", "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(Path("p", "ab"[number % 2], f"{number}.png"))
-    report = check_dataset(Path("p"))
-    assert report.mean == pytest.approx([100 / 255, 0, 0], abs=1e-3)
-    assert report.std == pytest.approx([100 / 255, 0, 0], abs=1e-3)
+    assert kinds(report)["duplicate-split"].paths == [["train/b/3.png", "val/b/copy.png"]]
+    near = ["train/a/saved again.jpg", "train/a/x.png", "val/a/copy.png"]  # a copy of a nearly same image, too
+    assert kinds(report)["near-duplicate-split"].paths == [near]
+    assert set(report.leave_out) == {"train/b/3.png", *near[:2]}  # the test stays as hard as it was
 
 
 def test_near_groups_are_those_of_all_comparisons():
@@ -178,44 +151,21 @@ def test_near_groups_are_those_of_all_comparisons():
     assert len(expected) > 50
     assert near_groups(stored) == expected
     assert near_groups(stored[:1]) == []
-
-
-def test_near_groups_link_through_others_and_take_many_alike():
     angles = np.concatenate([np.linspace(0, 0.5, 20), [2.0], np.full(3000, 3.0)])  # cos(0.5 / 19) is above 0.998
     circle = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float16)
-    assert sorted(map(len, near_groups(circle))) == [20, 3000]
+    assert sorted(map(len, near_groups(circle))) == [20, 3000]  # linked through others; many alike
 
 
-def test_preview_shows_three_draws_of_each_way_and_validation_images_as_they_are(photos):
-    assert cli.main(["check", str(photos), "--preview", "preview.png", "--augment", "crop", "--image_size", "64"]) == 0
-    with Image.open("preview.png") as image:
-        assert image.size == (1188, round(1.3 * 7 * 120))
-        assert len(image.convert("RGB").getcolors(10**7)) > 1000
-
-
-@pytest.mark.parametrize("option", ["json", "preview", "quarantine"])
-def test_existing_output_is_not_overwritten(photos, refused, option):
-    Path("mine").write_text("mine")
-    assert "mine exists" in refused("check", str(photos), f"--{option}", "mine")
-    assert Path("mine").read_text() == "mine"
-
-
-def run(*command, **environment):
-    done = subprocess.run(
-        [sys.executable, *command],
-        env=environment | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_name_that_is_no_text_is_printed(photos):
+def test_checking_needs_no_torch_and_prints_a_name_that_is_no_text(photos):
     Path(os.fsdecode(os.fsencode(photos / "red") + b"/caf\xe9.png")).write_bytes(b"no image")
-    code, out, error = run("-m", "project.cli", "check", "photos", **os.environ | {"PYTHONIOENCODING": "utf-8:strict"})
-    assert code == 1, error
-    assert "caf\\udce9.png: not an image" in out
+    code = (
+        "import sys; from project import cli; assert cli.main(['check', 'photos']) == 1;"
+        "assert not {'torch', 'lightning'} & set(sys.modules)"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "caf\\udce9.png: not an image" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -226,17 +176,13 @@ def test_name_that_is_no_text_is_printed(photos):
         (["photos", "--image_size", "0"], "--image_size is 0"),
         (["nowhere"], "no folder nowhere"),
         (["empty"], "No images in empty"),
+        (["photos", "--json", "mine"], "mine exists"),
+        (["photos", "--preview", "mine"], "mine exists"),
+        (["photos", "--quarantine", "mine"], "mine exists"),
     ],
 )
 def test_mistakes_are_refused_in_a_sentence(photos, refused, words, expected):
     Path("empty").mkdir()
+    Path("mine").write_text("mine")
     assert expected in refused("check", *words)
-
-
-def test_checking_needs_no_torch(photos):
-    code = (
-        "import sys; from project import cli; assert cli.main(['check', 'photos']) == 0;"
-        "assert not {'torch', 'lightning'} & set(sys.modules)"
-    )
-    status, _, error = run("-c", code, PATH="")
-    assert status == 0, error
+    assert Path("mine").read_text() == "mine"

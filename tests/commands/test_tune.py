@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from project import cli
-from project.commands.tune import suggest
+from project.commands import tune
 from tests.conftest import COLOURS, SMALL, make_images
 
 TUNE = ["tune", "--data.root", "photos", *SMALL]
@@ -33,56 +33,43 @@ def test_suggested_command_runs_and_nothing_else_is_left(photos, capsys):
     assert cli.main([*command, "--trainer.max_epochs", "1", "--model.lr", "0.0001"]) == 0  # 0.5 may be too much
 
 
-def test_the_networks_weights_are_as_before(photos, monkeypatch):
-    from project.commands import tune
-
+def test_small_set_gets_no_batch_size_and_the_networks_weights_are_as_before(photos, monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(tune.Tuning, "after_fit", lambda self: seen.append(self.model.network.state_dict()))
-    assert cli.main([*TUNE, "--steps", "30"]) == 0
-    Path("lr-finder.png").unlink()
-    assert cli.main([*TUNE, "--steps", "60"]) == 0
-    one, two = seen
-    assert all(torch.equal(tensor, two[key]) for key, tensor in one.items())
+    monkeypatch.setattr(
+        tune.Tuning, "after_fit", lambda self: seen.append(self.model.network.state_dict()), raising=False
+    )
+    for steps in ("30", "60"):
+        assert cli.main([*TUNE, "--steps", steps, "--plot", f"{steps}.png"]) == 0
+        assert "training images are too few to compare any" in capsys.readouterr().out
+    assert all(torch.equal(tensor, seen[1][key]) for key, tensor in seen[0].items())
 
 
-def curve(*points, noise=0.01, rows=100):
-    """Losses over rates from 1e-7 to 1, straight between points (log10 of the rate, loss), and some noise."""
-    logs = np.linspace(-7, 0, rows)
+def curve(*points, noise=0.01):
+    """100 losses over rates from 1e-7 to 1, straight between points (log10 of the rate, loss), and some noise."""
+    logs = np.linspace(-7, 0, 100)
     losses = np.interp(logs, *zip(*points, strict=True))
-    return 10**logs, losses + np.random.default_rng(0).normal(0, noise, rows)
+    return 10**logs, losses + np.random.default_rng(0).normal(0, noise, 100)
 
 
 def test_a_tenth_of_the_rate_with_the_lowest_loss_is_suggested():
-    rate, reason = suggest(*curve((-7, 2.3), (-4, 2.2), (-2, 1.0), (-1, 5.0)))
+    rate, reason = tune.suggest(*curve((-7, 2.3), (-4, 2.2), (-2, 1.0), (-1, 5.0)))
     assert 5e-4 < rate < 2e-3
     assert re.match(r"a tenth of [\d.e-]+, where the loss is lowest: it falls from 2\.[23]\d+ to 1\.", reason)
 
 
-def test_noise_alone_gives_no_suggestion():
-    rate, reason = suggest(*curve((-7, 2.3), (-1, 2.3), (0, 9.0), noise=0.05))
+def test_noise_a_loss_that_only_rises_and_too_few_finite_losses_give_no_suggestion():
+    rate, reason = tune.suggest(*curve((-7, 2.3), (-1, 2.3), (0, 9.0), noise=0.05))
     assert rate is None
-    assert reason.startswith("cannot tell: the loss went from 2.")
-
-
-def test_a_loss_that_only_rises_gives_no_suggestion():
-    assert suggest(*curve((-7, 2.3), (-3, 2.3), (0, 9.0)))[0] is None
-
-
-def test_too_few_finite_losses_give_no_suggestion():
+    assert reason.startswith("cannot tell: the loss falls from 2.")
+    assert tune.suggest(*curve((-7, 2.3), (-3, 2.3), (0, 9.0)))[0] is None
     rates, losses = curve((-7, 2.3), (-2, 1.0))
     losses[20:] = np.nan
-    rate, reason = suggest(rates, losses)
-    assert rate is None
-    assert "20 losses are too few" in reason
+    assert tune.suggest(rates, losses) == (None, "cannot tell: 20 losses are too few; give more --steps")
 
 
-def test_set_that_is_too_small_to_compare_batches_is_said(workplace, capsys):
-    make_images(workplace / "photos", {"blue": 12, "red": 12})
-    assert cli.main([*TUNE, "--steps", "30"]) == 0
-    assert "training images are too few to compare any" in capsys.readouterr().out
-
-
-def test_what_tune_cannot_use_is_refused(photos, refused):
+def test_what_tune_cannot_use_is_refused(photos, at_trained, refused, monkeypatch, tmp_path):
+    assert "leave --resume out" in refused("tune", "--resume", str(at_trained), "--trainer.max_epochs", "9")
+    monkeypatch.chdir(tmp_path)
     assert "--steps is 3; it must be at least 30" in refused(*TUNE, "--steps", "3")
     Path("mine.png").write_text("mine")
     assert "mine.png exists" in refused(*TUNE, "--plot", "mine.png")

@@ -4,10 +4,7 @@ import multiprocessing
 import os
 import pickle
 import random
-import shutil
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,10 +16,10 @@ from PIL import Image
 from project.data import cache, images
 from project.data.cache import Cache, choose, stamp
 from project.data.dataset import ImageDataset
-from project.data.strings import StringArray
 from tests.conftest import make_images
 
 SIZE = 30  # 2,700 bytes an image: not a multiple of the checksum's eight
+FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
@@ -51,31 +48,14 @@ def truth(root):
     return np.stack([images.read(file, SIZE) for file in files(root)])
 
 
-def in_processes(*targets, file="it.pixels"):
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=all_of, args=(dataset(root, file),)) for root in targets]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
-
-
 def test_second_reading_is_the_same_and_decodes_nothing(photos, monkeypatch):
-    first = all_of(dataset(photos))
-    with monkeypatch.context() as patched:
-        patched.setattr(images, "read", None)
-        again = all_of(dataset(photos))
-    assert (first == again).all()
-    assert (again == truth(photos)).all()
-
-
-def test_changed_image_is_read_again(photos):
     data = dataset(photos)
-    all_of(data)
-    shutil.copy(photos / "red" / "003.png", photos / "blue" / "007.png")
-    assert (all_of(data) == truth(photos)).all()
-    assert (all_of(dataset(photos)) == truth(photos)).all()
+    first = all_of(data)
+    assert (first == truth(photos)).all()
+    packed = pickle.dumps(data)  # for a worker
+    assert len(packed) < 4000
+    monkeypatch.setattr(images, "read", None)
+    assert (all_of(pickle.loads(packed)) == first).all()
 
 
 def test_image_replaced_by_one_of_the_same_size_and_date_is_read_again(photos):
@@ -108,34 +88,27 @@ def test_torn_row_is_not_used(photos, torn):
     assert (all_of(dataset(photos)) == truth(photos)).all()
 
 
-FILL = """
-import sys
-from pathlib import Path
-from project.data import images
-from project.data.cache import Cache, stamp
-paths = sorted(map(str, Path("photos").rglob("*.png")))
-cached = Cache(Path("it.pixels"), len(paths), 30)
-pixels = [images.read(path, 30) for path in paths]
-print("ready", flush=True)
-while True:
-    for row, path in enumerate(paths):
-        cached.put(row, stamp(path), pixels[row])
-"""
+def write_forever(paths, right, ready):
+    cached = Cache(Path("it.pixels"), len(paths), SIZE)
+    for number in range(10**9):
+        cached.put(number % len(paths), stamp(paths[number % len(paths)]), right[number % len(paths)])
+        if number == len(paths):
+            ready.set()
 
 
 def test_writers_killed_at_any_moment_leave_no_wrong_image(photos):
     random.seed(0)
-    here = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     right, paths = truth(photos), [str(file) for file in files(photos)]
     for _ in range(6):
-        command = [sys.executable, "-c", FILL]
-        writers = [subprocess.Popen(command, stdout=subprocess.PIPE, env=here) for _ in range(2)]
+        ready = [FORK.Event(), FORK.Event()]
+        writers = [FORK.Process(target=write_forever, args=(paths, right, event)) for event in ready]
         for writer in writers:
-            assert writer.stdout.readline() == b"ready\n"
+            writer.start()
+        assert all(event.wait(60) for event in ready)
         time.sleep(random.random() / 50)
         for writer in writers:
-            writer.send_signal(signal.SIGKILL)
-            writer.communicate()
+            writer.kill()
+            writer.join()
         cached = Cache(Path("it.pixels"), len(paths), SIZE)
         found = [cached.get(row, stamp(path)) for row, path in enumerate(paths)]
         assert all((pixels == right[row]).all() for row, pixels in enumerate(found) if pixels is not None)
@@ -143,62 +116,35 @@ def test_writers_killed_at_any_moment_leave_no_wrong_image(photos):
     assert (all_of(dataset(photos)) == right).all()
 
 
-def test_many_processes_fill_one_cache(photos):
-    in_processes(*[photos] * 4)
-    assert (all_of(dataset(photos)) == truth(photos)).all()
-
-
-def test_full_disk_is_reported_once_and_images_are_read_without_the_cache(photos, capfd):
+def test_full_disk_is_reported_and_images_are_read_without_the_cache(photos, capfd):
     Path("full").mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", "full"], capture_output=True).returncode:
         pytest.skip("needs the right to mount a small file system")
     try:
-        in_processes(*[photos] * 3, file="full/it.pixels")
+        with FORK.Pool(3) as pool:
+            pool.map(all_of, [dataset(photos, "full/it.pixels")] * 3)
         assert (all_of(dataset(photos, "full/it.pixels")) == truth(photos)).all()
-        assert capfd.readouterr().out.count("No space left on device; continuing without") == 1
+        assert 0 < capfd.readouterr().out.count("No space left on device; continuing without") <= 4  # once a process
     finally:
         subprocess.run(["umount", "-l", "full"], check=True)
 
 
 def test_cache_that_cannot_be_created_is_reported_and_images_are_read_without_it(photos, capsys):
     Path("place").write_text("a file where the folder should be")
-    paths = StringArray.of(["blue/000.png"])
-    assert choose("on", Path("place"), photos, paths, SIZE, "stretch")[0] is not None  # reported when a row is written
+    assert choose("on", Path("place"), photos, ["a.png"], SIZE, "stretch")[0] is not None  # reported by the first row
     assert (all_of(dataset(photos, "place/it.pixels")) == truth(photos)).all()
     assert capsys.readouterr().out.count("continuing without") == 1
 
 
-def test_pickle_holds_no_pixels_and_opens_the_same_file(photos):
-    data = dataset(photos)
-    all_of(data)
-    packed = pickle.dumps(data)
-    assert len(packed) < 4000
-    assert pickle.loads(packed).cache.get(0, stamp(data.path(0))) is not None
-
-
 def test_auto_decides_by_free_space_and_explains(photos, monkeypatch):
-    options = (Path("data/cache"), photos, StringArray.of(relative(photos)), SIZE, "stretch")
-    chosen, sentence = choose("auto", *options)
-    assert chosen is not None
-    assert "data/cache/" in sentence
+    folder, options = Path("data/cache"), (photos, relative(photos), SIZE, "stretch")
+    chosen, sentence = choose("auto", folder, *options)
+    assert str(chosen.file) in sentence
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**5))
-    chosen, sentence = choose("auto", *options)
+    chosen, sentence = choose("auto", folder, *options)
     assert chosen is None
     assert "more than half" in sentence
-    assert choose("on", *options)[0] is not None
-    assert choose("off", *options) == (None, "")
-
-
-def test_other_rows_sizes_and_modes_have_caches_of_their_own(photos):
-    paths, folder = relative(photos), Path("data/cache")
-    caches = [
-        choose("on", folder, root, StringArray.of(rows), size, resize)[0].file
-        for root, rows, size, resize in (
-            (photos, paths, 30, "stretch"),
-            (photos, paths, 31, "stretch"),
-            (photos, paths, 30, "pad"),
-            (photos, paths[1:], 30, "stretch"),
-            (photos / "red", paths, 30, "stretch"),
-        )
-    ]
-    assert len(set(caches)) == 5
+    assert choose("off", folder, *options) == (None, "")
+    for index, other in enumerate((photos / "red", relative(photos)[1:], SIZE + 1, "pad")):  # each has its own cache
+        changed = [*options[:index], other, *options[index + 1 :]]
+        assert choose("on", folder, *changed)[0].file != choose("on", folder, *options)[0].file

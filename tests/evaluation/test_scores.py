@@ -57,9 +57,9 @@ def test_scores_of_two_classes_are_those_of_the_positive_one(positive):
     true, probabilities = drawn(2)
     values = ScoredPredictions(true, probabilities, positive).scores()
     is_positive, score = true == positive, probabilities[:, positive]
-    for name, function in (("precision", reference.precision_score), ("recall", reference.recall_score)):
-        assert values[name] == pytest.approx(function(is_positive, score > 0.5), abs=1e-6)
-    assert values["f1"] == pytest.approx(reference.f1_score(is_positive, score > 0.5), abs=1e-6)
+    for name in ("precision", "recall", "f1"):
+        expected = getattr(reference, f"{name}_score")(is_positive, score > 0.5)
+        assert values[name] == pytest.approx(expected, abs=1e-6)
     assert values["auroc"] == pytest.approx(reference.roc_auc_score(is_positive, score), abs=1e-6)
     trained = trained_with(true, probabilities, ["no", "yes"], ["no", "yes"][positive])
     assert trained == pytest.approx({name: values[name] for name in trained}, abs=1e-6)
@@ -84,38 +84,34 @@ def test_curves_are_those_of_scikit_learn(ties):
     assert ranked.average_precision() == pytest.approx(average, abs=1e-9)
 
 
-def test_calibration_error_is_the_distance_of_confidence_and_accuracy():
-    probabilities = np.tile([0.9, 0.1], (100, 1))
-    assert ScoredPredictions(np.array([0, 1] * 50), probabilities).ece() == pytest.approx(0.4)
+def test_calibration_error_is_the_distance_of_confidence_and_accuracy_and_abstaining_keeps_the_most_confident():
+    assert ScoredPredictions(np.array([0, 1] * 50), np.tile([0.9, 0.1], (100, 1))).ece() == pytest.approx(0.4)
     assert ScoredPredictions(np.zeros(100, int), np.tile([1.0, 0.0], (100, 1))).ece() == 0
-
-
-def test_abstaining_keeps_the_most_confident_images():
     probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.8, 0.2], [0.6, 0.4]])
     kept, accuracy, confidence = ScoredPredictions(np.array([0, 0, 0, 1]), probabilities).coverage()
-    assert kept.tolist() == [0.25, 0.75, 1.0]
-    assert accuracy.tolist() == [1.0, 1.0, 0.75]
+    assert (kept.tolist(), accuracy.tolist()) == ([0.25, 0.75, 1.0], [1.0, 1.0, 0.75])
     assert confidence.tolist() == [0.9, 0.8, 0.6]
 
 
-def test_95_percent_intervals_contain_the_truth_about_as_often():
+def test_95_percent_intervals_contain_the_truth_about_as_often(monkeypatch):
+    monkeypatch.setattr(scores, "REPEATS", 200)
     contained = 0
     for seed in range(60):
-        true, probabilities = drawn(2, count=150, seed=seed)
-        low, high = scores.intervals(ScoredPredictions(true, probabilities, 1), repeats=200, seed=seed)["accuracy"]
+        low, high = scores.intervals(ScoredPredictions(*drawn(2, count=150, seed=seed), 1))["accuracy"]
         contained += low <= 0.7602 <= high  # P(normal(1, sqrt 2) > 0), the accuracy on such images
     assert 51 <= contained <= 60
 
 
-def test_intervals_of_paired_differences_are_narrower_than_those_of_single_runs():
+def test_intervals_of_paired_differences_are_narrower_than_those_of_single_runs(monkeypatch):
+    monkeypatch.setattr(scores, "REPEATS", 200)
     true, probabilities = drawn(3)
     better = probabilities + 0.02 * np.eye(3)[true]
     better /= better.sum(axis=1, keepdims=True)
     first, second = ScoredPredictions(true, probabilities), ScoredPredictions(true, better)
-    difference, low, high = scores.differences(first, second, repeats=200)["loss"]
+    difference, low, high = scores.differences(first, second)["loss"]
     assert difference == pytest.approx(second.scores()["loss"] - first.scores()["loss"])
     assert low < difference < high < 0
-    alone = scores.intervals(first, repeats=200)["loss"]
+    alone = scores.intervals(first)["loss"]
     assert high - low < (alone[1] - alone[0]) / 3
 
 
@@ -126,27 +122,22 @@ def test_baseline_of_one_class_is_right_as_often_as_the_class_occurs():
     assert baseline["auroc"] == 0.5
 
 
-@pytest.mark.parametrize(
-    ("expected", "name", "values"),
-    [
-        ("0.912", "auroc", [0.91234]),
-        ("91.2 %", "accuracy", [0.91234]),
-        ("0.9999", "auroc", [0.9999]),
-        ("0.9998 to 1.0000", "auroc", [0.99984, 1.0]),
-        ("0.999997", "auroc", [0.999997]),
-        ("99.97 to 100.00 %", "recall", [0.99968, 1.0]),
-        ("1.000", "auroc", [1.0]),
-        ("1.235", "loss", [1.23456]),
-        ("-", "auroc", [np.nan]),
-        ("-", "auroc", [np.nan, np.nan]),
-    ],
-)
-def test_a_score_below_1_is_never_written_as_1(expected, name, values):
-    assert scores.format_score(name, *values) == expected
-
-
-def test_differences_have_the_decimals_of_their_scores():
-    assert scores.format_difference("auroc", (0.01, -0.02, 0.03), 0.9, 0.91) == "+0.010 [-0.020, +0.030]"
-    assert scores.format_difference("auroc", (5e-5, -1e-4, 2e-4), 0.9999, 0.99995) == "+0.00005 [-0.00010, +0.00020]"
-    assert scores.format_difference("accuracy", (0.01, -0.02, 0.03), 0.9, 0.91) == "+1.0 [-2.0, +3.0]"
-    assert scores.format_difference("auroc", (np.nan,) * 3, np.nan, 0.5) == ""
+def test_a_score_below_1_is_never_written_as_1_and_differences_have_the_decimals_of_their_scores():
+    for expected, name, *values in (
+        ("0.912", "auroc", 0.91234),
+        ("91.2 %", "accuracy", 0.91234),
+        ("0.9999", "auroc", 0.9999),
+        ("0.9998 to 1.0000", "auroc", 0.99984, 1.0),
+        ("99.97 to 100.00 %", "recall", 0.99968, 1.0),
+        ("1.000", "auroc", 1.0),
+        ("1.235", "loss", 1.23456),
+        ("-", "auroc", np.nan, np.nan),
+    ):
+        assert scores.format_score(name, *values) == expected
+    for expected, name, difference, *values in (
+        ("+0.010 [-0.020, +0.030]", "auroc", (0.01, -0.02, 0.03), 0.9, 0.91),
+        ("+0.00005 [-0.00010, +0.00020]", "auroc", (5e-5, -1e-4, 2e-4), 0.9999, 0.99995),
+        ("+1.0 [-2.0, +3.0]", "accuracy", (0.01, -0.02, 0.03), 0.9, 0.91),
+        ("", "auroc", (np.nan,) * 3, np.nan, 0.5),
+    ):
+        assert scores.format_difference(name, difference, *values) == expected

@@ -13,29 +13,21 @@ from project.errors import UserError
 from project.inference import calibration
 
 
-def drawn(temperature, count=20_000, classes=5):
-    """Labels that are as likely as the probabilities say, and the probabilities as if the logits were too large."""
-    random = np.random.default_rng(0)
-    logits = random.normal(0, 2, (count, classes))
-    honest = torch.from_numpy(logits).softmax(dim=1).numpy()
-    true = (honest.cumsum(axis=1) < random.random((count, 1))).sum(axis=1)
-    return true, torch.from_numpy(logits * temperature).softmax(dim=1).numpy()
-
-
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_temperature_that_was_put_in_is_found(temperature):
-    assert calibration.fit_temperature(*drawn(temperature)) == pytest.approx(temperature, rel=0.03)
+def test_temperature_that_was_put_in_is_found_and_has_the_lowest_loss(temperature):
+    random = np.random.default_rng(0)
+    logits = torch.from_numpy(random.normal(0, 2, (20_000, 5)))
+    true = (logits.softmax(dim=1).numpy().cumsum(axis=1) < random.random((20_000, 1))).sum(axis=1)
+    probabilities = (logits * temperature).softmax(dim=1).numpy()
+    fitted = calibration.fit_temperature(true, probabilities)
+    assert fitted == pytest.approx(temperature, rel=0.03)
 
+    def loss(divisor):
+        expected = (logits * temperature / divisor).softmax(dim=1)
+        assert np.allclose(calibration.at_temperature(probabilities, divisor), expected, atol=1e-12)
+        return float(functional.nll_loss(expected.log(), torch.from_numpy(true)))
 
-def test_temperature_found_has_the_lowest_loss_of_all():
-    true, probabilities = drawn(2.0, count=500)
-    found = calibration.fit_temperature(true, probabilities)
-
-    def loss(temperature):
-        logits = torch.from_numpy(np.log(probabilities)) / temperature
-        return float(functional.cross_entropy(logits, torch.from_numpy(true)))
-
-    assert loss(found) < min(loss(found * 1.01), loss(found / 1.01))
+    assert loss(fitted) < min(loss(fitted * 1.01), loss(fitted / 1.01))
 
 
 @pytest.mark.parametrize("sureness", [1.0, 0.8, 0.4])
@@ -47,35 +39,27 @@ def test_predictions_that_are_all_right_or_all_wrong_give_no_temperature(surenes
     assert calibration.fit_temperature(np.array([1, 2, 0, 1]), rows) is None
 
 
-def test_temperature_divides_logits():
-    logits = torch.randn(7, 4, dtype=torch.float64)
-    warm = calibration.at_temperature(logits.softmax(dim=1).numpy(), 2.5)
-    assert np.allclose(warm, (logits / 2.5).softmax(dim=1).numpy(), atol=1e-12)
-
-
 @pytest.fixture
 def own(at_trained, tmp_path):
     shutil.copytree(at_trained, tmp_path / "run")
     return tmp_path / "run" / "checkpoints" / "best.ckpt"
 
 
-def test_kept_temperature_is_used_when_asked_for(own):
-    calibration.write(own, 2.0, {})
+def test_kept_temperature_is_used_when_asked_for_and_only_for_the_weights_it_was_fitted_on(own):
+    calibration.write(own, 2.0)
     images = sorted(map(str, Path("photos").rglob("*.png")))[::9]
     plain, warm = load(own).predict(images), load(own, calibrated=True).predict(images)
     assert [p.label for p in plain] == [p.label for p in warm]
     expected = calibration.at_temperature(np.array([p.probabilities for p in plain]), 2.0)
     assert np.allclose([p.probabilities for p in warm], expected, atol=1e-6)
-
-
-def test_temperature_of_other_weights_is_not_used(own):
-    calibration.write(own, 2.0, {})
     content = torch.load(own, weights_only=True)
     next(iter(content["state_dict"].values())).add_(1)
     torch.save(content, own)
     assert calibration.read(own) is None
     with pytest.raises(UserError, match=r"report .*best\.ckpt finds it"):
         load(own, calibrated=True)
+    calibration.write(own, None)
+    assert not own.with_suffix(".temperature.json").exists()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"temperature": "hot"}', '{"temperature": -1, "checkpoint": ""}'])

@@ -1,7 +1,5 @@
-import csv
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ import torchvision
 from project import cli, models
 from project.errors import UserError
 from project.models.alexnet import AlexNet
-from tests.conftest import SEED, SMALL
+from tests.conftest import SMALL
 
 
 def test_alexnet_computes_what_torchvisions_does():
@@ -30,12 +28,6 @@ def test_alexnet_computes_what_torchvisions_does():
         assert torch.equal(mine.grad, its.grad), name
 
 
-@pytest.mark.parametrize("size", [63, 64, 97, 224])
-def test_alexnet_takes_any_size_from_63(size):
-    with torch.inference_mode():
-        assert AlexNet(3).eval()(torch.zeros(1, 3, size, size)).shape == (1, 3)
-
-
 def test_alexnet_starts_with_every_class_about_equally_likely():
     torch.manual_seed(0)
     network = models.build("alexnet", 10).eval()
@@ -47,49 +39,23 @@ def test_alexnet_starts_with_every_class_about_equally_likely():
     assert 0.7 < loss / math.log(10) < 1.5
 
 
-def test_network_takes_uint8_and_normalises_it_itself():
+def test_network_takes_uint8_and_normalises_it_itself_in_the_same_memory_format():
     network = models.build("alexnet", 3, mean=[0.1, 0.2, 0.3], std=[0.5, 0.4, 0.2])
-    image = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
+    image = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8).to(memory_format=torch.channels_last)
     expected = torchvision.transforms.functional.normalize(image / 255, [0.1, 0.2, 0.3], [0.5, 0.4, 0.2])
     assert torch.allclose(network[0](image), expected, atol=1e-6)
+    assert network[0](image).is_contiguous(memory_format=torch.channels_last)
     with pytest.raises(AssertionError, match="uint8"):
         network[0](image.float())
 
 
-def test_normalise_keeps_channels_last():
-    image = torch.zeros(2, 3, 8, 8, dtype=torch.uint8).to(memory_format=torch.channels_last)
-    assert models.build("alexnet", 2)[0](image).is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize(("name", "size"), [("mobilenet_v3_small", 64), ("googlenet", 64), ("inception_v3", 96)])
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "mnasnet0_5", "googlenet", "inception_v3"])
 @pytest.mark.filterwarnings("ignore:.*initialization of.*:FutureWarning")
-def test_torchvision_network_returns_logits_alone_in_training_too(name, size):
-    image = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-    assert models.build(name, 5).train()(image).shape == (2, 5)
-
-
-def test_momentum_of_batch_norm_is_at_least_pytorchs_default():
-    for name in ("mobilenet_v3_small", "mnasnet0_5", "resnet18"):
-        layers = [layer for layer in models.build(name, 3).modules() if isinstance(layer, torch.nn.BatchNorm2d)]
-        assert {layer.momentum for layer in layers} == {0.1}
-    own = torch.nn.Sequential(torch.nn.BatchNorm2d(1, momentum=0.3), torch.nn.BatchNorm2d(1, momentum=None))
-    models._raise_momentum(own)
-    assert [layer.momentum for layer in own] == [0.3, None]
-
-
-@pytest.mark.full
-@pytest.mark.timeout(1200)  # a slow processor
-def test_a_network_made_for_long_trainings_learns_the_digits_in_minutes(workplace):
-    """With its own momentum the running means need thousands of steps, and validation accuracy stays at chance."""
-    assert cli.main(["fit", "--model.name", "mobilenet_v3_small", "--trainer.max_epochs", "6", *SEED]) == 0
-    with Path("runs/digits/version_0/metrics.csv").open() as file:
-        reached = [float(row["val/accuracy"]) for row in csv.DictReader(file) if row["val/accuracy"]]
-    assert max(reached) > 0.8
-
-
-def test_unknown_network_lists_near_names():
-    with pytest.raises(UserError, match=r"resnet81.*resnet"):
-        models.build("resnet81", 2)
+def test_torchvision_network_returns_logits_alone_in_training_and_its_batch_norm_learns_at_pytorchs_default(name):
+    network = models.build(name, 5).train()
+    assert network(torch.zeros(2, 3, 96, 96, dtype=torch.uint8)).shape == (2, 5)
+    layers = [layer for layer in network.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    assert {layer.momentum for layer in layers} == {0.1}
 
 
 @pytest.mark.parametrize(("name", "size", "larger"), [("alexnet", 62, 63), ("vit_b_16", 64, 224)])
@@ -97,13 +63,11 @@ def test_a_size_that_does_not_work_is_refused_with_the_next_that_does(name, size
     network = models.build(name, 2)
     models.require_size(network, name, larger)
     assert network.training
-    with pytest.raises(
-        UserError, match=rf"{size}, which {name} does not take; the next size that it takes is {larger}"
-    ):
+    with pytest.raises(UserError, match=rf"{size}, which {name} does not take; .* that it takes is {larger}"):
         models.require_size(network, name, size)
 
 
-def test_models_lists_parameters_operations_and_accuracy_as_published(capsys):
+def test_models_lists_networks_with_figures_as_published_and_refuses_unknown_names(capsys, refused, monkeypatch):
     assert cli.main(["models", "alexnet"]) == 0
     head, line = capsys.readouterr().out.splitlines()
     assert head.split() == ["name", "parameters", "GFLOPs", "top-1", "top-5", "--model.weights"]
@@ -113,10 +77,6 @@ def test_models_lists_parameters_operations_and_accuracy_as_published(capsys):
     assert cli.main(["models"]) == 0
     listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]}
     assert listed == set(models.torchvision_names())
-
-
-def test_models_lists_timms_networks_and_refuses_unknown_names(capsys, refused, monkeypatch):
-    pytest.importorskip("timm")
     assert cli.main(["models", "timm/resnet10*"]) == 0
     assert "timm/resnet10t  weights: DEFAULT" in capsys.readouterr().out
     assert "No network is called resnat18. Did you mean resnet18?" in refused("models", "resnat18")
@@ -136,13 +96,10 @@ def test_compiled_networks_checkpoint_is_like_any_other(photos, capsys):
     assert cli.main(["predict", "runs/photos/version_0", "photos/red"]) == 0
 
 
-@pytest.mark.parametrize(
-    "code",
-    [pytest.param("int8_t", marks=pytest.mark.slow), pytest.param("const int8_t", marks=pytest.mark.full)],
-    ids=["pooling", "its gradient"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("code", ["int8_t", pytest.param("const int8_t", marks=pytest.mark.full)])
 def test_fit_continues_without_compiling_where_the_compiler_fails(photos, capsys, monkeypatch, tmp_path, code):
-    """The compiler builds simple code and fails at this network's."""
+    """The compiler builds simple code and fails at this network's pooling, or at the gradient of that."""
     compiler = tmp_path / "compiler"
     compiler.write_text(
         f'#!/bin/sh\nfor word in "$@"; do case "$word" in *.cpp) grep -q "{code}" "$word" && exit 1;; esac; done\n'

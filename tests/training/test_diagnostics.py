@@ -26,9 +26,40 @@ def warnings(capsys, *options):
     return [line.removeprefix("warning: ") for line in lines if line.startswith("warning: ")]
 
 
-def test_a_healthy_fit_has_no_warnings(photos, scripted, capsys):
-    scripted(train=[0.4, 0.6, 0.8, 0.9], val=[0.4, 0.55, 0.7, 0.8])
-    assert warnings(capsys, "--trainer.max_epochs", "4") == []
+OVERFITS = (
+    "overfitting: since epoch 2 the validation loss has risen from 0.693 to 0.821 and the training loss fallen to "
+    "0.105; best.ckpt holds epoch 2; --data.augment crop may help."
+)
+DIVERGES = "the training loss has risen from 0.511 in epoch 2 to 1.61: try --model.lr 0.3."
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "expected"),
+    [
+        pytest.param([0.4, 0.6, 0.8, 0.9], [0.4, 0.55, 0.7, 0.8], [], id="healthy"),
+        pytest.param([0.4, 0.6, 0.7, 0.8, 0.9], [0.4, 0.5, 0.49, 0.48, 0.44], [OVERFITS], id="overfitting by 18 %"),
+        pytest.param([0.4, 0.6, 0.7, 0.8, 0.9], [0.4, 0.5, 0.49, 0.48, 0.47], [], id="by 9 %"),
+        pytest.param([0.5, 0.6, 0.2, 0.1], [0.4, 0.5, 0.6, 0.7], [DIVERGES], id="diverging"),
+    ],
+)
+def test_courses_of_losses(photos, scripted, capsys, train, val, expected):
+    scripted(train, val)
+    assert warnings(capsys, "--trainer.max_epochs", str(len(train)), "--model.lr", "3") == expected
+
+
+@pytest.mark.parametrize(
+    ("blue", "green", "probability", "always", "start"),
+    [
+        (30, 40, 0.4, None, "validation accuracy is 0.000, but always predicting green gives 0.571"),
+        (60, 10, 0.8, 0, "never predicted on the validation set: green; try --data.balance sample"),
+    ],
+)
+def test_validation_predictions(workplace, scripted, capsys, blue, green, probability, always, start):
+    for split in ("train", "val"):
+        make_images(workplace / "photos" / split, {"blue": blue, "green": green})
+    scripted([0.6, 0.7, 0.8, 0.9], [probability] * 4, always)
+    (sentence,) = warnings(capsys, "--trainer.max_epochs", "4")
+    assert sentence.startswith(start)
 
 
 def test_loss_stuck_at_chance_is_reported_once_with_what_to_try(photos, scripted, capsys):
@@ -70,35 +101,6 @@ def test_a_loss_that_is_not_finite_ends_the_fit_names_step_and_layer_and_keeps_t
     assert all(t.isfinite().all() for t in content["state_dict"].values())
     with (run / "metrics.csv").open() as stream:
         assert [row["val/loss"] for row in csv.DictReader(stream) if row["val/loss"]]
-
-
-@pytest.mark.parametrize(("last", "warned"), [(0.44, True), (0.47, False)], ids=["by 18 %", "by 9 %"])
-def test_overfitting_is_reported_if_the_validation_loss_rises_by_a_tenth(photos, scripted, capsys, last, warned):
-    scripted(train=[0.4, 0.6, 0.7, 0.8, 0.9], val=[0.4, 0.5, 0.49, 0.48, last])
-    rise = "overfitting: since epoch 2 the validation loss has risen from 0.693 to 0.821 and the training loss fallen"
-    expected = [f"{rise} to 0.105; best.ckpt holds epoch 2; --data.augment crop may help."] if warned else []
-    assert warnings(capsys, "--trainer.max_epochs", "5") == expected
-
-
-def test_accuracy_below_the_most_frequent_class_is_reported(workplace, scripted, capsys):
-    for split in ("train", "val"):
-        make_images(workplace / "photos" / split, {"blue": 30, "green": 40})
-    scripted(train=[0.6, 0.7, 0.8, 0.9], val=[0.4] * 4)
-    (sentence,) = warnings(capsys, "--trainer.max_epochs", "4")
-    assert sentence.startswith("validation accuracy is 0.000, but always predicting green gives 0.571")
-
-
-def test_class_that_is_never_predicted_is_named(workplace, scripted, capsys):
-    make_images(workplace / "photos", {"blue": 200, "green": 50})
-    scripted(train=[0.6, 0.7, 0.8], val=[0.6, 0.7, 0.8], always=0)
-    (sentence,) = warnings(capsys, "--trainer.max_epochs", "3")
-    assert sentence.startswith("never predicted on the validation set: green; try --data.balance sample")
-
-
-def test_divergence_is_reported(photos, scripted, capsys):
-    scripted(train=[0.5, 0.6, 0.2, 0.1], val=[0.4, 0.5, 0.6, 0.7])
-    (sentence,) = warnings(capsys, "--trainer.max_epochs", "4", "--model.lr", "3")
-    assert sentence == "the training loss has risen from 0.511 in epoch 2 to 1.61: try --model.lr 0.3."
 
 
 @pytest.mark.slow

@@ -14,12 +14,11 @@ from sklearn import metrics as reference
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from project import cli, runs
+from project import cli
 from project.batch import Batch
 from project.classifier import Classifier
 from project.data import manifest
 from project.inference.load import locate
-from project.optim import lr_factor
 from project.training import callbacks
 from project.training.tensorboard import HParams
 from tests.conftest import ALIVE, COLOURS, SMALL, make_images
@@ -58,11 +57,11 @@ def test_a_run_leaves_what_the_readme_names(at_trained):
     assert (at_trained.parent.parent / "latest").resolve() == at_trained.resolve()
 
 
-def test_best_checkpoint_is_weights_and_plain_metadata_of_the_epoch_with_the_lowest_loss(at_trained):
-    content = checkpoint_of(at_trained)
-    assert "optimizer_states" not in content
-    metadata = content["metadata"]
-    assert metadata["class_names"] == sorted(COLOURS)
+def test_checkpoints_are_the_weights_of_the_lowest_loss_and_the_full_state_of_the_end(at_trained):
+    best, last, rows = checkpoint_of(at_trained), checkpoint_of(at_trained, "last"), manifest.load(Path("photos"))
+    assert "optimizer_states" not in best
+    metadata = best["metadata"]
+    assert metadata["class_names"] == last["metadata"]["class_names"] == sorted(COLOURS)
     assert (metadata["model"], metadata["image_size"], metadata["resize"]) == ("squeezenet1_1", 32, "stretch")
     assert metadata["mean"] == metadata["std"] == [0.5, 0.5, 0.5]
     assert metadata["config"]["data"]["root"] == "photos"
@@ -71,13 +70,8 @@ def test_best_checkpoint_is_weights_and_plain_metadata_of_the_epoch_with_the_low
     losses = [float(row["val/loss"]) for row in read_csv(at_trained / "metrics.csv") if row["val/loss"]]
     assert len(losses) == 3
     assert metadata["metrics"]["val/loss"] == pytest.approx(min(losses), abs=1e-6)
-
-
-def test_last_checkpoint_is_the_end_of_the_fit_with_full_state_and_split_file_is_the_manifest(at_trained):
-    content, rows = checkpoint_of(at_trained, "last"), manifest.load(Path("photos"))
-    assert content["global_step"] == 3 * (len(rows.rows("train")) // 8)
-    assert len(content["optimizer_states"]) == len(content["lr_schedulers"]) == 1
-    assert content["metadata"]["class_names"] == sorted(COLOURS)
+    assert last["global_step"] == 3 * (len(rows.rows("train")) // 8)
+    assert len(last["optimizer_states"]) == len(last["lr_schedulers"]) == 1
     assert [row["path"] for row in read_csv(at_trained / "split.csv")] == list(rows.paths)
 
 
@@ -92,34 +86,27 @@ def test_tensorboard_holds_the_named_scalars_graph_and_hparams(at_trained):
     assert events.Scalars("val_best/accuracy")[0].value == pytest.approx(float(best["val/accuracy"]))
 
 
-def test_config_of_a_run_reproduces_it_and_another_seed_gives_other_weights(photos):
+def test_config_of_a_run_reproduces_it_another_seed_gives_other_weights_and_steps_draw_anew(photos, monkeypatch):
+    drawn, step = [], Classifier.training_step
+
+    def draw(self, batch, batch_idx):
+        drawn.append(tuple(torch.rand(3).tolist()))
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classifier, "training_step", draw)
     config = ["--config", f"{RUN}/config.yaml"]
     assert cli.main(FIT) == cli.main(["fit", *config]) == cli.main(["fit", *config, "--seed_everything", "1"]) == 0
+    assert drawn[:10] == drawn[10:20] != drawn[20:]
+    assert len(set(drawn[:10])) == 10
     one, two, other = (checkpoint_of(RUN.with_name(f"version_{n}"))["state_dict"] for n in range(3))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert not torch.equal(one["network.1.classifier.1.weight"], other["network.1.classifier.1.weight"])
     assert (RUN / "config.yaml").read_text() == (RUN.with_name("version_1") / "config.yaml").read_text()
 
 
-def test_fast_dev_run_writes_nothing(photos):
+def test_fast_dev_run_leaves_nothing(photos):
     assert cli.main([*FIT, "--trainer.fast_dev_run", "true"]) == 0
     assert not Path("runs").exists()
-
-
-def test_small_network_learns_colours(photos):
-    """One epoch would be enough, with any seed."""
-    assert cli.main([*FIT, *ALIVE, "--trainer.max_epochs", "3", "--model.lr", "0.001"]) == 0
-    assert checkpoint_of(RUN)["metadata"]["metrics"]["val/accuracy"] > 0.9
-
-
-def test_learning_rate_is_a_pure_function_of_the_step():
-    factors = [lr_factor(step, total=100, warmup=0.1) for step in range(150)]
-    assert factors[0] == pytest.approx(1 / 11)
-    assert max(factors) == factors[10] == 1.0
-    assert factors[:11] == sorted(factors[:11])
-    assert factors[10:101] == sorted(factors[10:101], reverse=True)
-    assert factors[100:] == pytest.approx([0.01] * 50)  # a fit that is continued past its end does not fail
-    assert lr_factor(10**6, total=float("inf"), warmup=0.1) == 1.0
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
@@ -128,6 +115,12 @@ def test_fit_in_bf16_with_clipping(photos, algorithm):
     clip = ["--trainer.gradient_clip_val", "0.1", "--trainer.gradient_clip_algorithm", algorithm]
     assert cli.main([*FIT, "--trainer.precision", "bf16-mixed", *clip]) == 0
     assert is_finite(RUN)
+
+
+def test_small_network_learns_colours(photos):
+    """One epoch would be enough, with any seed."""
+    assert cli.main([*FIT, *ALIVE, "--trainer.max_epochs", "3", "--model.lr", "0.001"]) == 0
+    assert checkpoint_of(RUN)["metadata"]["metrics"]["val/accuracy"] > 0.9
 
 
 def test_unreadable_images_are_left_out_named_once_and_get_an_error_row(photos, capsys):
@@ -143,24 +136,6 @@ def test_unreadable_images_are_left_out_named_once_and_get_an_error_row(photos, 
     assert (row["true"], row["label"], row["probability"]) == (bad["test"].split("/")[0], "", "")
     assert "not an image" in row["error"]
     assert json.loads((RUN / "test_metrics.json").read_text())["unreadable"] == 1
-
-
-def test_fit_prints_the_time_the_best_metrics_the_run_and_what_next(photos, capsys):
-    assert cli.main(FIT) == 0
-    out = capsys.readouterr().out
-    for part in ("photos: 120 images, 3 classes", "expected time", "epoch 1/1", "best: epoch 1", "val/accuracy"):
-        assert part in out
-    assert f"run: {RUN} (" in out
-    assert "python -m project.cli test" in out
-
-
-@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
-def test_fit_with_mixed_images(photos, mix):
-    assert cli.main([*FIT, "--model.mix", mix, "--trainer.max_epochs", "2"]) == 0
-    shares = [float(row["train/accuracy"]) for row in read_csv(RUN / "metrics.csv") if row["train/accuracy"]]
-    assert all(0 <= share <= 1 for share in shares)
-    assert any(abs(80 * share - round(80 * share)) > 1e-3 for share in shares)  # a mixed image can be right in part
-    assert cli.main(["test"]) == 0
 
 
 def classifier_and_batch(**options):
@@ -204,10 +179,12 @@ def test_class_weights_are_for_the_training_loss_alone():
     assert model.val_loss.compute() == pytest.approx(each.mean().item())
 
 
-@pytest.mark.parametrize("balance", ["loss", "sample"])
-def test_fit_on_unequal_classes_with_balance(workplace, balance):
+@pytest.mark.parametrize(("balance", "mix"), [("loss", "mixup"), ("sample", "cutmix")])
+def test_fit_on_unequal_classes_with_balance_and_mixed_images(workplace, balance, mix):
     make_images(Path("photos"), {"red": 60, "blue": 12, "green": 12})
-    assert cli.main([*FIT, "--data.balance", balance]) == 0
+    assert cli.main([*FIT, "--data.balance", balance, "--model.mix", mix]) == 0
+    (share,) = (float(row["train/accuracy"]) for row in read_csv(RUN / "metrics.csv") if row["train/accuracy"])
+    assert 0 <= share <= 1
     assert cli.main(["test"]) == cli.main(["test", "--data.balance", "none"]) == 0
 
 
@@ -232,6 +209,29 @@ def test_test_uses_the_fold_of_its_run_also_for_moved_data(photos):
 # layers of settings, and verbs that start from a checkpoint
 
 
+def test_fit_prints_what_came_of_it_and_test_writes_into_the_run_of_its_checkpoint(photos, capsys):
+    assert cli.main(FIT) == 0
+    out = capsys.readouterr().out
+    for part in ("photos: 120 images, 3 classes", "epoch 1/1", "best: epoch 1  val/loss", f"run: {RUN} (", "cli test"):
+        assert part in out
+    assert cli.main([*FIT, "--data.image_size", "40"]) == 0
+    best, other = str(RUN / "checkpoints" / "best.ckpt"), RUN.with_name("version_1")
+    RUN.with_name("version_7").mkdir()  # a fit that was killed before its first checkpoint
+    assert locate().run == other
+    assert cli.main(["test", "--ckpt_path", best]) == 0
+    assert sorted(p.name for p in RUN.parent.iterdir()) == ["version_0", "version_1", "version_7"]
+    result, rows = json.loads((RUN / "test_metrics.json").read_text()), read_csv(RUN / "predictions.csv")
+    assert result["n"] == len(rows) == 24
+    assert (result["class_names"], result["checkpoint"]) == (sorted(COLOURS), best)
+    guess, true = [row["label"] for row in rows], [row["true"] for row in rows]
+    assert result["test/accuracy"] == pytest.approx(reference.accuracy_score(true, guess))
+    assert result["test/f1"] == pytest.approx(reference.f1_score(true, guess, average="macro", zero_division=0))
+    probabilities = np.array([[float(row[f"p:{name}"]) for name in sorted(COLOURS)] for row in rows])
+    area = reference.roc_auc_score(true, probabilities, multi_class="ovr")
+    assert result["test/auroc"] == pytest.approx(area, abs=1e-6)
+    assert not (other / "predictions.csv").exists()
+
+
 def test_layers_signature_run_config_command_line(photos, capsys):
     assert cli.main([*FIT, "--data.batch_size", "5", "--data.resize", "pad", "--model.warmup", "0.2"]) == 0
     Path("over.yaml").write_text(yaml.safe_dump({"data": {"resize": "crop"}, "model": {"warmup": 0.3}}))
@@ -247,37 +247,12 @@ def test_layers_signature_run_config_command_line(photos, capsys):
     assert checkpoint_of(resumed, "last")["epoch"] == 1  # not from the start again
 
 
-def test_test_writes_into_the_run_of_its_checkpoint(photos, capsys):
-    assert cli.main(FIT) == cli.main([*FIT, "--data.image_size", "40"]) == 0
-    best = str(RUN / "checkpoints" / "best.ckpt")
-    assert cli.main(["test", "--ckpt_path", best]) == 0
-    assert sorted(p.name for p in RUN.parent.iterdir()) == ["version_0", "version_1"]
-    result = json.loads((RUN / "test_metrics.json").read_text())
-    rows = read_csv(RUN / "predictions.csv")
-    assert result["n"] == len(rows) == 24
-    assert result["class_names"] == sorted(COLOURS)
-    assert result["checkpoint"] == best
-    guess, true = [row["label"] for row in rows], [row["true"] for row in rows]
-    assert result["test/accuracy"] == pytest.approx(reference.accuracy_score(true, guess))
-    assert result["test/f1"] == pytest.approx(reference.f1_score(true, guess, average="macro", zero_division=0))
-    probabilities = np.array([[float(row[f"p:{name}"]) for name in sorted(COLOURS)] for row in rows])
-    area = reference.roc_auc_score(true, probabilities, multi_class="ovr")
-    assert result["test/auroc"] == pytest.approx(area, abs=1e-6)
-    assert not (RUN.with_name("version_1") / "predictions.csv").exists()
-
-
 def test_validate_gives_the_metrics_of_the_checkpoint(at_trained, capsys):
     before = sorted(p.name for p in at_trained.parent.iterdir())
     assert cli.main(["validate", "--ckpt_path", str(at_trained)]) == 0
     out = capsys.readouterr().out
     assert f"{checkpoint_of(at_trained)['metadata']['metrics']['val/loss']:.6f}"[:6] in out
     assert sorted(p.name for p in at_trained.parent.iterdir()) == before
-
-
-def test_newest_run_with_a_best_checkpoint_is_taken(photos, capsys):
-    assert cli.main(FIT) == cli.main([*FIT, "--name", "other"]) == 0
-    (runs.ROOT / "photos" / "version_7").mkdir()  # a fit that was killed before its first checkpoint
-    assert locate().run == Path("runs/other/version_0")
 
 
 @pytest.mark.parametrize(
@@ -381,7 +356,7 @@ def test_nan_loss_is_never_best():
 UNUSABLE = {
     "nowhere": "no folder nowhere",
     "empty": "No images in empty",
-    "a.jpg": "is a file",
+    "a.jpg": "no folder a.jpg",
     "one": "one class, cat",
 }
 
@@ -395,6 +370,17 @@ def test_data_that_cannot_be_trained_on(workplace, refused, root, sentence):
     assert not Path("runs").exists()
 
 
+def test_test_without_a_run_or_a_test_split_and_runs_that_cannot_be_written(workplace, refused, capsys):
+    assert "train one first" in refused("test")
+    make_images(Path("p/train"), dict.fromkeys(COLOURS, 20))
+    assert cli.main(["fit", "--data.root", "p", *ONE_EPOCH]) == 0
+    assert "no test" in capsys.readouterr().out
+    assert "no test images" in refused("test")
+    shutil.rmtree("runs")
+    Path("runs").write_text("a file where the folder should be")
+    assert "Cannot write into runs/" in refused("fit", "--data.root", "p", *ONE_EPOCH)
+
+
 @pytest.mark.parametrize(
     ("options", "sentences"),
     [
@@ -405,7 +391,7 @@ def test_data_that_cannot_be_trained_on(workplace, refused, root, sentence):
         *((["--name", name], ["--name"]) for name in ("latest", "a/b", "..", "a,b")),
         pytest.param(
             ["--trainer.accelerator", "gpu"],
-            ["Leave --trainer.accelerator out"],
+            ["refuses its options (see --help trainer)", "gpu"],
             marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator"),
         ),
     ],
@@ -430,22 +416,6 @@ def test_checkpoint_that_does_not_fit_the_verb(at_trained, tmp_path, refused, wo
     sentence = refused(*(word.format(pets=pets) for word in words))
     assert all(part in sentence for part in sentences)
     assert sorted(p.name for p in at_trained.parent.iterdir()) == ["version_0"]
-
-
-def test_no_run_yet(workplace, refused):
-    assert "train one first" in refused("test")
-
-
-def test_runs_that_cannot_be_written(photos, refused):
-    Path("runs").write_text("a file where the folder should be")
-    assert "Cannot write into runs/" in refused(*FIT)
-
-
-def test_no_test_split(workplace, refused, capsys):
-    make_images(Path("p/train"), dict.fromkeys(COLOURS, 20))
-    assert cli.main(["fit", "--data.root", "p", *ONE_EPOCH]) == 0
-    assert "no test" in capsys.readouterr().out
-    assert "no test images" in refused("test")
 
 
 class Waits(TorchDispatchMode):

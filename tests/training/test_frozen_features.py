@@ -94,6 +94,15 @@ def rates(model, step):
     return [group["initial_lr"] * factor(step) for group, factor in zip(groups, factors, strict=True)]
 
 
+def test_learning_rate_is_a_pure_function_of_the_step():
+    factors = [lr_factor(step, total=100, warmup=0.1) for step in range(150)]
+    assert factors[0] == pytest.approx(1 / 11)
+    assert max(factors) == factors[10] == 1.0
+    assert factors[:11] + factors[10:101][::-1] == sorted(factors[:11]) + sorted(factors[10:101])
+    assert factors[100:] == pytest.approx([0.01] * 50)  # a fit that is continued past its end does not fail
+    assert lr_factor(10**6, total=float("inf"), warmup=0.1) == 1.0
+
+
 def test_gradual_unfreezes_layers_from_the_top_downwards():
     model = classifier(freeze="gradual", lr=1.0, backbone_lr=0.1, weight_decay=0.1)
     # two groups a stage: with weight decay and without

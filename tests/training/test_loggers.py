@@ -7,8 +7,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from project import runs
-from project.training import loggers
-from project.training.loggers import MetricsFile
+from project.training.loggers import MetricsFile, loggers
+from project.training.loop_state import LoopState
+from project.training.resume import Run
 
 RUN = Path("runs/it/version_0")
 
@@ -24,50 +25,28 @@ def rows():
         return [{key: value for key, value in row.items() if value} for row in csv.DictReader(stream)]
 
 
-def test_rows_are_there_after_each_save_also_when_columns_come_later(run):
-    file = MetricsFile(run)
+def test_rows_are_there_after_each_call_also_when_columns_come_later_or_the_file_is_opened_anew(run):
     for step, metrics in enumerate([{"a": 1.0}, {"a": 2.0}, {"b/c": 3.0}, {"a": 4.0, "b/c": 5.0}]):
+        file = MetricsFile(run / "metrics.csv")
         file.log_metrics(metrics, step)
-        file.save()
-        assert len(rows()) == step + 1
+        assert len(rows()) == file.rows == step + 1
     assert rows()[2:] == [{"b/c": "3.0", "step": "2"}, {"a": "4.0", "b/c": "5.0", "step": "3"}]
     assert [p.name for p in run.iterdir()] == ["metrics.csv"]
 
 
-def test_file_that_is_there_is_continued(run):
-    for part in range(2):
-        file = MetricsFile(run)
-        file.log_metrics({"a": part}, part)
-        file.save()
-        assert file.rows == part + 1
-    assert [row["a"] for row in rows()] == ["0", "1"]
-
-
-def test_rows_wait_while_the_disk_is_full_and_none_is_lost_or_torn(run, monkeypatch, capsys):
-    file = MetricsFile(run)
+def test_full_disk_leaves_no_part_of_a_row(run, monkeypatch):
+    file = MetricsFile(run / "metrics.csv")
     file.log_metrics({"a": 0.5}, 0)
-    file.save()
-    with monkeypatch.context() as full:
 
-        def write_a_part(self, mode="r", **_):
-            stream = open(self, mode, encoding="utf-8", newline="")  # noqa: SIM115, PTH123
-            write = stream.write
+    def write_a_part(self, *_):
+        with (RUN / "metrics.csv").open("a") as stream:
+            stream.write("0.7")
+        raise OSError(28, "No space left on device")
 
-            def fail(text):
-                write(text[: len(text) // 2])
-                raise OSError(28, "No space left on device")
-
-            stream.write = fail
-            return stream
-
-        full.setattr(Path, "open", write_a_part)
-        for step in (1, 2):
-            file.log_metrics({"a": float(step)}, step)
-            file.save()
-    file.log_metrics({"a": 3.0}, 3)
-    file.save()
-    assert [row["step"] for row in rows()] == ["0", "1", "2", "3"]
-    assert capsys.readouterr().out.count("wait until they can be written") == 1
+    monkeypatch.setattr(csv.DictWriter, "writerow", write_a_part)
+    with pytest.raises(OSError, match="No space left"):
+        file.log_metrics({"a": 0.75}, 1)
+    assert rows() == [{"a": "0.5", "step": "0"}]
 
 
 def test_row_that_was_cut_off_is_left_out(run):
@@ -76,21 +55,14 @@ def test_row_that_was_cut_off_is_left_out(run):
 
 
 def test_a_resumed_fit_shows_each_point_once(run):
-    file, board = MetricsFile(run), loggers.tensorboard_logger(run)
-    for step in range(5):
-        file.log_metrics({"loss": 1.0}, step)
-        board.log_metrics({"loss": 1.0}, step)
-    file.save()
-    board.experiment.close()
-    (events,) = run.glob("events.*")
-    events.rename(run / "events.out.tfevents.0")  # earlier, in the order of names
-    loggers.truncate(run, 3)
-    resumed, again = MetricsFile(run), loggers.tensorboard_logger(run, purge_step=3)
-    for step in (3, 4):
-        resumed.log_metrics({"loss": 2.0}, step)
-        again.log_metrics({"loss": 2.0}, step)
-    resumed.save()
-    again.experiment.close()
+    for first, loss in ((0, 1.0), (3, 2.0)):
+        for events in run.glob("events.*"):
+            events.rename(run / "events.out.tfevents.0")  # earlier, in the order of names
+        board, file = loggers(Run(run, None, None, LoopState(step=first, rows=first), resumed=first > 0))
+        for step in range(first, 5):
+            file.log_metrics({"loss": loss}, step)
+            board.log_metrics({"loss": loss}, step)
+        board.experiment.close()
     assert [row["loss"] for row in rows()] == ["1.0"] * 3 + ["2.0"] * 2
     points = EventAccumulator(str(run)).Reload().Scalars("loss")
     assert [(point.step, point.value) for point in points] == [(0, 1), (1, 1), (2, 1), (3, 2), (4, 2)]

@@ -9,16 +9,8 @@ from project.training.loop_state import COUNTERS, LoopState
 
 
 def test_a_checkpoint_of_plain_lightning_has_the_keys_that_are_set(tmp_path):
-    trainer = Trainer(
-        max_epochs=1,
-        limit_train_batches=3,
-        limit_val_batches=1,
-        default_root_dir=tmp_path,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = Trainer(max_epochs=1, limit_train_batches=3, limit_val_batches=1, default_root_dir=tmp_path, **quiet)
     trainer.fit(BoringModel())
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
     checkpoint = torch.load(tmp_path / "plain.ckpt", weights_only=True)

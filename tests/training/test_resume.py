@@ -11,16 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from project import cli, runs
-from project.classifier import Classifier
 from project.models.weights import is_whole
 from project.training import callbacks
 from project.training.callbacks import StepSeed, Unreadable
-from project.training.checkpointing import ResumeCheckpoint
-from tests.conftest import COLOURS, SEED, SMALL, make_images
+from tests.conftest import SEED, SMALL
 from tests.same_run import assert_the_same, checkpoint, differences, logged
 
 FIT = ["fit", "--data.root", "photos", *SMALL, "--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "2"]
@@ -115,41 +112,18 @@ def test_stopped_fit_with_workers_goes_on_to_the_same_bits(photos, interrupt):
     assert not differences(checkpoint(RUN)["state_dict"], checkpoint(Path("runs/photos/version_2"))["state_dict"])
 
 
-def test_same_seed_gives_the_same_bits_and_steps_draw_anew(photos, monkeypatch):
-    drawn = []
-    step = Classifier.training_step
-
-    def draw(self, batch, batch_idx):
-        drawn.append(torch.rand(3).tolist())
-        return step(self, batch, batch_idx)
-
-    monkeypatch.setattr(Classifier, "training_step", draw)
-    assert cli.main(FIT) == cli.main(FIT) == cli.main([*FIT, "--seed_everything", "1"]) == 0
-    first, second, other = (drawn[part * 3 * STEPS : (part + 1) * 3 * STEPS] for part in range(3))
-    assert first == second != other
-    assert len({tuple(numbers) for numbers in first}) == 3 * STEPS
-    assert not differences(checkpoint(RUN), checkpoint(Path("runs/photos/version_1")))
-
-
 def test_more_epochs_after_the_end_go_on_with_the_schedule_of_so_many(photos, capsys):
     assert cli.main(FIT) == 0
-    assert cli.main(["fit", "--resume", str(RUN), "--trainer.max_epochs", "5"]) == 0
-    assert "resume: --trainer.max_epochs 3 -> 5" in capsys.readouterr().out
+    options = ["--trainer.max_epochs", "5", "--data.cache", "off", "--save_every", "1"]
+    assert cli.main(["fit", "--resume", str(RUN), *options]) == 0
+    said = capsys.readouterr().out
+    for change in ("--trainer.max_epochs 3 -> 5", "--data.cache auto -> off", "--save_every 5.0 -> 1.0"):
+        assert f"resume: {change}" in said
     rates = [float(row["lr-Adam"]) for row in logged(RUN)[0] if row["lr-Adam"]]
     assert rates[-1] < rates[len(rates) * 3 // 5]  # it was at its lowest after three
     assert len(rates) == 5 * STEPS // 2
     assert yaml.safe_load((RUN / "config.yaml").read_text())["trainer"]["max_epochs"] == 5
     assert len(logged(RUN)[1]["val/loss"]) == 5
-
-
-def test_how_it_reads_and_logs_may_change_and_is_said(photos, interrupt, capsys):
-    interrupt(4)
-    assert cli.main(FIT) == 130
-    options = ["--data.cache", "off", "--trainer.log_every_n_steps", "5", "--save_every", "1"]
-    assert cli.main(["fit", "--resume", *options]) == 0
-    said = capsys.readouterr().out
-    assert "resume: --data.cache auto -> off" in said
-    assert "resume: --trainer.log_every_n_steps 2 -> 5" in said
 
 
 @pytest.mark.parametrize(
@@ -176,20 +150,6 @@ def test_what_changes_the_result_is_refused(photos, interrupt, refused, options,
     assert before == {file: file.read_bytes() for file in RUN.rglob("*") if file.is_file()}
 
 
-def test_images_that_came_later_are_left_out(photos, interrupt):
-    assert cli.main(FIT) == 0
-    interrupt(14)
-    assert cli.main(FIT) == 130
-    make_images(photos, dict.fromkeys(COLOURS, 45))
-    for number in range(40, 45):
-        assert (photos / "red" / f"{number:03d}.png").exists()
-    shutil.rmtree(photos)
-    make_images(photos, dict.fromkeys(COLOURS, 40))
-    (photos / "red" / "late.png").write_bytes((photos / "red" / "000.png").read_bytes())
-    assert cli.main(["fit", "--resume"]) == 0
-    assert_the_same(RUN, Path("runs/photos/version_1"))
-
-
 def test_fit_that_failed_before_its_first_checkpoint_starts_again_in_its_folder(photos, monkeypatch):
     assert cli.main(FIT) == 0
     with monkeypatch.context() as patched:
@@ -204,13 +164,20 @@ def test_fit_that_failed_before_its_first_checkpoint_starts_again_in_its_folder(
     assert_the_same(RUN, run)
 
 
-def test_newest_unfinished_run_is_meant(photos, interrupt, capsys):
+def test_newest_unfinished_run_is_meant_and_one_that_another_process_trains_left_alone(
+    photos, interrupt, refused, capsys
+):
     interrupt(4)
+    run = Path("runs/one/version_0")
     assert cli.main([*FIT, "--name", "one"]) == 130
     assert cli.main([*FIT, "--name", "two"]) == 0
+    lock = runs.RunLock(run)
+    for words in ([], [str(run)]):
+        assert f"{run} is being trained by another process" in refused("fit", "--resume", *words)
+    lock.release()
     assert cli.main(["fit", "--resume"]) == 0
-    assert "runs/one/version_0" in capsys.readouterr().out
-    assert Path("runs/latest").resolve() == Path("runs/one/version_0").resolve()
+    assert str(run) in capsys.readouterr().out
+    assert Path("runs/latest").resolve() == run.resolve()
 
 
 def test_nothing_to_resume_is_said_and_auto_starts_a_run(photos, refused):
@@ -223,49 +190,30 @@ def test_nothing_to_resume_is_said_and_auto_starts_a_run(photos, refused):
     assert len(list(Path("runs/photos").iterdir())) == 2
 
 
-def test_run_that_another_process_trains_is_left_alone(photos, interrupt, refused):
-    interrupt(4)
-    assert cli.main(FIT) == 130
-    hold = runs.RunLock(RUN)
-    assert f"{RUN} is being trained by another process" in refused("fit", "--resume")
-    assert f"{RUN} is being trained by another process" in refused("fit", "--resume", str(RUN))
-    hold.release()
-    assert cli.main(["fit", "--resume"]) == 0
-
-
-def spoil(file, place):
+def damage(file):
     content = bytearray(file.read_bytes())
-    content[int(len(content) * place)] ^= 1
+    content[len(content) // 2] ^= 1
     file.write_bytes(content)
+    return bytes(content)
 
 
-@pytest.fixture
-def stopped_twice(photos, interrupt):
-    """A run with a last.ckpt and a previous.ckpt."""
+def test_damaged_checkpoint_is_named_the_previous_one_used_and_later_images_are_left_out(
+    photos, interrupt, refused, capsys
+):
+    assert cli.main(FIT) == 0
     interrupt(4, 14)
     assert cli.main(FIT) == cli.main(["fit", "--resume"]) == 130
-    return RUN / "checkpoints"
-
-
-def test_damaged_last_checkpoint_is_named_and_the_previous_one_used(stopped_twice, capsys):
-    spoil(stopped_twice / "last.ckpt", 0.5)
+    (photos / "red" / "late.png").write_bytes((photos / "red" / "000.png").read_bytes())
+    run = RUN.with_name("version_1")
+    last = run / "checkpoints" / "last.ckpt"
+    damage(last)
     assert cli.main(["fit", "--resume"]) == 0
-    assert f"resume: {RUN}/checkpoints/last.ckpt is damaged" in capsys.readouterr().out
-    assert cli.main(FIT) == 0
-    assert_the_same(RUN, Path("runs/photos/version_1"))
-    assert {file.name for file in stopped_twice.iterdir()} == {"best.ckpt", "last.ckpt"}
-
-
-def test_two_damaged_checkpoints_are_named_and_nothing_is_lost(stopped_twice, refused):
-    files = [stopped_twice / name for name in ("last.ckpt", "previous.ckpt")]
-    for file in files:
-        spoil(file, 0.5)
-    before = [file.read_bytes() for file in files]
-    sentence = refused("fit", "--resume")
-    assert "last.ckpt" in sentence
-    assert "previous.ckpt" in sentence
-    assert f"--model.weights {RUN}/checkpoints/best.ckpt" in sentence
-    assert before == [file.read_bytes() for file in files]
+    assert f"resume: {last} is damaged" in capsys.readouterr().out
+    assert_the_same(RUN, run)
+    assert {file.name for file in last.parent.iterdir()} == {"best.ckpt", "last.ckpt"}
+    content = damage(last)  # now without a previous one
+    assert f"--model.weights {run}/checkpoints/best.ckpt" in refused("fit", "--resume", str(run))
+    assert last.read_bytes() == content
 
 
 def test_image_replaced_by_garbage_in_mid_run_is_left_out_and_the_fit_goes_on(photos, interrupt, capsys):
@@ -304,29 +252,12 @@ def test_run_that_was_killed_after_its_last_save_is_whole_and_only_has_to_be_cal
     assert after["seconds"] == pytest.approx(before["seconds"], abs=1)
 
 
-def test_what_a_fit_shows_is_there_before_its_end_is_saved(photos, monkeypatch):
-    present = []
-    end = ResumeCheckpoint.on_fit_end
-
-    def note(self, trainer, pl_module):
-        present.extend(path.name for path in RUN.iterdir())
-        end(self, trainer, pl_module)
-        present.append(logged(RUN)[1]["val_best/loss"])
-
-    monkeypatch.setattr(ResumeCheckpoint, "on_fit_end", note)
-    assert cli.main(FIT) == 0
-    assert "projector" in present
-    assert len(present[-1]) == 1
-
-
 def test_reader_sees_whole_files_at_any_time(photos):
     seen, done = [], threading.Event()
 
     def read():
         while not done.is_set():
-            for file in Path("runs").glob(
-                "photos/version_*/*.*"
-            ):  # a run appears whole: what has no name yet is not one
+            for file in Path("runs").glob("photos/version_*/*.*"):  # a run appears whole
                 text = file.read_text() if file.suffix in (".csv", ".json", ".yaml") else ""
                 if file.suffix == ".json":
                     seen.append(json.loads(text)["state"])

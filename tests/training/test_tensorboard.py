@@ -50,6 +50,10 @@ def events(run):
     return EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0, "tensors": 0, "histograms": 0}).Reload()
 
 
+def embedding(run, name):
+    return run / "projector" / "validation" / name
+
+
 def test_tags_of_classes_are_safe_unique_and_at_most_fifty():
     names = ["a b", "a/b", "猫", "ordinary", "never"]
     assert tensorboard.class_tags(np.arange(4), names) == {0: "a_b_0", 1: "a_b_1", 2: "猫", 3: "ordinary"}
@@ -80,19 +84,6 @@ def test_every_validation_has_metrics_of_each_class_and_the_last_one_is_drawn(at
         assert not [column for column in next(csv.reader(stream)) if column.startswith(("val_class", "speed"))]
 
 
-def test_validations_with_the_lowest_loss_so_far_are_drawn_while_there_is_time(photos, scripted, monkeypatch):
-    monkeypatch.setattr(tensorboard, "SHARE", math.inf)
-    scripted(train=[0.5] * 5, val=[0.4, 0.6, 0.5, 0.7, 0.6])
-    assert cli.main([*FIT, "--trainer.max_epochs", "5"]) == 0
-    shown = events(RUN)
-    steps = [point.step for point in shown.Scalars("val/loss")]
-    assert [image.step for image in shown.Images("val/samples")] == [steps[epoch] for epoch in (0, 1, 3, 4)]
-
-
-def embedding(run, name):
-    return run / "projector" / "validation" / name
-
-
 def test_the_projector_has_a_point_a_label_and_a_thumbnail_for_each_image(at_trained):
     points = np.loadtxt(embedding(at_trained, "tensors.tsv"), delimiter="\t")
     header, *labels = embedding(at_trained, "metadata.tsv").read_text().splitlines()
@@ -113,29 +104,32 @@ def test_the_projector_has_a_point_a_label_and_a_thumbnail_for_each_image(at_tra
         assert (sheet[top : top + 32, left : left + 32] == expected).all()
 
 
-def test_a_resumed_fit_replaces_the_points(photos, capsys):
-    assert cli.main(FIT) == 0
+def test_earlier_validations_are_drawn_while_there_is_time_and_a_resumed_fit_replaces_the_points(
+    workplace, monkeypatch, capsys
+):
+    monkeypatch.setattr(tensorboard, "SHARE", math.inf)
+    make_images(workplace / "photos", dict.fromkeys(("blue", "red"), 30))
+    assert cli.main([*FIT, "--model.positive", "blue"]) == 0
     before = embedding(RUN, "tensors.tsv").read_text()
     assert cli.main(["fit", "--resume", str(RUN), "--trainer.max_epochs", "3"]) == 0
+    shown, out = events(RUN), capsys.readouterr().out
+    assert "positive class: blue" in out
+    assert {f"val/{name}" for name in DRAWN} <= set(shown.Tags()["images"])
+    assert [image.step for image in shown.Images("val/samples")] == [p.step for p in shown.Scalars("val/loss")]
     assert embedding(RUN, "tensors.tsv").read_text() != before
     assert {path.name for path in RUN.iterdir() if path.is_dir()} == {"checkpoints", "projector"}
-    assert "Embedding dir exists" not in capsys.readouterr().out
+    assert "Embedding dir exists" not in out
 
 
-def test_principal_components_keep_the_distances():
+@pytest.mark.parametrize("scale", [1.0, 1e30])  # the square of the second is more than a float32 holds
+def test_principal_components_keep_the_distances(scale):
     features = np.random.default_rng(0).normal(size=(30, 4)) @ np.random.default_rng(1).normal(size=(4, 200))
-    reduced = tensorboard.principal_components(features, 50)
+    reduced = tensorboard.principal_components((scale * features).astype(np.float32), 50) / scale
     assert reduced.shape == (30, 30)
     for matrix in (features, reduced):
         matrix -= matrix.mean(axis=0)
-    assert np.allclose(features @ features.T, reduced @ reduced.T, atol=1e-6)
-    assert np.allclose(reduced[:, 4:], 0, atol=1e-4)
-
-
-def test_principal_components_of_huge_features_are_finite():
-    features = 1e30 * np.random.default_rng(0).normal(size=(30, 200)).astype(np.float32)
-    lengths = np.linalg.norm((features - features.mean(axis=0)).astype(np.float64), axis=1)
-    assert np.linalg.norm(tensorboard.principal_components(features, 50), axis=1) == pytest.approx(lengths, rel=1e-3)
+    assert np.allclose(features @ features.T, reduced @ reduced.T, atol=1e-3)
+    assert np.allclose(reduced[:, 4:], 0, atol=1e-2)
 
 
 def test_outputs_that_are_not_finite_cost_the_embedding_and_not_the_fit(photos, monkeypatch):
@@ -175,13 +169,6 @@ def test_names_in_any_script_and_unreadable_images_are_no_obstacle(workplace):
     shown = events(RUN)
     assert {"val_class/f1/a_b", "val_class/f1/猫", "val_class/f1/_x_1_"} <= set(shown.Tags()["scalars"])
     assert "猫" in embedding(RUN, "metadata.tsv").read_text()
-
-
-def test_two_classes_are_drawn_for_the_positive_one_which_is_printed(workplace, capsys):
-    make_images(workplace / "photos", dict.fromkeys(("blue", "red"), 30))
-    assert cli.main([*FIT, "--model.positive", "blue"]) == 0
-    assert "positive class: blue" in capsys.readouterr().out
-    assert {f"val/{name}" for name in DRAWN} <= set(events(RUN).Tags()["images"])
 
 
 def test_histograms_are_of_every_layer_once_an_epoch_and_change_nothing(photos):
