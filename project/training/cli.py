@@ -28,7 +28,7 @@ from project.inference import metadata
 from project.inference.load import locate, locate_checkpoint
 from project.training import fit, resume, trainer
 from project.training.callbacks import PredictionWriter, Unreadable
-from project.training.checkpoint_io import LAST, AsyncCheckpointIO
+from project.training.checkpoint_io import AsyncCheckpointIO
 from project.training.checkpointing import ResumeCheckpoint
 from project.training.loggers import loggers
 from project.training.parser import Parser
@@ -288,5 +288,4 @@ def run(verb: str, argv: list[str], cli: type[Cli] = Cli) -> int:
 
 def _how_to_resume() -> str:
     folder = os.environ.get(runs.VARIABLE)
-    has_checkpoint = folder and Path(folder, "checkpoints", LAST).exists()
-    return f"Resume with: python -m project.cli fit --resume {folder}" if has_checkpoint else ""
+    return f"Resume with: python -m project.cli fit --resume {folder}" if folder and Path(folder).is_dir() else ""
