@@ -17,6 +17,7 @@ from project import cli, runs
 from project.models.weights import is_whole
 from project.training import callbacks
 from project.training.callbacks import StepSeed, Unreadable
+from project.training.resume import Run
 from tests.conftest import SEED, SMALL
 from tests.same_run import assert_the_same, checkpoint, differences, logged
 
@@ -278,3 +279,11 @@ def test_reader_sees_whole_files_at_any_time(photos):
             done.set()
         reader.result()
     assert {"running"} <= set(seen) <= {"running", "finished"}
+
+
+def test_a_run_is_unfinished_from_its_first_moment(photos, monkeypatch):
+    monkeypatch.setattr("project.training.fit.callbacks", lambda *_: 1 / 0)
+    monkeypatch.setattr(Run, "discard", lambda run: run.lock.release())  # as if the fit had been killed
+    with pytest.raises(ZeroDivisionError):
+        cli.main([*FIT, "--trainer.max_epochs", "1"])
+    assert runs.unfinished() == [Path("runs/photos/version_0")]
