@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, whenever the process is killed."""
 
+import json
 import os
 import shutil
 import uuid
@@ -28,6 +29,12 @@ def replacing(file: Path, mode: Literal["w", "wb"] = "w") -> Iterator[Any]:
         unfinished.replace(file)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Writes a JSON file; objects are written as their attributes by name."""
+    with replacing(file) as stream:
+        json.dump(content, stream, indent=2, default=vars)
 
 
 @contextmanager

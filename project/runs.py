@@ -13,8 +13,10 @@ from project.errors import UserError
 
 ROOT = Path("runs")
 VARIABLE = "PROJECT_RUN"  # hands the run's folder to the processes of other ranks, which run the same command
-STATUS = "status.json"
-METRICS = "metrics.csv"
+STATUS, METRICS = "status.json", "metrics.csv"  # of a fit
+PREDICTIONS, VAL_PREDICTIONS = "predictions.csv", "val_predictions.csv"
+TEST_METRICS, REPORT = "test_metrics.json", "report.html"
+TEST_FILES = (PREDICTIONS, VAL_PREDICTIONS, TEST_METRICS, REPORT)
 Curve = tuple[list[float], list[float]]  # epochs and values
 
 
@@ -76,7 +78,7 @@ def create_run(name: str, fill: Callable[[Path], None]) -> tuple[Path, RunLock]:
 def point_latest(run: Path, latest: Path) -> None:
     """Replaces `latest` by a link to the run, or by a file with its path where links are not available."""
     unfinished = files.beside(latest)
-    target = str(run.relative_to(latest.parent))
+    target = os.path.relpath(run, latest.parent)
     try:
         unfinished.symlink_to(target, target_is_directory=True)
     except (OSError, NotImplementedError):
@@ -92,8 +94,7 @@ def read_status(run: Path) -> dict[str, Any]:
 
 def write_status(run: Path, **entries: Any) -> None:
     """Changes some entries of a run's status."""
-    with files.replacing(run / STATUS) as stream:
-        json.dump(read_status(run) | entries, stream, indent=2)
+    files.write_json(run / STATUS, read_status(run) | entries)
 
 
 def unfinished() -> list[Path]:
@@ -127,7 +128,9 @@ def newest_checkpoint() -> Path:
 
 
 def resolve_latest(path: Path) -> Path:
-    """The run that runs/latest names where it is a file (see `point_latest`); any other path unchanged."""
+    """The run that runs/latest names (see `point_latest`); any other path unchanged."""
+    if path.name == "latest" and path.is_symlink():
+        return path.parent / path.readlink()
     if path.name == "latest" and path.is_file():
         return path.parent / path.read_text(encoding="utf-8")
     return path

@@ -7,7 +7,9 @@ import os
 import shutil
 import sys
 import urllib.request
+from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -31,6 +33,9 @@ ALIVE = ["--model.name", "timm/test_convnext"]
 # than cores spin, two files of tests take over ten minutes instead of three.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for child processes, those of pytest -n among them
+# Processes that a test starts in another folder import the same project.
+IMPORTED = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, IMPORTED))
 THREADS = int(os.environ["OMP_NUM_THREADS"])
 torch.set_num_threads(THREADS)
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}
@@ -46,6 +51,12 @@ def make_images(root: Path, classes: dict[str, int], seed: int = 0) -> Path:
             pixels = np.clip(random.normal(colour, 30, (30, 40, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(root / name / f"{number:03d}.png")
     return root
+
+
+def read_csv(file: Path | str) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with Path(file).open(newline="", encoding="utf-8", errors="surrogateescape") as stream:
+        return list(csv.DictReader(stream))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -90,25 +101,15 @@ def at_trained(trained, monkeypatch):
 
 @pytest.fixture(scope="session")
 def lively(trained, tmp_path_factory):
-    """A copy of the finished run with a constructed instead of a trained network: all its predictions are right."""
-    run = tmp_path_factory.mktemp("lively") / "runs" / "photos" / "version_0"
-    shutil.copytree(trained / "runs" / "photos" / "version_0", run)
-    content = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
-    network = network_that_knows_colours(trained / "photos").state_dict()
-    content["state_dict"] = {f"network.{key}": tensor for key, tensor in network.items()}
-    torch.save(content, run / "checkpoints" / "best.ckpt")
-    return run
+    """A copy of the finished run with a constructed instead of a trained network: all its predictions are right.
 
-
-def network_that_knows_colours(photos: Path) -> torch.nn.Module:
-    """A random network whose head maps the mean features of each class to the logits in `wanted`.
-
-    It predicts the right class with a probability of 0.5 to 0.8, no two images alike, whatever the processor.
+    The head of a random network maps the mean features of each class to the logits in `wanted`. The right class has a
+    probability of 0.5 to 0.8, no two images alike, whatever the processor.
     """
     wanted = torch.tensor([[2.0, 0.3, 0.6], [0.6, 2.0, 0.3], [0.3, 0.6, 2.0]])
     torch.manual_seed(0)
     network = models.build("squeezenet1_1", 3).eval()
-    files = [file for name in sorted(COLOURS) for file in sorted((photos / name).iterdir())]
+    files = sorted((trained / "photos").rglob("*.png"))
     image = torch.from_numpy(np.stack([images.read(file, 32) for file in files])).permute(0, 3, 1, 2)
     head = network[1].classifier[1]
     with torch.no_grad():
@@ -116,13 +117,17 @@ def network_that_knows_colours(photos: Path) -> torch.nn.Module:
         weight = (wanted - wanted.mean(dim=0)).T @ torch.linalg.pinv(features - features.mean(dim=0)).T
         head.weight.copy_(weight[:, :, None, None])
         head.bias.copy_(wanted.mean(dim=0) - weight @ features.mean(dim=0))
-    return network
+    run = tmp_path_factory.mktemp("lively") / "runs" / "photos" / "version_0"
+    shutil.copytree(trained / "runs" / "photos" / "version_0", run)
+    content = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    content["state_dict"] = {f"network.{key}": tensor for key, tensor in network.state_dict().items()}
+    torch.save(content, run / "checkpoints" / "best.ckpt")
+    return run
 
 
 def mislabel(photos: Path, split: Path) -> None:
     """Replaces every third validation and test image by a blue one, so that not all labels are right."""
-    with split.open() as stream:
-        replaced = [row["path"] for row in csv.DictReader(stream) if row["split"] in ("val", "test")][::3]
+    replaced = [row["path"] for row in read_csv(split) if row["split"] in ("val", "test")][::3]
     blue = [file.read_bytes() for file in sorted((photos / "blue").iterdir())]
     for path, content in zip(replaced, blue, strict=False):
         if "blue" not in path:
@@ -155,11 +160,7 @@ def packed(lively, trained, tmp_path_factory):
 def hub(tmp_path, monkeypatch):
     """An empty cache of downloaded weights, and no connection."""
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
-
-    def refuse(*_, **__):
-        raise urllib.request.URLError("no connection")
-
-    monkeypatch.setattr(torch.hub, "urlopen", refuse)
+    monkeypatch.setattr(torch.hub, "urlopen", Mock(side_effect=urllib.request.URLError("no connection")))
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     return folder
@@ -178,16 +179,13 @@ def full_disk(monkeypatch, times=10**9):
     """Makes the first `times` renames of finished files fail as on a full disk."""
     left = iter(range(times))
 
-    def failing(rename):
-        def fail_or_rename(*words):
-            if next(left, None) is not None:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return rename(*words)
-
-        return fail_or_rename
+    def fail_or_rename(rename, *words):
+        if next(left, None) is not None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return rename(*words)
 
     for name in ("rename", "replace"):
-        monkeypatch.setattr(os, name, failing(getattr(os, name)))
+        monkeypatch.setattr(os, name, partial(fail_or_rename, getattr(os, name)))
 
 
 @pytest.fixture
@@ -200,14 +198,9 @@ def browser(tmp_path):
 
     options = webdriver.ChromeOptions()
     options.binary_location = binary
-    for flag in (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--enable-unsafe-swiftshader",  # WebGL without a graphics card, for the projector
-        f"--user-data-dir={tmp_path}/profile",
-        "--window-size=1500,1100",
-    ):
+    options.add_argument(f"--user-data-dir={tmp_path}/profile")
+    options.add_argument("--enable-unsafe-swiftshader")  # WebGL without a graphics card, for the projector
+    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--window-size=1500,1100"):
         options.add_argument(flag)
     chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     yield chrome

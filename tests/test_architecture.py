@@ -17,8 +17,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 PACKAGE = Path(__file__).parents[1] / "project"
-MODULES = {
-    ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").strip("."): file
+MODULES = {  # their sources
+    ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").strip("."): file.read_text(
+        "utf-8"
+    )
     for file in PACKAGE.rglob("*.py")
 }
 # A room imports rooms of lower floors only. An import for a type counts, too.
@@ -49,7 +51,7 @@ PUBLIC = {"_asdict", "_exit", "_fields", "_make", "_replace"}  # documented, of 
 
 @cache
 def tree(name):
-    return ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    return ast.parse(MODULES[name])
 
 
 def imported_modules(node):
@@ -89,8 +91,7 @@ def test_no_module_imports_itself_through_others():
 
 
 def test_only_load_decides_whether_a_path_is_a_bundle():
-    asks = {name for name in MODULES if "is_bundle(" in MODULES[name].read_text(encoding="utf-8")}
-    assert asks == {"inference.load"}
+    assert {name for name, source in MODULES.items() if "is_bundle(" in source} == {"inference.load"}
 
 
 def test_data_and_model_meet_only_in_training():
@@ -99,16 +100,14 @@ def test_data_and_model_meet_only_in_training():
 
 
 def test_nothing_unpickles_code_or_names_a_device():
-    for name, file in MODULES.items():
-        text = file.read_text(encoding="utf-8")
+    for name, source in MODULES.items():
         for forbidden in ("weights_only=False", "pickle.load", ".cuda(", "shell=True"):
-            assert forbidden not in text, name
+            assert forbidden not in source, name
 
 
 def test_rooms_files_functions_and_classes_stay_below_their_ceilings():
-    entries = [entry for entry in PACKAGE.iterdir() if entry.name != "__pycache__"]
-    assert len(entries) <= ENTRIES
-    lengths = {name: len(file.read_text(encoding="utf-8").splitlines()) for name, file in MODULES.items()}
+    assert len({entry.name for entry in PACKAGE.iterdir()} - {"__pycache__"}) <= ENTRIES
+    lengths = {name: len(source.splitlines()) for name, source in MODULES.items()}
     assert sum(lengths.values()) <= LINES
     assert sum(len(file.read_text().splitlines()) for file in PACKAGE.parent.glob("benchmarks/*.py")) <= BENCHMARKS
     assert {name: length for name, length in lengths.items() if length > FILE} == {}

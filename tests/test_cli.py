@@ -1,17 +1,96 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from project import arguments, cli
+from project import cli
 
-ROOT = Path(__file__).parent.parent
-LIGHT = ["project.cli", "project.data", "project.data.manifest", "project.data.images", "project.models", "project"]
-
-
-def python(*words):
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT, check=False)
+LONG = "x" * 300
+FILES = {
+    "file": b"mine",
+    **{f"bad/{number}.jpg": b"<html>" for number in range(9)},
+    "bad.yaml": b"data: [1\n model: {",
+    "unknown.yaml": b"data:\n  rooot: photos\n",
+    "nothing.csv": b"",
+    "other.csv": b"file,label\na.png,x\n",
+    "hole.csv": b"path,label\na.png,x\n,y\n",
+    "bytes.csv": b"path\na\x00b.png\n" + b'"' + b"x" * 200_000,
+    "heads.csv": b"path,label\n",
+}
+MISTAKES = [
+    ("fti", "There is no verb fti. Did you mean fit?"),
+    ("xyzzy", "no verb xyzzy. The verbs are fit"),
+    ("--data.root photos test", "Options come after the verb: python -m project.cli test --data.root"),
+    ("fit --data.rot x", "no option --data.rot. Did you mean --data.root?"),
+    ("fit --trainer.max_epoch=3", "Did you mean --trainer.max_epochs?"),
+    ("fit stray", "unrecognized arguments: stray"),
+    ("fit --trainer.max_epochs many", "--trainer.max_epochs is many; it takes int or null"),
+    ("fit --model.optimizer lamb", "--model.optimizer is lamb; it takes adam or adamw or sgd"),
+    ("fit --patience x", "--patience is x; it takes PositiveInt or null"),
+    ("fit --patience 0", "--patience is 0; it must be above 0"),
+    ("fit --data.root photos --patience 3 --trainer.limit_val_batches 0", "--patience needs validations"),
+    ("fit --average 1", "--average is 1; it must be above 0 and below 1"),
+    ("fit --config none.yaml", "none.yaml"),
+    ("fit --config bad.yaml", "line 2"),
+    ("fit --config unknown.yaml", "no option --data.rooot. Did you mean --data.root?"),
+    ("fit --data.root", "--data.root"),
+    ("fit --data.root photos --model.name alexnot", "alexnet"),
+    ("fit --data.root photos --model.positive 7", "one of two classes"),
+    ("fit --model.weight_decay -1", "--model.weight_decay is -1; it must be at least 0"),
+    ("fit --model.warmup 3", "--model.warmup is 3; it must be at least 0 and at most 1"),
+    ("fit --data.root photos --trainer.max_epochs 0", "nothing to train"),
+    ("fit --data.root photos --trainer.strategy nonsense", "refuses its options (see --help trainer)"),
+    ("fit --help --model.lrr", "There is no option --model.lrr. Did you mean --model.lr?"),
+    ("predict run nowhere", "no file or folder nowhere"),
+    ("predict run empty", "no images in empty"),
+    ("predict run nothing.csv", "has no column path; it has nothing"),
+    ("predict run other.csv", "has no column path; it has file, label"),
+    ("predict run hole.csv", "line 3, has no path"),
+    ("predict run bytes.csv", "Cannot read"),
+    ("predict run heads.csv", "no images in"),
+    ("predict run", "images"),
+    ("predict run photos --batch_size 0", "--batch_size is 0; it must be above 0"),
+    ("predict run photos --min-confidence nan", "--min_confidence is nan; it"),
+    ("predict run photos --min-confidense 1", "no option --min-confidense. Did you mean --min_confidence?"),
+    ("predict run photos --calibrated", "No temperature is known for"),
+    ("predict run photos --top 1 --out -", "--top prints on standard output"),
+    ("predict run photos --out file/a.csv", "file is no folder"),
+    ("predict run photos --out no/a.csv", "is no folder"),
+    (f"predict run photos --out {LONG}", "File name too long"),
+    (f"predict run photos --out {LONG[:240]}.csv", "cannot be written: File name too long"),
+    ("predict run photos --out photos --overwrite", "photos exists"),
+    ("predict run photos --out pipe --overwrite", "pipe exists"),  # stands for devices; never name a real one
+    ("predict run photos --out file", "file exists; give another file by --out, or add --overwrite"),
+    ("explain run photos --method magic", "--method is magic; it takes gradcam or ig or occlusion"),
+    ("explain run photos --target gren", "not one of the classes blue, green, red. Did you mean green?"),
+    ("explain none.ckpt photos", "no checkpoint none.ckpt"),
+    ("explain bad/0.jpg photos", "no checkpoint"),
+    ("explain run nowhere", "no file or folder nowhere"),
+    ("explain run bad/0.jpg", "None of the 1 images can be read"),
+    ("explain run photos --out no/why", "no folder"),
+    ("explain run photos --out file/why", "file is no folder"),
+    ("explain run photos --out file", "file exists"),
+    ("check nowhere", "no folder nowhere"),
+    (f"check {LONG}", "no folder xxx"),
+    ("check empty", "No images in empty"),
+    ("check photos --image_size 0", "--image_size is 0"),
+    (f"check photos --json {LONG}", "File name too long"),
+    ("check photos --json file", "file exists"),
+    ("check photos --preview file", "file exists"),
+    ("check photos --quarantine file", "file exists"),
+    ("bench accuracy --target 0.9", "make bench ARGS=accuracy"),
+    ("bench dat", "it takes training or data or saving"),
+    ("bench data --rounds 0", "--rounds is 0; it must be above 0"),
+    ("bench data --json photos", "photos exists"),
+    ("bench --root bad", "images can be read; the first: "),
+    ("bench --root bad/0.jpg", "bad/0.jpg has 1."),
+    ("tune --resume run --trainer.max_epochs 9", "leave --resume out"),
+    ("tune --data.root nowhere", "no folder nowhere"),
+    ("tune --data.root photos --steps 3", "--steps is 3; it must be at least 30"),
+    ("tune --data.root photos --model.name squeezenet1_1 --plot file", "file exists"),
+]
 
 
 def test_help_lists_every_verb(capsys):
@@ -22,39 +101,21 @@ def test_help_lists_every_verb(capsys):
     assert capsys.readouterr().out == out
 
 
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["fti"], "There is no verb fti. Did you mean fit?"),
-        (["xyzzy"], "no verb xyzzy. The verbs are fit"),
-        (["--data.root", "photos", "test"], "Options come after the verb: python -m project.cli test --data.root"),
-        (["fit", "--data.rot", "x"], "no option --data.rot. Did you mean --data.root?"),
-        (["fit", "--trainer.max_epoch=3"], "Did you mean --trainer.max_epochs?"),
-        (["fit", "stray"], "unrecognized arguments: stray"),
-        (["fit", "--trainer.max_epochs", "many"], "--trainer.max_epochs is many; it takes int or null"),
-        (["fit", "--model.optimizer", "lamb"], "--model.optimizer is lamb; it takes adam or adamw or sgd"),
-        (["fit", "--patience", "x"], "--patience is x; it takes PositiveInt or null"),
-        (["fit", "--patience", "0"], "--patience is 0; it must be above 0"),
-        (["fit", "--patience", "3", "--trainer.limit_val_batches", "0"], "--patience needs validations"),
-        (["fit", "--average", "1"], "--average is 1; it must be above 0 and below 1"),
-        (["fit", "--config", "none.yaml"], "none.yaml"),
-        (["fit", "--config", "bad.yaml"], "line 2"),
-        (["fit", "--config", "unknown.yaml"], "no option --data.rooot. Did you mean --data.root?"),
-        (["fit", "--data.root"], "--data.root"),
-        (["fit", "--model.name", "alexnot"], "alexnet"),
-        (["fit", "--model.positive", "7"], "one of two classes"),
-        (["fit", "--model.weight_decay", "-1"], "--model.weight_decay is -1; it must be at least 0"),
-        (["fit", "--model.warmup", "3"], "--model.warmup is 3; it must be at least 0 and at most 1"),
-        (["fit", "--trainer.strategy", "nonsense"], "The Trainer refuses its options"),
-        (["fit", "--trainer.max_epochs", "0"], "nothing to train"),
-        (["fit", "--help", "--model.lrr"], "There is no option --model.lrr. Did you mean --model.lr?"),
-    ],
-)
-def test_mistakes_get_one_sentence(workplace, refused, words, sentence):
-    Path("bad.yaml").write_text("data: [1\n model: {")
-    Path("unknown.yaml").write_text("data:\n  rooot: photos\n")
-    assert sentence in refused(*words)
-    assert not Path("runs").exists()
+@pytest.mark.parametrize(("words", "sentence"), MISTAKES)
+def test_mistake_gets_one_sentence_and_changes_nothing(trained, workplace, refused, words, sentence):
+    def files():  # but those of data/, with the digits and the cache
+        return {path: path.lstat().st_mtime_ns for path in Path().rglob("*") if path.parts[0] != "data"}
+
+    Path("run").symlink_to(trained / "runs" / "photos" / "version_0")
+    Path("photos").symlink_to(trained / "photos")
+    Path("empty").mkdir()
+    os.mkfifo("pipe")
+    for name, content in FILES.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(content)
+    before = files()
+    assert sentence in refused(*words.split())
+    assert files() == before
 
 
 @pytest.mark.parametrize("verb", cli.TRAINER_VERBS)
@@ -87,24 +148,6 @@ def test_help_explains_an_option_in_full_and_lists_the_trainers_on_request(capsy
         assert len(lines) < 60
 
 
-def test_options_reach_the_function_with_dashes_too_and_flags_take_no_value():
-    def verb(image: str, /, min_confidence: float = 0.0, with_a_flag: bool = False) -> int:
-        """Does something.
-
-        Args:
-            image: A file.
-            min_confidence: A number.
-            with_a_flag: Or not.
-        """
-        seen.append((image, min_confidence, with_a_flag))
-        return 0
-
-    seen = []
-    for words in (["a-b", "--min-confidence", "0.5", "--with-a-flag"], ["a-b", "--min_confidence=0.5"]):
-        assert arguments.call(verb, "verb", words) == 0
-    assert seen == [("a-b", 0.5, True), ("a-b", 0.5, False)]
-
-
 def test_bugs_of_ours_keep_their_traceback_and_ctrl_c_does_not(monkeypatch, capsys):
     errors = [KeyboardInterrupt, BrokenPipeError("of a worker"), ValueError("ours")]
 
@@ -118,26 +161,33 @@ def test_bugs_of_ours_keep_their_traceback_and_ctrl_c_does_not(monkeypatch, caps
     assert cli.main(["fit"]) == 130
 
 
-@pytest.mark.parametrize("words", [["--help"], ["fti"], ["--data.root", "x", "fit"], ["predict", "--help"]])
-def test_quick_answers_and_light_modules_import_no_torch(words):
-    code = f"import sys, {', '.join(LIGHT)}; code = project.cli.main({words!r}); print(code, 'torch' in sys.modules)"
-    assert python("-c", code).stdout.splitlines()[-1] in ("0 False", "2 False")
-
-
-def test_both_ways_to_start_it_and_exit_codes_of_the_process():
-    assert python("-m", "project", "--help").returncode == 0
-    wrong = python("-m", "project.cli", "fti")
-    assert (wrong.returncode, wrong.stdout) == (2, "")
+def test_help_mistakes_check_and_light_modules_import_nothing_heavy_and_a_name_that_is_no_text_is_printed(photos):
+    Path(os.fsdecode(os.fsencode(photos / "red") + b"/caf\xe9.png")).write_bytes(b"no image")
+    Path("a.ckpt").touch()
+    codes = {"--help": 0, "fti": 2, "--data.root x fit": 2, "predict --help": 0, "predict a.ckpt no.png": 2}
+    codes["check photos"] = 1
+    code = f"""if True:
+        import sys, project.cli, project.commands.explain, project.data.images, project.data.manifest, project.models
+        heavy = {{"torch", "lightning", "matplotlib", "captum"}}
+        print({{words: (project.cli.main(words.split()), heavy & set(sys.modules)) for words in {list(codes)}}})"""
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == str({words: (code, set()) for words, code in codes.items()})
+    assert "There is no file or folder no.png" in done.stderr
+    assert "caf\\udce9.png: not an image" in done.stdout
 
 
 @pytest.mark.parametrize(
-    ("words", "code"),
-    [(["models"], 141), (["--help"], 141), (["predict", "--help"], 0)],  # argparse itself ignores the closed pipe
+    ("words", "code", "mistakes"),
+    [
+        (["project", "--help"], 141, 0),
+        (["project", "models", "alexnet"], 141, 0),
+        (["project", "predict", "--help"], 0, 0),  # argparse itself ignores the closed pipe
+        (["project.cli", "fti"], 2, 1),
+    ],
 )
-def test_closed_pipe_ends_a_verb_quietly(words, code):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "project", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
-    )
+def test_both_ways_to_start_it_give_exit_codes_and_a_closed_pipe_ends_them_quietly(words, code, mistakes):
+    process = subprocess.Popen([sys.executable, "-m", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()  # as `| head` does after some lines
-    assert process.communicate()[1] == b""
+    assert len(process.communicate()[1].splitlines()) == mistakes
     assert process.returncode == code

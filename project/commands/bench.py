@@ -4,7 +4,6 @@ import contextlib
 import csv
 import io
 import itertools
-import json as json_format
 import statistics
 import tempfile
 from collections import deque
@@ -19,6 +18,7 @@ from PIL import Image
 from project import files
 from project.data.inputs import gather
 from project.data.workers import usable_cores
+from project.errors import UserError
 from project.export.verify import side_by_side
 
 BATCH, SIZE = 64, 224
@@ -60,8 +60,7 @@ def bench(
             train = write_table(source, count)
             figures = _training(len(train), rounds) if what == "training" else _data(rounds)
     if json is not None:
-        with files.replacing(Path(json)) as stream:
-            json_format.dump(figures, stream, indent=2)
+        files.write_json(Path(json), figures)
     return 0
 
 
@@ -83,6 +82,8 @@ def write_table(root: Path | None, count: int) -> list[tuple[str, str]]:
     """
     root = root or make_photographs(Path("photos"), count + 2)
     paths = sorted(path for path, _ in gather([str(root)]))
+    if len(paths) < 4:
+        raise UserError(f"bench needs at least 4 images; {root} has {len(paths)}.")
     np.random.default_rng(0).shuffle(paths)
     splits = ["val", "val", *["train"] * count]
     rows = list(zip(paths, itertools.cycle("ab"), splits, strict=False))

@@ -3,7 +3,6 @@
 import csv
 from collections.abc import Iterator
 from functools import partial
-from json import dump
 from pathlib import Path
 
 from jsonargparse.typing import PositiveInt
@@ -50,8 +49,7 @@ def check(
     if json is not None:
         content = {"root": root, "images": len(report.rows), "classes": report.counts()} | vars(report)
         del content["rows"]
-        with files.replacing(Path(json)) as stream:
-            dump(content, stream, indent=2, default=vars)
+        files.write_json(Path(json), content)
         print(f"written: {json}")
     if quarantine is not None:
         with files.replacing(Path(quarantine)) as stream:

@@ -29,9 +29,9 @@ class ComparedRun:
         if source.is_bundle:
             return cls.own(results.gather(source, source.load(), data))
         run = source.run
-        if not (run / results.TEST).exists():
+        if not (run / runs.PREDICTIONS).exists():
             raise UserError(f"{path} has not been tested; run: python -m project.cli test --ckpt_path {source.file}")
-        return cls(_name(run), TestPredictions.read(run / results.TEST), runs.curves(run / runs.METRICS))
+        return cls(_name(run), TestPredictions.read(run / runs.PREDICTIONS), runs.curves(run / runs.METRICS))
 
     @classmethod
     def own(cls, result: Results) -> "ComparedRun":

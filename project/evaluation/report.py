@@ -22,8 +22,7 @@ from project.evaluation.scores import Integers, ScoredPredictions
 from project.inference.load import Source
 from project.inference.predictor import Predictor
 
-PAGE = "report.html"
-TEMPLATE = Path(__file__).with_name("templates") / PAGE
+TEMPLATE = Path(__file__).with_name("templates") / runs.REPORT
 SHOWN = 12  # images in a gallery
 
 
@@ -41,7 +40,7 @@ def write(source: Source, out: Path | None = None, others: Sequence[ComparedRun]
     """
     predictor = source.load()
     text = html.render(TEMPLATE, **_content(results.gather(source, predictor, data), predictor, others))
-    target = out or (source.file if source.is_bundle else source.run) / PAGE
+    target = out or (source.file if source.is_bundle else source.run) / runs.REPORT
     try:
         with files.replacing(target) as stream:
             stream.write(text)

@@ -21,8 +21,6 @@ from project.inference.metadata import Metadata
 from project.inference.predictions import Prediction
 from project.inference.predictor import Predictor
 
-TEST, VALIDATION, MEASURED = "predictions.csv", "val_predictions.csv", "test_metrics.json"
-
 
 @dataclass(frozen=True)
 class TestPredictions:
@@ -124,10 +122,10 @@ def gather(source: Source, predictor: Predictor, data: str | None = None) -> Res
         test = TestPredictions.of(_predict(predictor, pairs), predictor.class_names, images.root)
         measured, notice = {"data": images.root}, images.notice
     else:
-        test = TestPredictions.read(run / TEST)
+        test = TestPredictions.read(run / runs.PREDICTIONS)
         if test.class_names != predictor.class_names:
             command = f"python -m project.cli test --ckpt_path {source.file}"
-            raise UserError(f"{run / TEST} has other classes than {source.file}; run: {command}")
+            raise UserError(f"{run / runs.PREDICTIONS} has other classes than {source.file}; run: {command}")
         measured = _measured(run)
         val = _validation(source.file, predictor, measured)
         temperature = _temperature(source.file, val)
@@ -138,13 +136,14 @@ def gather(source: Source, predictor: Predictor, data: str | None = None) -> Res
 def is_tested(checkpoint: Path) -> bool:
     """Whether the predictions in the checkpoint's run are its own, and newer than it."""
     run = runs.folder_of(checkpoint)
-    return Path(str(_measured(run).get("checkpoint"))).name == checkpoint.name and _is_newer(run / TEST, checkpoint)
+    tested = Path(str(_measured(run).get("checkpoint"))).name
+    return tested == checkpoint.name and _is_newer(run / runs.PREDICTIONS, checkpoint)
 
 
 def _measured(run: Path) -> dict[str, Any]:
     """The content of test_metrics.json; empty where the file is missing or damaged."""
     try:
-        content = json.loads((run / MEASURED).read_text(encoding="utf-8"))
+        content = json.loads((run / runs.TEST_METRICS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -162,7 +161,7 @@ def _predict(predictor: Predictor, pairs: list[tuple[str, str]]) -> Iterator[Pre
 def _validation(checkpoint: Path, predictor: Predictor, measured: dict[str, Any]) -> TestPredictions | None:
     """Predictions on the validation images, from the run or computed now; None if the images are missing."""
     run, is_best = runs.folder_of(checkpoint), checkpoint.name == "best.ckpt"
-    file = run / VALIDATION
+    file = run / runs.VAL_PREDICTIONS
     if is_best and _is_newer(file, checkpoint):
         return TestPredictions.read(file)
     if not (run / run_split.FILE).is_file():

@@ -38,7 +38,7 @@ def write(file: Path, checkpoint: Path, metadata: Metadata) -> None:
 def _figures(checkpoint: Path, metadata: Metadata) -> dict[str, Any]:
     if not results.is_tested(checkpoint):
         return {"measured": [], "tested": 0, "positive": None}
-    table = results.TestPredictions.read(runs.folder_of(checkpoint) / results.TEST)
+    table = results.TestPredictions.read(runs.folder_of(checkpoint) / runs.PREDICTIONS)
     positive = results.positive_index(metadata)
     scored = table.scored(positive).at_temperature(metadata.temperature)  # which is built into model.onnx
     intervals = scores.intervals(scored)

@@ -56,8 +56,7 @@ def write(checkpoint: Path, temperature: float | None) -> None:
     if temperature is None:
         _file(checkpoint).unlink(missing_ok=True)
         return
-    with files.replacing(_file(checkpoint)) as stream:
-        json.dump({"temperature": temperature, "checkpoint": fingerprint(checkpoint)}, stream, indent=2)
+    files.write_json(_file(checkpoint), {"temperature": temperature, "checkpoint": fingerprint(checkpoint)})
 
 
 def read(checkpoint: Path) -> float | None:

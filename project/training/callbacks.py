@@ -1,7 +1,6 @@
 """Callbacks of every run: seeds, unreadable images, progress, predictions.csv; and helpers that callbacks share."""
 
 import itertools
-import json
 import os
 import random
 import time
@@ -79,14 +78,12 @@ class ProgressLines(Callback):
 class PredictionWriter(Callback):
     """Writes predictions.csv and test_metrics.json into the run of the tested checkpoint, if these may be written."""
 
-    FILES = ("predictions.csv", "test_metrics.json", "val_predictions.csv", "report.html")  # with those of the report
-
     def __init__(self, checkpoint: Path) -> None:
         self.run, self.checkpoint = runs.folder_of(checkpoint), checkpoint
         self._predictions: list[tuple[int, Prediction]] = []  # with their rows
         if not os.access(self.run, os.W_OK):
             raise UserError(f"The test's results go into {self.run}, which cannot be written; change its permissions.")
-        present = [name for name in self.FILES if (self.run / name).exists()]
+        present = [name for name in runs.TEST_FILES if (self.run / name).exists()]
         if present and not runs.is_inside(checkpoint):  # in a run they are those of an earlier test
             raise UserError(f"{self.run}/{present[0]} exists and may be your own; move it, or the checkpoint, away.")
 
@@ -103,7 +100,7 @@ class PredictionWriter(Callback):
             return
         names, labels = data.class_names, data.dataset("test").labels
         rows = [every[row]._replace(true=names[labels[row]]) for row in sorted(every)]
-        predictions.write(self.run / "predictions.csv", rows, names)
+        predictions.write(self.run / runs.PREDICTIONS, rows, names)
         result = {key: float(value) for key, value in trainer.callback_metrics.items()} | {
             "n": len(rows),
             "unreadable": sum(bool(row.error) for row in rows),
@@ -111,9 +108,8 @@ class PredictionWriter(Callback):
             "checkpoint": str(self.checkpoint),
             "data": str(data.root),
         }
-        with files.replacing(self.run / "test_metrics.json") as stream:
-            json.dump(result, stream, indent=2)
-        pl_module.print(f"written: {self.run}/test_metrics.json, {self.run}/predictions.csv")
+        files.write_json(self.run / runs.TEST_METRICS, result)
+        pl_module.print(f"written: {self.run / runs.TEST_METRICS}, {self.run / runs.PREDICTIONS}")
 
 
 def data_of(trainer: Any) -> ImageData:

@@ -1,7 +1,6 @@
 """bench: it measures what it says, and its figures are of this run."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -39,10 +38,8 @@ def test_parts_of_a_step_make_the_step_and_the_limit_is_the_networks_own(measure
     parts = ["waiting for data", "transfer", "forward and loss", "backward", "optimiser", "logging and the rest"]
     assert list(figures["step_seconds"]) == parts
     assert min(figures["step_seconds"].values()) > 0
-    step = sum(figures["step_seconds"].values())
-    images = int(re.search(r"(\d+) training images", out)[1])  # one batch
-    assert images == 9
-    assert images / step == pytest.approx(figures["images_per_second"])
+    assert " 9 training images" in out  # one batch
+    assert 9 / sum(figures["step_seconds"].values()) == pytest.approx(figures["images_per_second"])
     assert f"takes {figures['limit'] / figures['images_per_second']:.2f} times as long as the same network's" in out
     assert "epoch 1" not in out
 
@@ -59,13 +56,3 @@ def test_generated_photographs_are_of_the_stated_size_and_differ(workplace):
     files = list(bench.make_photographs(Path("photos"), 4).iterdir())
     assert len({read(file, 224).tobytes() for file in files}) == 4
     assert 40_000 < np.mean([file.stat().st_size for file in files]) < 110_000
-
-
-def test_what_has_moved_and_what_cannot_be_is_said(photos, refused):
-    assert "make bench ARGS=accuracy" in refused("bench", "accuracy", "--target", "0.9")
-    assert "it takes training or data or saving" in refused("bench", "dat")
-    assert "--rounds is 0; it must be above 0" in refused("bench", "data", "--rounds", "0")
-    assert "photos exists" in refused("bench", "data", "--json", "photos")
-    for file in photos.rglob("*.png"):
-        file.write_text("x")
-    assert "images can be read; the first: " in refused("bench", "--root", "photos")

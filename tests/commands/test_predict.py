@@ -1,7 +1,7 @@
 import contextlib
-import csv
 import errno
 import io
+import itertools
 import os
 import re
 import shutil
@@ -10,19 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from project import cli, load
 from project.data.inputs import gather
 from project.inference import calibration, predictions
+from tests.conftest import read_csv
 
-ROOT = Path(__file__).parents[2]
 CLASSES = ("blue", "green", "red")
-
-
-def rows_of(file):
-    with Path(file).open(newline="", encoding="utf-8", errors="surrogateescape") as stream:
-        return list(csv.DictReader(stream))
 
 
 @pytest.fixture
@@ -31,15 +25,15 @@ def predict(at_trained, tmp_path):
 
     def run(*words, source=at_trained, out="labels.csv", code=0):
         assert cli.main(["predict", str(source), *map(str, words), "--out", str(tmp_path / out)]) == code
-        return rows_of(tmp_path / out)
+        return read_csv(tmp_path / out)
 
     return run
 
 
-def in_a_process(*words, code=None, **options):
-    start = ["-c", code] if code else ["-m", "project.cli"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, *start, *map(str, words)], env=environment, **options)
+def in_a_process(*words, then="pass", **options):
+    """Starts predict in a process of its own, which at its end also runs the code `then`."""
+    code = f"import sys; from project import cli; code = cli.main(sys.argv[1:]); {then}; sys.exit(code)"
+    return subprocess.Popen([sys.executable, "-c", code, "predict", *map(str, words)], **options)
 
 
 def test_files_and_folders_keep_their_order_and_columns_are_the_contracts(predict, at_trained, capsys):
@@ -70,7 +64,7 @@ def test_unreadable_file_gets_an_error_row_and_only_such_files_fail(predict, tmp
     assert {row[c] for row in rows for c in ("true", "label", "probability", "p:red")} == {""}
 
 
-def test_image_names_that_are_hard_for_a_csv_are_the_same_in_a_file_and_on_standard_output(
+def test_hard_image_names_are_the_same_in_a_file_and_on_standard_output_and_only_progress_goes_to_the_terminal(
     predict, at_trained, tmp_path
 ):
     folder = tmp_path / "images"
@@ -80,113 +74,35 @@ def test_image_names_that_are_hard_for_a_csv_are_the_same_in_a_file_and_on_stand
         shutil.copy("photos/red/000.png", folder / name)
     (folder / "bad.png").write_bytes(b"")
     assert [row["path"] for row in predict(folder)] == [f"{folder}/{name}" for name in sorted([*names, "bad.png"])]
-    words = ["predict", at_trained, folder, "--out", "-"]
-    with in_a_process(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        output, errors = process.communicate()
-    assert output == (tmp_path / "labels.csv").read_bytes()
-    assert b"5 images labelled, 1 unreadable" in errors
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["nowhere"], "no file or folder nowhere"),
-        ([], "images"),
-        (["photos", "--batch_size", "0"], "--batch_size is 0; it must be above 0"),
-        (["photos", "--min-confidence", "nan"], "--min_confidence is nan; it"),
-        (["photos", "--min-confidense", "1"], "no option --min-confidense. Did you mean --min_confidence?"),
-        (["photos", "--calibrated"], "No temperature is known for"),
-        (["photos", "--top", "1", "--out", "-"], "--top prints on standard output"),
-        (["photos", "--out", "file/a.csv"], "file is no folder"),
-        (["photos", "--out", "no/a.csv"], "is no folder"),
-        (["photos", "--out", "x" * 300], "File name too long"),
-        (["photos", "--out", "x" * 240 + ".csv"], "cannot be written: File name too long"),
-        (["photos", "--out", "photos", "--overwrite"], "photos exists"),
-        (["photos", "--out", "pipe", "--overwrite"], "pipe exists"),  # stands for devices; never name a real one
-        (["photos", "--out", "file"], "file exists; give another file by --out, or add --overwrite"),
-    ],
-)
-def test_mistakes_are_told_in_a_sentence(at_trained, monkeypatch, tmp_path, refused, words, message):
-    (tmp_path / "photos").symlink_to(Path("photos").resolve())
-    (tmp_path / "file").write_text("mine")
-    os.mkfifo(tmp_path / "pipe")
-    monkeypatch.chdir(tmp_path)
-    assert message in refused("predict", str(at_trained.resolve()), *words)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "photos", "pipe"]
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_files_that_are_not_checkpoints_and_broken_lists_are_told_in_a_sentence(at_trained, tmp_path, refused):
-    out = ["--out", str(tmp_path / "o.csv")]
-    for name, content, message in (
-        ("empty.csv", b"", "has no column path; it has nothing"),
-        ("other.csv", b"file,label\na.png,x\n", "has no column path; it has file, label"),
-        ("hole.csv", b"path,label\na.png,x\n,y\n", "line 3, has no path"),
-        ("bytes.csv", b"path\na\x00b.png\n" + b'"' + b"x" * 200_000, "Cannot read"),
-        ("heads.csv", b"path,label\n", "no images in"),
-    ):
-        (tmp_path / name).write_bytes(content)
-        assert message in refused("predict", str(at_trained), str(tmp_path / name), *out)
-    (tmp_path / "foreign.ckpt").write_bytes(b"PK nothing")
-    torch.save({"weight": torch.zeros(1)}, tmp_path / "plain.pt")
-    (tmp_path / "empty").mkdir()
-    for checkpoint, images, message in (
-        ("foreign.ckpt", "photos", "foreign.ckpt"),
-        ("plain.pt", "photos", "plain.pt is not a checkpoint of this project"),
-        ("none.ckpt", "photos", "no checkpoint"),
-    ):
-        assert message in refused("predict", str(tmp_path / checkpoint), images, *out)
-    assert "no images in" in refused("predict", str(at_trained), str(tmp_path / "empty"), *out)
-    assert not (tmp_path / "o.csv").exists()
-
-
-@pytest.mark.parametrize(
-    ("image", "module", "printed"),
-    [("nowhere.png", "torch", "2 False"), ("photos/red/000.png", "lightning", "0 False")],
-)
-def test_mistakes_are_told_without_torch_and_images_labelled_without_lightning(
-    at_trained, tmp_path, image, module, printed
-):
-    code = f"import sys; from project import cli; print(cli.main(sys.argv[1:]), {module!r} in sys.modules)"
-    words = ["predict", at_trained, image, "--out", tmp_path / "o.csv"]
-    with in_a_process(*words, code=code, stdout=subprocess.PIPE, text=True) as process:
-        assert process.communicate()[0].splitlines()[-1] == printed
-
-
-def test_progress_goes_to_the_terminal_and_the_results_where_they_are_sent(at_trained, tmp_path):
-    pty = pytest.importorskip("pty")
-    main, other = pty.openpty()
-    words, shown = ["predict", at_trained, "photos/red", "--top", "1", "--out", tmp_path / "o.csv"], b""
-    with in_a_process(*words, stdout=subprocess.PIPE, stderr=other, text=True) as process:
+    (terminal, other), shown = os.openpty(), b""
+    words, then = [at_trained, folder, "--out", "-"], "print('Lightning:', 'lightning' in sys.modules, file=sys.stderr)"
+    with in_a_process(*words, then=then, stdout=subprocess.PIPE, stderr=other) as process:
         os.close(other)
         with contextlib.suppress(OSError):  # a terminal without writers
-            while read := os.read(main, 4096):  # all along: writers wait for a terminal that nobody reads
+            while read := os.read(terminal, 4096):  # all along: writers wait for a terminal that nobody reads
                 shown += read
-        printed = process.stdout.read().splitlines()
-    os.close(main)
-    assert process.returncode == 0, shown.decode()
-    assert len(printed) == 40
-    assert all("photos/red/" in line for line in printed)
-    assert b"predict" in shown, shown
-    assert b"photos/red" not in shown
+        output = process.stdout.read()
+    os.close(terminal)
+    assert process.returncode == 0, shown
+    assert output == (tmp_path / "labels.csv").read_bytes()
+    for text in (b"predict", b"5 images labelled, 1 unreadable", b"Lightning: False"):
+        assert text in shown
+    assert b".png" not in shown
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(at_trained, tmp_path):
     """Twenty times as many images take less than 10 MB more, which is what rows in a list would take."""
-    peaks = []
-    code = """import resource, sys; from project import cli
-assert cli.main(sys.argv[1:]) == 0
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
+    peaks, then = [], "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     for count in (500, 10_000):
         folder = tmp_path / str(count)
         folder.mkdir()
         for number in range(count):
             os.link("photos/red/000.png", folder / f"{number:06d}.png")
-        words = ["predict", at_trained, folder, "--out", tmp_path / f"{count}.csv"]
-        with in_a_process(*words, code=code, stdout=subprocess.PIPE, text=True) as process:
+        words = [at_trained, folder, "--out", tmp_path / f"{count}.csv"]
+        with in_a_process(*words, then=then, stdout=subprocess.PIPE, text=True) as process:
             peaks.append(int(process.communicate()[0].split()[-1]) / 1024)
-        assert len(rows_of(tmp_path / f"{count}.csv")) == count
+        assert len(read_csv(tmp_path / f"{count}.csv")) == count
     assert peaks[1] - peaks[0] < 10, peaks
 
 
@@ -218,9 +134,8 @@ def test_likeliest_classes_are_printed_one_line_per_image(predict, lively, tmp_p
     (tmp_path / "bad.png").write_bytes(b"")
     (prediction,) = load(lively).predict([source])
     order = sorted(zip(prediction.probabilities, CLASSES, strict=True), key=lambda pair: -pair[0])
+    images = source, tmp_path / "bad.png", tmp_path / "two\nlines.png"
     for top in (2, 99):
-        capsys.readouterr()
-        images = source, tmp_path / "bad.png", tmp_path / "two\nlines.png"
         assert len(predict(*images, "--top", top, source=lively, out=f"{top}.csv")) == 3
         captured = capsys.readouterr()
         classes = ", ".join(f"{name} {probability:.4f}" for probability, name in order[:top])
@@ -260,29 +175,29 @@ def test_options_of_the_predictor_reach_it(predict, lively, tmp_path):
 
 
 def test_closed_standard_output_ends_it_quietly(at_trained):
-    words = ["predict", at_trained, *["photos"] * 20, "--out", "-"]
+    words = [at_trained, *["photos"] * 20, "--out", "-"]
     with in_a_process(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline().startswith("path,true")
         process.stdout.close()
         errors = process.stderr.read()
-    assert process.returncode == 141
-    assert errors == ""
+    assert (process.returncode, errors) == (141, "")
 
 
-def test_existing_output_is_replaced_with_overwrite_and_only_by_a_complete_file(predict, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (OSError(errno.ENOSPC, "No space left"), 2)])
+def test_existing_output_is_replaced_with_overwrite_and_only_by_a_complete_file_with_the_usual_permissions(
+    predict, tmp_path, monkeypatch, stop, code
+):
+    def fail_once(*given):
+        if next(number) == 50:
+            raise stop
+        return of(*given)
+
+    number, of = itertools.count(), predictions.Prediction.of
+    monkeypatch.setattr(predictions.Prediction, "of", fail_once)
     (tmp_path / "labels.csv").write_text("path\nmine")
     words = ["photos", "--overwrite", "--batch-size", "16"]
-    for stop, code in ((KeyboardInterrupt(), 130), (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2)):
-        of, seen = predictions.Prediction.of, []
-
-        def fail(*given, of=of, seen=seen, stop=stop):
-            seen.append(given)
-            if len(seen) == 50:
-                raise stop
-            return of(*given)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(predictions.Prediction, "of", fail)
-            assert predict(*words, code=code) == [{"path": "mine"}]
-        assert [file.name for file in tmp_path.iterdir()] == ["labels.csv"]
+    assert predict(*words, code=code) == [{"path": "mine"}]
+    assert os.listdir(tmp_path) == ["labels.csv"]
     assert len(predict(*words)) == 120
+    (tmp_path / "usual").touch()
+    assert (tmp_path / "labels.csv").stat().st_mode == (tmp_path / "usual").stat().st_mode

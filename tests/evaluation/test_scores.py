@@ -8,60 +8,40 @@ from sklearn import metrics as reference
 from project import metrics
 from project.evaluation import scores
 from project.evaluation.scores import RankedScores, ScoredPredictions
+from tests import test_metrics
 
 
 def drawn(classes, count=300, absent=None, ties=False, seed=0):
-    random = np.random.default_rng(seed)
-    true = random.integers(classes, size=count)
-    if absent is not None:
-        true[true == absent] = (absent + 1) % classes
-    logits = random.normal(0, 1, (count, classes))
-    logits[np.arange(count), true] += 1
-    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    if ties:
-        probabilities = np.round(probabilities, 1) + 1e-3
-        probabilities /= probabilities.sum(axis=1, keepdims=True)
-    return true, probabilities
-
-
-def trained_with(true, probabilities, *args):
-    """What metrics.py computes of the same."""
-    collection = metrics.metrics(*args)
-    collection.update(torch.from_numpy(probabilities), torch.from_numpy(true))
-    return {name: float(value) for name, value in collection.compute().items()}
+    """True classes and probabilities."""
+    present = [index for index in range(classes) if index != absent]
+    probabilities, true = test_metrics.drawn(2 * seed, present, k=classes, n=count)
+    probabilities = probabilities.astype(float).round(1) + 1e-3 if ties else probabilities.astype(float)
+    return true, probabilities / probabilities.sum(axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("absent", [None, 1])
-def test_scores_of_many_classes_are_those_of_scikit_learn_and_of_training(absent, ties):
-    true, probabilities = drawn(5, absent=absent, ties=ties)
-    values = ScoredPredictions(true, probabilities).scores()
-    predicted = probabilities.argmax(axis=1)
-    macro = {"average": "macro", "zero_division": 0}
+@pytest.mark.parametrize(("classes", "absent", "positive"), [(5, None, None), (5, 1, None), (2, None, 0), (2, None, 1)])
+def test_scores_are_those_of_scikit_learn_and_of_training(classes, absent, positive, ties):
+    true, probabilities = drawn(classes, absent=absent, ties=ties)
+    values = ScoredPredictions(true, probabilities, positive).scores()
+    labels, predicted, average = true, probabilities.argmax(axis=1), {"average": "macro", "zero_division": 0}
+    if positive is not None:
+        labels, predicted, average = true == positive, probabilities[:, positive] > 0.5, {}
+    ranked = np.unique(true) if positive is None else [positive]
     expected = {
-        "accuracy": reference.accuracy_score(true, predicted),
-        "precision": reference.precision_score(true, predicted, **macro),
-        "recall": reference.recall_score(true, predicted, **macro),
-        "f1": reference.f1_score(true, predicted, **macro),
-        "auroc": np.mean([reference.roc_auc_score(true == c, probabilities[:, c]) for c in np.unique(true)]),
-        "loss": reference.log_loss(true, probabilities, labels=range(5)),
-        "brier": ((probabilities - np.eye(5)[true]) ** 2).sum(axis=1).mean(),
+        "accuracy": reference.accuracy_score(labels, predicted),
+        "precision": reference.precision_score(labels, predicted, **average),
+        "recall": reference.recall_score(labels, predicted, **average),
+        "f1": reference.f1_score(labels, predicted, **average),
+        "auroc": np.mean([reference.roc_auc_score(true == c, probabilities[:, c]) for c in ranked]),
+        "loss": reference.log_loss(true, probabilities, labels=range(classes)),
+        "brier": ((probabilities - np.eye(classes)[true]) ** 2).sum(axis=1).mean(),
     }
     assert values == pytest.approx(expected, abs=1e-6)
-    trained = trained_with(true, probabilities, list("abcde"))
-    assert trained == pytest.approx({name: values[name] for name in trained}, abs=1e-6)
-
-
-@pytest.mark.parametrize("positive", [0, 1])
-def test_scores_of_two_classes_are_those_of_the_positive_one(positive):
-    true, probabilities = drawn(2)
-    values = ScoredPredictions(true, probabilities, positive).scores()
-    is_positive, score = true == positive, probabilities[:, positive]
-    for name in ("precision", "recall", "f1"):
-        expected = getattr(reference, f"{name}_score")(is_positive, score > 0.5)
-        assert values[name] == pytest.approx(expected, abs=1e-6)
-    assert values["auroc"] == pytest.approx(reference.roc_auc_score(is_positive, score), abs=1e-6)
-    trained = trained_with(true, probabilities, ["no", "yes"], ["no", "yes"][positive])
+    names = list("abcde")[:classes]
+    training = metrics.metrics(names, None if positive is None else names[positive])
+    training.update(torch.from_numpy(probabilities), torch.from_numpy(true))
+    trained = {name: float(value) for name, value in training.compute().items()}
     assert trained == pytest.approx({name: values[name] for name in trained}, abs=1e-6)
 
 

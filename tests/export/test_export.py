@@ -1,6 +1,5 @@
 """A bundle predicts the same as its checkpoint, from file to prediction, or it is not made."""
 
-import csv
 import hashlib
 import json
 import os
@@ -9,12 +8,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnxruntime.quantization
 import pytest
-import safetensors.torch
 import torch
 from PIL import Image
 from sklearn import metrics as reference
@@ -28,7 +27,7 @@ from project.inference import bundle, calibration
 from project.inference.load import load_network
 from project.inference.predictions import Prediction
 from project.inference.predictor import Predictor
-from tests.conftest import full_disk, make_images
+from tests.conftest import full_disk, make_images, read_csv
 
 FILES = {"model.onnx", "model.safetensors", "config.json", "README.md", "SHA256SUMS"}
 
@@ -64,12 +63,12 @@ def changed(lively, at_trained, tmp_path):
 
 
 def test_bundle_predicts_as_its_checkpoint_from_files_in_batches_of_any_size(lively, packed, at_trained):
-    expected = load(lively).predict(paths())
-    assert {prediction.label for prediction in expected} == {"blue", "green", "red"}
+    expected = probabilities(lively)
+    assert set(expected.argmax(axis=1)) == {0, 1, 2}
     for batch_size in (1, 2, 7):
-        predictions = load(packed).predict(paths(), batch_size)
-        assert [p.label for p in predictions] == [p.label for p in expected]
-        assert np.allclose([p.probabilities for p in predictions], [p.probabilities for p in expected], atol=1e-5)
+        made = probabilities(packed, batch_size=batch_size)
+        assert np.abs(made - expected).max() < 1e-5
+        assert (made.argmax(axis=1) == expected.argmax(axis=1)).all()
 
 
 def test_model_holds_what_it_needs_of_an_image(packed):
@@ -77,8 +76,7 @@ def test_model_holds_what_it_needs_of_an_image(packed):
     properties = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(properties["preprocess"]) == {"image_size": 32, "resize": "stretch", "layout": "NHWC"}
     assert json.loads(properties["class_names"]) == ["blue", "green", "red"]
-    described = [properties[key] for key in ("model", "temperature", "precision")]
-    assert described == ["squeezenet1_1", "1.0", "float32"]
+    assert properties | {"model": "squeezenet1_1", "temperature": "1.0", "precision": "float32"} == properties
     shapes = [[d.dim_param or d.dim_value for d in side.type.tensor_type.shape.dim] for side in model.graph.input]
     assert shapes == [["batch", 32, 32, 3]]
     assert str(Path(torch.__file__).parent).encode() not in (packed / "model.onnx").read_bytes()
@@ -92,9 +90,6 @@ def test_files_hold_the_network_and_its_sums_and_no_code(lively, packed):
     assert {file.stat().st_mode & 0o444 for file in packed.iterdir()} == {(packed.stat().st_mode) & 0o444}
     expected, made = load_network(lively).network.state_dict(), load_network(packed).network.state_dict()
     assert all(torch.equal(expected[key], value) for key, value in made.items())
-    config = json.loads((packed / "config.json").read_text())
-    network = models.build(config["model"], len(config["class_names"]), config["mean"], config["std"])
-    network.load_state_dict(safetensors.torch.load_file(packed / "model.safetensors"))
 
 
 def test_pt2_writes_a_program_for_torch_in_32_bits_whatever_the_checkpoint_has(lively, changed, tmp_path):
@@ -107,48 +102,29 @@ def test_pt2_writes_a_program_for_torch_in_32_bits_whatever_the_checkpoint_has(l
     assert "model.pt2" in (tmp_path / "b" / "README.md").read_text()
 
 
-def test_temperature_beside_the_checkpoint_is_built_in(lively, packed, at_trained, tmp_path):
-    file = shutil.copytree(lively, tmp_path / "run") / "checkpoints" / "best.ckpt"
-    calibration.write(file, 2.5)
-    assert cli.main(["export", str(file)]) == 0
-    folder = tmp_path / "run" / "bundle"
-    expected = probabilities(load(file, calibrated=True))
-    assert np.allclose(probabilities(load(folder, calibrated=True)), expected, atol=1e-5)
-    assert load_network(folder).temperature == 2.5
-    assert "2.500" in (folder / "README.md").read_text()
-    with pytest.raises(UserError, match="before a temperature was known"):
-        load(packed, calibrated=True)
-
-
 def test_bundle_with_other_predictions_is_not_made(lively, at_trained, tmp_path, monkeypatch, capsys):
     trace = onnx_export.trace
-    monkeypatch.setattr(
-        onnx_export, "trace", lambda network, temperature, size: trace(network, 1.1 * temperature, size)
-    )
+    monkeypatch.setattr(onnx_export, "trace", lambda net, temperature, size: trace(net, 1.1 * temperature, size))
     assert cli.main(["export", str(lively), "--out", str(tmp_path / "b")]) == 1
     message = capsys.readouterr().err
     assert re.search(r"failed: .* of 12 validation images of photos, 0 get another label, .* by up to 0\.", message)
     assert list(tmp_path.iterdir()) == []
 
 
-class Fixed:
-    """Predicts the given rows."""
-
-    def __init__(self, *rows):
-        self.rows = rows
-
-    def predict(self, paths, batch_size):
-        return [Prediction.of(path, row, ["a", "b"]) for path, row in zip(paths, self.rows, strict=True)]
-
-
 def test_a_tie_is_no_other_label_and_a_clear_difference_is():
-    two = verify.LabelledImages(["x", "y"], ["a", "b"], "images")
-    network = Fixed([0.50002, 0.49998], [0.1, 0.9])
-    measured, _ = verify.compare(network, Fixed([0.49998, 0.50002], [0.1, 0.9]), two)
+    def compare(*rows):
+        """Compares predictors of [0.50002, 0.49998], [0.1, 0.9] and of `rows`."""
+        made = [
+            [Prediction.of("x", row, ["a", "b"]) for row in each] for each in ([[0.50002, 0.49998], [0.1, 0.9]], rows)
+        ]
+        network, exported = (SimpleNamespace(predict=lambda *_, fixed=fixed: fixed) for fixed in made)
+        return verify.compare(network, exported, verify.LabelledImages(["x", "y"], ["a", "b"], "images"))[0]
+
+    measured = compare([0.49998, 0.50002], [0.1, 0.9])
     assert (measured["largest_difference"], measured["ties"]) == (pytest.approx(4e-5), 1)
     for row, message in (([0.1002, 0.8998], "0 get"), ([0.6, 0.4], "1 get"), ([float("nan")] * 2, "nan")):
         with pytest.raises(FailedRun, match=message):
-            verify.compare(network, Fixed([0.50002, 0.49998], row), two)
+            compare([0.50002, 0.49998], row)
 
 
 def test_8_bits_are_scaled_on_training_images_and_an_image_gets_the_same_in_any_batch(
@@ -172,39 +148,24 @@ def test_8_bits_are_scaled_on_training_images_and_an_image_gets_the_same_in_any_
 
 
 def in_split(run, split):
-    with (run / "split.csv").open() as file:
-        return [row["path"] for row in csv.DictReader(file) if row["split"] == split]
+    return [row["path"] for row in read_csv(run / "split.csv") if row["split"] == split]
 
 
-def test_int8_needs_training_images(lively, at_trained, tmp_path, refused):
-    shutil.copytree("photos", tmp_path / "other")
-    words = ["export", str(lively), "--quantize", "int8", "--out", str(tmp_path / "b"), "--data"]
-    training = [tmp_path / "other" / path for path in in_split(lively, "train")]
-    for file in training:
-        file.write_bytes(b"no image")
-    assert f"None of the {len(training)} training images" in refused(*words, str(tmp_path / "other"))
-    for file in training:
-        file.unlink()
-    message = refused(*words, str(tmp_path / "other"))
-    assert f"needs training images, but none of the {len(training)} of" in message
-    assert [path.name for path in tmp_path.iterdir()] == ["other"]
-
-
-def test_network_that_the_quantiser_does_not_know_stays_float32(
-    lively, at_trained, tmp_path, monkeypatch, capsys, refused
+def test_network_that_the_quantiser_does_not_know_stays_float32_and_a_full_disk_is_no_such_thing(
+    lively, packed, at_trained, tmp_path, monkeypatch, capsys
 ):
-    def failing(error):
-        def quantize_static(*_, **__):
-            raise error
+    def fail(*_, **__):
+        raise error
 
-        monkeypatch.setattr(onnxruntime.quantization, "quantize_static", quantize_static)
-        return ["export", str(lively), "--quantize", "int8", "--out", str(tmp_path / "b")]
-
-    assert "No space left on device" in refused(*failing(OSError(28, "No space left on device")))
-    assert cli.main(failing(ValueError("no rule for Foo\n  more"))) == 0
+    monkeypatch.setattr(onnxruntime.quantization, "quantize_static", fail)
+    error = OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="No space left"):
+        quantize.write_int8(packed / "model.onnx", tmp_path / "small.onnx", {}, [])
+    error = ValueError("no rule for Foo\n  more")
+    made = load(export(lively, tmp_path / "b", "--quantize", "int8"))
     message = "int8: ONNX Runtime cannot compute the network in 8 bits: no rule for Foo; model.onnx stays float32\n"
     assert message in capsys.readouterr().out
-    assert (load(tmp_path / "b").metadata.precision, load(tmp_path / "b").metadata.int8) == ("float32", None)
+    assert (made.metadata.precision, made.metadata.int8) == ("float32", None)
     assert {file.name for file in (tmp_path / "b").iterdir()} == FILES
 
 
@@ -256,15 +217,20 @@ def test_int8_must_gain_much_and_lose_little_or_leaves_the_exact_model(
     assert {file.name for file in folder.iterdir()} == FILES
 
 
-NETWORKS = ["mobilenet_v3_small", "timm/vit_tiny_patch16_224"]
-NETWORKS += [pytest.param(name, marks=pytest.mark.full) for name in ("alexnet", "resnet18", "timm/efficientnet_b0")]
+NETWORKS = [("timm/test_vit", 160), ("timm/test_efficientnet", 64)]
+OTHERS = [("alexnet", 64), ("resnet18", 64), ("mobilenet_v3_small", 64), ("timm/vit_tiny_patch16_224", 224)]
 
 
-def _spread_outputs(network, size):
-    """Without this an untrained network's outputs hardly depend on the image, nor do those of a wrong export."""
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size"), [*NETWORKS, *(pytest.param(*network, marks=pytest.mark.full) for network in OTHERS)]
+)
+def test_networks_of_all_kinds_pass_the_comparison_in_batches_of_any_size(changed, tmp_path, name, size):
+    torch.manual_seed(0)
+    network = models.build(name, 3)
     image = torch.from_numpy(np.stack([images.read(path, size) for path in paths(14)])).permute(0, 3, 1, 2)
     head = models.head(network)[1]
-    with torch.no_grad():
+    with torch.no_grad():  # else its outputs hardly depend on the image, nor do those of a wrong export
         for layer in network.modules():
             if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
                 torch.nn.init.kaiming_normal_(layer.weight)
@@ -273,14 +239,6 @@ def _spread_outputs(network, size):
         scale = 0.5 / logits.std(dim=0)
         head.weight *= scale[:, None]
         head.bias.copy_((head.bias - logits.mean(dim=0)) * scale)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
-def test_networks_of_all_kinds_pass_the_comparison_in_batches_of_any_size(changed, tmp_path, name):
-    torch.manual_seed(0)
-    network, size = models.build(name, 3).eval(), 224 if "vit" in name else 64
-    _spread_outputs(network, size)
     file = changed(network, model=name, image_size=size)
     made = load(export(file, tmp_path / "b"))
     expected = probabilities(file, 14)
@@ -307,14 +265,22 @@ def test_cards_snippet_gives_the_same_answer_without_torch(changed, tmp_path, re
     assert float(probability) == pytest.approx(expected.probability, abs=1e-5)
 
 
-def test_card_has_the_runs_figures_with_intervals(tested, tmp_path, monkeypatch):
+def test_temperature_of_the_run_is_built_in_and_the_card_has_its_figures_with_intervals(
+    tested, packed, tmp_path, monkeypatch
+):
     monkeypatch.chdir(shutil.copytree(tested, tmp_path / "tested", symlinks=True))
     run = Path("runs", "photos", "version_0")
     assert cli.main(["export"]) == 0
     text, measured = (run / "bundle" / "README.md").read_text(), json.loads((run / "test_metrics.json").read_text())
     assert f"| accuracy | {100 * measured['test/accuracy']:.1f} % |" in text
     # test has fitted a temperature, which is in the bundle, in the loss, and in the ranking of different images
-    assert f"divided by {calibration.read(run / 'checkpoints' / 'best.ckpt'):.3f}" in text
+    temperature = calibration.read(run / "checkpoints" / "best.ckpt")
+    assert load_network(run / "bundle").temperature == temperature != 1
+    assert f"divided by {temperature:.3f}" in text
+    expected, made = (probabilities(load(path, calibrated=True)) for path in (run, run / "bundle"))
+    assert np.abs(made - expected).max() < 1e-5
+    with pytest.raises(UserError, match="before a temperature was known"):
+        load(packed, calibrated=True)
     images, labels = zip(*((f"photos/{path}", Path(path).parent.name) for path in in_split(run, "test")), strict=True)
     rows = np.array([prediction.probabilities for prediction in load(run / "bundle").predict(images)], dtype=np.float64)
     own = rows[np.arange(len(rows)), [["blue", "green", "red"].index(label) for label in labels]]
@@ -328,10 +294,8 @@ def test_card_has_the_runs_figures_with_intervals(tested, tmp_path, monkeypatch)
 
 def test_card_without_a_test_says_so_and_names_that_markdown_would_interpret_stay_names(changed, tmp_path):
     names = ["a|b *c*", "<script>", "größe\n大"]
-    with (tmp_path / "split.csv").open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows(
-            [("path", "label", "split"), (Path("photos/red/003.png").resolve(), names[2], "val")]
-        )
+    row = f'{Path("photos/red/003.png").resolve()},"{names[2]}",val'
+    (tmp_path / "split.csv").write_text(f"path,label,split\n{row}\n", encoding="utf-8")
     Path(tmp_path / "bob's_cells").symlink_to(Path("photos").resolve())
     export(changed(class_names=names), tmp_path / "b", "--data", str(tmp_path / "bob's_cells"))
     text = (tmp_path / "b" / "README.md").read_text(encoding="utf-8")
@@ -366,7 +330,7 @@ def test_images_of_other_classes_are_refused(changed, packed, tmp_path, refused)
     assert not (tmp_path / "out").exists()
 
 
-def test_images_that_have_moved_are_found_by_data_and_the_card_has_the_runs_name(
+def test_moved_images_are_found_by_data_missing_or_damaged_ones_are_named_and_the_card_has_the_runs_name(
     lively, trained, tmp_path, monkeypatch, refused, capsys
 ):
     run = shutil.copytree(lively, tmp_path / "runs" / "solar_cells" / "version_0")
@@ -382,9 +346,14 @@ def test_images_that_have_moved_are_found_by_data_and_the_card_has_the_runs_name
     export("runs/latest", "done", "--data", "moved")
     assert "12 validation images of moved" in capsys.readouterr().out
     assert Path("done", "README.md").read_text().startswith("# solar\\_cells: squeezenet1\\_1\n")
-    for file in Path("moved").rglob("*.png"):
-        file.write_bytes(b"no image")
-    assert "None of the 12" in refused("export", "--out", "b", "--data", "moved")
+    for split, kind, options in (("train", "training", ["--quantize", "int8"]), ("val", "validation", [])):
+        files, words = [Path("moved", path) for path in in_split(run, split)], ["--out", "b", "--data", "moved"]
+        for file in files:
+            file.write_bytes(b"no image")
+        assert f"None of the {len(files)} {kind} images" in refused("export", *words, *options)
+        for file in files:
+            file.unlink()
+        assert f"needs {kind} images, but none of the {len(files)} of" in refused("export", *words, *options)
     assert not [name for name in os.listdir() if "b" in name.split(".")]
 
 

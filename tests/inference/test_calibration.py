@@ -41,8 +41,7 @@ def test_predictions_that_are_all_right_or_all_wrong_give_no_temperature(surenes
 
 @pytest.fixture
 def own(at_trained, tmp_path):
-    shutil.copytree(at_trained, tmp_path / "run")
-    return tmp_path / "run" / "checkpoints" / "best.ckpt"
+    return shutil.copytree(at_trained, tmp_path / "run") / "checkpoints" / "best.ckpt"
 
 
 def test_kept_temperature_is_used_when_asked_for_and_only_for_the_weights_it_was_fitted_on(own):

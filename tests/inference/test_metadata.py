@@ -29,6 +29,7 @@ INVALID = {
     "config": [None, {"data": {}}, *({"data": d, "model": {}, "trainer": {}} for d in ({"root": 7}, {"fold": "1"}))],
     "versions": [["2.14"]],
     "git_commit": [7],
+    "temperature": [0.0, "warm"],
     "calibrated": ["perhaps"],
 }
 
@@ -42,7 +43,7 @@ def test_values_become_attributes_and_the_rest_has_defaults():
 @pytest.mark.parametrize("key", INVALID)
 def test_invalid_or_missing_value_is_refused(key):
     for value in INVALID[key]:
-        with pytest.raises(UserError, match=rf"^x is not a checkpoint: its {key} is not [\w ,-]+\.$"):
+        with pytest.raises(UserError, match=rf"^x is not a checkpoint: its {key} is not [\w ,.-]+\.$"):
             Metadata.parse(VALID | {key: value}, "x is not a checkpoint")
 
 

@@ -25,8 +25,6 @@ from benchmarks import serve as bench
 from tests.serving.test_app import ask, form, head, post
 
 ROOT = Path(__file__).parents[2]
-DOCKERFILE = (ROOT / "Dockerfile").read_text()
-SERVE = [sys.executable, "-m", "project.cli", "serve"]
 
 
 def port_of(process):
@@ -38,16 +36,14 @@ def served(packed, tmp_path):
     """A server of a bundle, in a process; its port, the process, its log and a folder that it may write into."""
     folder = tmp_path / "folder"
     (folder / "tmp").mkdir(parents=True)
-    environment = os.environ | {"TMPDIR": str(folder / "tmp"), "PYTHONPATH": str(ROOT)}
-    options = ["--port", "0", "--timeout", "10", "--max_body", "4", "--threads", "1"]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            [*SERVE, str(packed), *options], stdout=subprocess.PIPE, stderr=log, text=True, cwd=folder, env=environment
-        )
+    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    environment["TMPDIR"] = str(folder / "tmp")
+    command = [sys.executable, "-m", "project.cli", "serve", str(packed), "--port", "0"]
+    command += ["--timeout", "10", "--max_body", "4", "--threads", "1"]
+    streams = {"stdout": subprocess.PIPE, "stderr": (tmp_path / "log").open("w"), "text": True}
+    with streams["stderr"], subprocess.Popen(command, cwd=folder, env=environment, **streams) as process:
         yield port_of(process), process, tmp_path / "log", folder
         process.kill()
-        process.wait()
-        process.stdout.close()
 
 
 @pytest.fixture
@@ -55,18 +51,14 @@ def image(trained):
     return (trained / "photos" / "red" / "000.png").read_bytes()
 
 
-def test_bundle_is_served_without_torch_and_without_telling_its_runtimes_maker(packed, tmp_path):
-    code = (
-        "import sys, uvicorn\nfrom project import cli\n"
-        "uvicorn.Server.run = lambda *_: print(*{'torch', 'matplotlib', 'lightning', 'scipy'} & set(sys.modules))\n"
-        f"sys.exit(cli.main(['serve', {str(packed)!r}, '--port', '0']))"
-    )
-    plain = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
-    environment = plain | {"TMPDIR": str(tmp_path)}  # where the runtime would keep the number of a session
-    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert made.returncode == 0, made.stderr
-    assert made.stdout.splitlines()[2] == ""
-    assert not list(tmp_path.iterdir())
+def test_bundle_is_served_without_torch_and_without_telling_its_runtimes_maker(served, image):
+    port, process, _, folder = served
+    assert post(port, "/predict", image)[0] == 200
+    loaded = {part for file in psutil.Process(process.pid).memory_maps() for part in Path(file.path).parts}
+    assert {name for name in loaded if name in ("onnxruntime", "torch", "matplotlib", "scipy")} == {"onnxruntime"}
+    process.terminate()
+    assert process.wait(20) == 143
+    assert not list((folder / "tmp").iterdir())  # where the runtime would keep the number of a session
 
 
 def send_until_closed(port, content, keep_alive):
@@ -91,7 +83,7 @@ def test_requests_that_have_begun_are_answered_after_a_signal(served, image, num
     port, process, log, _ = served
     with ThreadPoolExecutor(16) as pool:
         clients = [pool.submit(send_until_closed, port, image, keep_alive=index % 2 == 0) for index in range(16)]
-        time.sleep(2)
+        time.sleep(1)
         process.send_signal(number)
         answered = sum((client.result() for client in clients), Counter())
     assert process.wait(20) == 128 + number
@@ -109,17 +101,16 @@ def resident(process):
 def test_load_has_no_errors_below_the_queue_and_only_503_above_and_memory_stays(served, packed, image):
     port, process, _, _ = served
     requests = [bench.request(image)]
-    bench.load(port, requests, 64, 3)
+    bench.load(port, requests, 64, 1)
     before = resident(process)
     for clients in (1, 8, 64):
-        made = bench.load(port, requests, clients, 3)
+        made = bench.load(port, requests, clients, 1)
         assert set(made.statuses) == {200}, clients
         assert len(made.latencies) == made.statuses[200] > 10
     assert resident(process) < before + 20e6
     with bench.server(packed, "--queue", "4", "--max_images", "4") as (small, _):
-        made = bench.load(small, requests, 64, 3)
-        assert set(made.statuses) == {200, 503}
-        assert bench.load(small, requests, 1, 1).statuses.keys() == {200}
+        assert set(bench.load(small, requests, 64, 1).statuses) == {200, 503}
+        assert set(bench.load(small, requests, 1, 1).statuses) == {200}
 
 
 def send(port, content):
@@ -140,12 +131,6 @@ def mutated(content, chance):
         mutant[start : start + length] = replacement
         mutant = mutant or bytearray(b"x")
     return bytes(mutant)
-
-
-def encoded(kind):
-    stream = io.BytesIO()
-    Image.new("RGB", (64, 64)).save(stream, kind)
-    return stream.getvalue()
 
 
 def abuse(chance, samples):
@@ -195,8 +180,10 @@ def abuse(chance, samples):
 )
 def test_abuse_brings_no_crash_no_failure_no_file_and_no_growth(served, image, count):
     port, process, log, folder = served
-    samples = [image, *(encoded(kind) for kind in ("JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "AVIF"))]
-    statuses, before = Counter(), 0
+    samples, statuses, before = [image], Counter(), 0
+    for kind in ("JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "AVIF"):
+        Image.new("RGB", (64, 64)).save(stream := io.BytesIO(), kind)
+        samples.append(stream.getvalue())
     with ThreadPoolExecutor(8) as pool, contextlib.ExitStack() as stack:
         for number in range(40):  # connections that send a part of a request do not delay the others
             idle = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
@@ -326,32 +313,24 @@ def test_page_takes_twenty_images_at_once_on_a_phone_and_says_when_nobody_answer
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_what_the_dockerfile_installs_serves_a_bundle(packed, image, tmp_path):
+def test_what_the_dockerfile_installs_serves_a_bundle(packed, image, tmp_path, monkeypatch):
     """In a fresh environment with the packages of its RUN line, and this project without those it depends on."""
-    (line,) = re.findall(
-        r"^RUN pip install .*?\n((?:.*\\\n)*?)    && pip install (.*) \. \\$", DOCKERFILE, re.MULTILINE
-    )
-    packages = line[0].replace("\\", "").split()
-    assert {"onnxruntime", "uvicorn"} < set(packages)
-    assert "torch" not in packages
-    venv, app = tmp_path / "venv", tmp_path / "app"
-    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-    install = [str(venv / "bin" / "pip"), "install", "--quiet"]
+    app, venv, dockerfile = tmp_path / "app", tmp_path / "venv", (ROOT / "Dockerfile").read_text()
     app.mkdir()
-    for sources in re.findall(r"^COPY (.*) \S+$", DOCKERFILE, re.MULTILINE):
+    for sources in re.findall(r"^COPY (.*) \S+$", dockerfile, re.MULTILINE):
         for source in map(ROOT.joinpath, sources.split()):
             (shutil.copytree if source.is_dir() else shutil.copy)(source, app / source.name)
-    subprocess.run([*install, "--constraint", str(app / "constraints.txt"), *packages], check=True)
-    subprocess.run([*install, *line[1].split(), str(app)], check=True)
-    words = json.loads(re.search(r"^ENTRYPOINT (.*)$", DOCKERFILE, re.MULTILINE)[1])
-    assert words[:4] == ["python", "-m", "project.cli", "serve"]
-    words[words.index("/bundle")] = str(packed)
-    plain = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    command, environment = (
-        [str(venv / "bin" / "python"), *words[1:], "--port", "0"],
-        plain | {"SERVE_TOKEN": "long enough"},
-    )
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as process:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    monkeypatch.setenv("PATH", f"{venv}/bin:{Path(sys.executable).parent}", prepend=":")
+    monkeypatch.setenv("PIP_PYTHON", str(venv))  # pip itself is this environment's
+    monkeypatch.setenv("SERVE_TOKEN", "long enough")
+    for name in ("PYTHONPATH", "VIRTUAL_ENV"):
+        monkeypatch.delenv(name, raising=False)
+    (line,) = re.findall(r"^RUN (pip install .*?)\\\n *&& useradd", dockerfile, re.MULTILINE | re.DOTALL)
+    subprocess.run(line.replace("--no-cache-dir", "--quiet --no-compile"), shell=True, check=True, cwd=app)
+    words = json.loads(re.search(r"^ENTRYPOINT (.*)$", dockerfile, re.MULTILINE)[1])
+    command = [str(packed) if word == "/bundle" else word for word in words] + ["--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         try:
             port = port_of(process)
             assert post(port, "/predict", image)[0] == 401

@@ -10,27 +10,23 @@ from project import runs
 from project.training.loggers import MetricsFile, loggers
 from project.training.loop_state import LoopState
 from project.training.resume import Run
-
-RUN = Path("runs/it/version_0")
+from tests.conftest import read_csv
 
 
 @pytest.fixture
 def run(workplace):
-    RUN.mkdir(parents=True)
-    return RUN
-
-
-def rows():
-    with (RUN / "metrics.csv").open(newline="", encoding="utf-8") as stream:
-        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(stream)]
+    run = Path("runs/it/version_0")
+    run.mkdir(parents=True)
+    return run
 
 
 def test_rows_are_there_after_each_call_also_when_columns_come_later_or_the_file_is_opened_anew(run):
     for step, metrics in enumerate([{"a": 1.0}, {"a": 2.0}, {"b/c": 3.0}, {"a": 4.0, "b/c": 5.0}]):
         file = MetricsFile(run / "metrics.csv")
         file.log_metrics(metrics, step)
-        assert len(rows()) == file.rows == step + 1
-    assert rows()[2:] == [{"b/c": "3.0", "step": "2"}, {"a": "4.0", "b/c": "5.0", "step": "3"}]
+        assert len(read_csv(run / "metrics.csv")) == file.rows == step + 1
+    later = [{"a": "", "b/c": "3.0", "step": "2"}, {"a": "4.0", "b/c": "5.0", "step": "3"}]
+    assert read_csv(run / "metrics.csv")[2:] == later
     assert [p.name for p in run.iterdir()] == ["metrics.csv"]
 
 
@@ -39,14 +35,14 @@ def test_full_disk_leaves_no_part_of_a_row(run, monkeypatch):
     file.log_metrics({"a": 0.5}, 0)
 
     def write_a_part(self, *_):
-        with (RUN / "metrics.csv").open("a") as stream:
+        with (run / "metrics.csv").open("a") as stream:
             stream.write("0.7")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(csv.DictWriter, "writerow", write_a_part)
     with pytest.raises(OSError, match="No space left"):
         file.log_metrics({"a": 0.75}, 1)
-    assert rows() == [{"a": "0.5", "step": "0"}]
+    assert read_csv(run / "metrics.csv") == [{"a": "0.5", "step": "0"}]
 
 
 def test_row_that_was_cut_off_is_left_out(run):
@@ -63,6 +59,6 @@ def test_a_resumed_fit_shows_each_point_once(run):
             file.log_metrics({"loss": loss}, step)
             board.log_metrics({"loss": loss}, step)
         board.experiment.close()
-    assert [row["loss"] for row in rows()] == ["1.0"] * 3 + ["2.0"] * 2
+    assert [row["loss"] for row in read_csv(run / "metrics.csv")] == ["1.0"] * 3 + ["2.0"] * 2
     points = EventAccumulator(str(run)).Reload().Scalars("loss")
     assert [(point.step, point.value) for point in points] == [(0, 1), (1, 1), (2, 1), (3, 2), (4, 2)]

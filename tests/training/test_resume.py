@@ -1,73 +1,94 @@
-"""fit --resume: the same run goes on, at the step where it was stopped, to the same bits."""
+"""fit --resume: a run that was stopped, has failed or lost its disk goes on at its last save, to the same bits."""
 
 import contextlib
-import csv
+import functools
+import itertools
 import json
 import os
 import shutil
 import signal
+import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from lightning.pytorch.callbacks import EarlyStopping
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from project import cli, runs
+from project.classifier import Classifier
 from project.models.weights import is_whole
-from project.training import callbacks
-from project.training.callbacks import StepSeed, Unreadable
+from project.training.callbacks import ProgressLines, StepSeed, Unreadable
 from project.training.resume import Run
-from tests.conftest import SEED, SMALL
+from tests.conftest import COLOURS, SEED, SMALL, full_disk, make_images, read_csv
 from tests.same_run import assert_the_same, checkpoint, differences, logged
 
 FIT = ["fit", "--data.root", "photos", *SMALL, "--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "2"]
 RUN = Path("runs/photos/version_0")
 STEPS = 10  # an epoch has: 84 training images in batches of 8
+# TensorBoard reads a run's event files by their names, of a second, a process and this number: 10 would precede 9.
+event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The run of a fit with these options that nothing stops; copy what you change."""
+
+    @functools.cache
+    def fit(*options):
+        folder = tmp_path_factory.mktemp("undisturbed")
+        make_images(folder / "photos", dict.fromkeys(COLOURS, 40))
+        with contextlib.chdir(folder):
+            assert cli.main([*FIT, *options]) == 0
+        return folder / RUN
+
+    return fit
 
 
 @pytest.fixture
 def interrupt(monkeypatch):
     """Presses Ctrl-C at these places, once each and once a fit: a step, from 0, or epoch and batch of a validation."""
     waiting, pressed = set(), []
-    train, validate = StepSeed.on_train_batch_start, Unreadable.on_validation_batch_start
 
-    def press(place, trainer):
-        if place in waiting and trainer not in pressed:  # a second time would end the process at once
-            waiting.remove(place)
-            pressed.append(trainer)
-            signal.raise_signal(signal.SIGINT)
+    def press_in(callback, name, place_of):
+        hook = getattr(callback, name)
 
-    def in_step(self, trainer, pl_module, batch, batch_idx):
-        press(trainer.fit_loop.total_batch_idx, trainer)
-        train(self, trainer, pl_module, batch, batch_idx)
+        def press(self, trainer, *rest):
+            place = place_of(trainer, *rest)
+            if place in waiting and trainer not in pressed:  # a second time would end the process at once
+                waiting.remove(place)
+                pressed.append(trainer)
+                signal.raise_signal(signal.SIGINT)
+            hook(self, trainer, *rest)
 
-    def in_validation(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
-        press((trainer.current_epoch, batch_idx), trainer)
-        validate(self, trainer, pl_module, batch, batch_idx)
+        monkeypatch.setattr(callback, name, press)
 
-    monkeypatch.setattr(StepSeed, "on_train_batch_start", in_step)
-    monkeypatch.setattr(Unreadable, "on_validation_batch_start", in_validation)
-
+    press_in(StepSeed, "on_train_batch_start", lambda trainer, *_: trainer.fit_loop.total_batch_idx)
+    press_in(Unreadable, "on_validation_batch_start", lambda trainer, *rest: (trainer.current_epoch, rest[2]))
     return lambda *places: waiting.update(places)
 
 
 def fit_in_parts(options, interrupt, *places):
-    """A fit that is stopped at places and goes on each time; its run."""
+    """The run of a fit that is stopped at these places and goes on each time."""
     interrupt(*places)
     assert cli.main([*FIT, *options]) == 130
     while (code := cli.main(["fit", "--resume"])) == 130:
         pass
     assert code == 0
-    return max(Path("runs/photos").iterdir())
+    return RUN
 
 
+AVERAGED = ["--model.name", "timm/test_efficientnet", "--average", "0.9"]  # has batch norm
 KINDS = [
     [],
     ["--trainer.accumulate_grad_batches", "3"],
     ["--trainer.val_check_interval", "5"],
     ["--model.mix", "mixup", "--data.balance", "sample"],
-    ["--model.name", "resnet18", "--average", "0.9"],
+    AVERAGED,
     ["--trainer.max_steps", "25"],
     ["--trainer.check_val_every_n_epoch", "2", "--patience", "3"],
     ["--model.freeze", "backbone", "--data.augment", "none"],
@@ -77,44 +98,42 @@ KINDS = [
 
 def every_kind(count, mark):
     """Parametrises by KINDS, of which all but the first `count` are marked."""
-    cases = [
-        pytest.param(options, id=" ".join(options) or "defaults", marks=[mark] * (index >= count))
-        for index, options in enumerate(KINDS)
-    ]
-    return pytest.mark.parametrize("options", cases)
+    cases = [*KINDS[:count], *(pytest.param(options, marks=mark) for options in KINDS[count:])]
+    return pytest.mark.parametrize("options", cases, ids=lambda options: " ".join(options) or "defaults")
 
 
 @every_kind(4, pytest.mark.slow)
-def test_fit_that_was_stopped_in_a_step_and_in_a_validation_goes_on_to_the_same_bits(photos, interrupt, options):
-    assert cli.main([*FIT, *options]) == 0
-    assert_the_same(RUN, fit_in_parts(options, interrupt, 4, (1, 1)))
+def test_fit_stopped_in_a_step_and_in_a_validation_goes_on_to_the_same_bits(photos, undisturbed, interrupt, options):
+    reference = undisturbed(*options)
+    assert_the_same(fit_in_parts(options, interrupt, 4, (1, 1)), reference)
+    for run in (RUN, reference):  # both end with plots and points of the last validation
+        shown = EventAccumulator(str(run)).Reload()
+        assert [image.step for image in shown.Images("val/samples")] == [shown.Scalars("val/loss")[-1].step]
+        assert (run / "projector" / "validation" / "tensors.tsv").exists()
 
 
 @pytest.mark.slow
 @every_kind(1, pytest.mark.full)
-def test_fit_that_was_stopped_anywhere_goes_on_to_the_same_bits(photos, interrupt, options):
+def test_fit_that_was_stopped_anywhere_goes_on_to_the_same_bits(photos, undisturbed, interrupt, options):
     """At the first and the last step of an epoch, in successive steps, and often."""
-    assert cli.main([*FIT, *options]) == 0
     last = (6 if "7" in options else STEPS - 1) + STEPS
     for places in ([0], [STEPS], [last], [last - 1, last, last + 1], [1, 5, (1, 0), 13, 22]):
         if "2" in options:  # the first epoch has no validation
             places = [place for place in places if place != (1, 0)]
-        run = fit_in_parts(options, interrupt, *places)
-        assert_the_same(RUN, run)
-        shutil.rmtree(run)
+        assert_the_same(fit_in_parts(options, interrupt, *places), undisturbed(*options))
+        shutil.rmtree("runs")
 
 
 @pytest.mark.slow
-def test_stopped_fit_with_workers_goes_on_to_the_same_bits(photos, interrupt):
-    options = ["--data.workers", "2", "--data.augment", "trivial"]
-    assert cli.main([*FIT, *options]) == 0
-    assert_the_same(RUN, fit_in_parts(options, interrupt, 4, STEPS, (1, 1)))
-    assert cli.main([*FIT, "--data.augment", "trivial"]) == 0  # and without workers the batches are the same
-    assert not differences(checkpoint(RUN)["state_dict"], checkpoint(Path("runs/photos/version_2"))["state_dict"])
+def test_stopped_fit_with_workers_goes_on_to_the_same_bits_as_without_workers(photos, undisturbed, interrupt):
+    augment, workers = ["--data.augment", "trivial"], ["--data.workers", "2"]
+    run = fit_in_parts([*augment, *workers], interrupt, 4, STEPS, (1, 1))
+    assert_the_same(run, undisturbed(*augment, *workers))
+    assert not differences(checkpoint(run)["state_dict"], checkpoint(undisturbed(*augment))["state_dict"])
 
 
-def test_more_epochs_after_the_end_go_on_with_the_schedule_of_so_many(photos, capsys):
-    assert cli.main(FIT) == 0
+def test_more_epochs_after_the_end_go_on_with_the_schedule_of_so_many(photos, undisturbed, capsys):
+    shutil.copytree(undisturbed().parents[1], "runs", symlinks=True)
     options = ["--trainer.max_epochs", "5", "--data.cache", "off", "--save_every", "1"]
     assert cli.main(["fit", "--resume", str(RUN), *options]) == 0
     said = capsys.readouterr().out
@@ -141,37 +160,25 @@ def test_more_epochs_after_the_end_go_on_with_the_schedule_of_so_many(photos, ca
         (["--trainer.precision", "bf16-mixed"], "--trainer.precision"),
     ],
 )
-def test_what_changes_the_result_is_refused(photos, interrupt, refused, options, said):
-    interrupt(4)
-    assert cli.main(FIT) == 130
+def test_what_changes_the_result_is_refused(photos, undisturbed, refused, options, said):
+    shutil.copytree(undisturbed().parents[1], "runs", symlinks=True)
     before = {file: file.read_bytes() for file in RUN.rglob("*") if file.is_file()}
-    sentence = refused("fit", "--resume", *options)
+    sentence = refused("fit", "--resume", str(RUN), "--trainer.max_epochs", "4", *options)
     assert said in sentence
     assert f"--model.weights {RUN}/checkpoints/last.ckpt" in sentence
     assert before == {file: file.read_bytes() for file in RUN.rglob("*") if file.is_file()}
 
 
-def test_fit_that_failed_before_its_first_checkpoint_starts_again_in_its_folder(photos, monkeypatch):
-    assert cli.main(FIT) == 0
-    with monkeypatch.context() as patched:
-        patched.setattr(callbacks.ProgressLines, "on_train_start", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            cli.main(FIT)
-    run = Path("runs/photos/version_1")
-    assert not list(run.rglob("*.ckpt"))
-    assert runs.read_status(run) | {"step": 0} == runs.read_status(run)
-    assert runs.read_status(run)["reason"] == "ZeroDivisionError: division by zero"
-    assert cli.main(["fit", "--resume"]) == 0
-    assert_the_same(RUN, run)
-
-
-def test_newest_unfinished_run_is_meant_and_one_that_another_process_trains_left_alone(
-    photos, interrupt, refused, capsys
-):
+def test_newest_unfinished_run_is_meant_and_what_cannot_be_resumed_is_said(photos, interrupt, refused, capsys):
+    assert "There is no unfinished run in runs/" in refused("fit", "--resume")
+    assert "There is no run nowhere" in refused("fit", "--resume", "nowhere")
+    auto, run, finished = [*FIT, "--resume", "auto", "--name"], Path("runs/one/version_0"), Path("runs/two/version_0")
+    assert cli.main([*auto, "two", "--trainer.max_epochs", "1"]) == 0
+    assert "has completed its 1 epochs" in refused("fit", "--resume", str(finished))
+    assert "leave one out" in refused("fit", "--resume", "--ckpt_path", str(finished / "checkpoints" / "last.ckpt"))
     interrupt(4)
-    run = Path("runs/one/version_0")
-    assert cli.main([*FIT, "--name", "one"]) == 130
-    assert cli.main([*FIT, "--name", "two"]) == 0
+    assert cli.main([*auto, "one", "--trainer.max_epochs", "1"]) == 130
+    (finished / "config.yaml").touch()  # is the newest now
     lock = runs.RunLock(run)
     for words in ([], [str(run)]):
         assert f"{run} is being trained by another process" in refused("fit", "--resume", *words)
@@ -179,16 +186,10 @@ def test_newest_unfinished_run_is_meant_and_one_that_another_process_trains_left
     assert cli.main(["fit", "--resume"]) == 0
     assert str(run) in capsys.readouterr().out
     assert Path("runs/latest").resolve() == run.resolve()
-
-
-def test_nothing_to_resume_is_said_and_auto_starts_a_run(photos, refused):
-    assert "There is no unfinished run in runs/" in refused("fit", "--resume")
-    assert "There is no run nowhere" in refused("fit", "--resume", "nowhere")
-    assert cli.main([*FIT, "--resume", "auto"]) == 0
-    assert "has completed its 3 epochs" in refused("fit", "--resume", str(RUN))
-    assert "leave one out" in refused("fit", "--resume", "--ckpt_path", str(RUN / "checkpoints" / "last.ckpt"))
-    assert cli.main([*FIT, "--resume", "auto"]) == 0
-    assert len(list(Path("runs/photos").iterdir())) == 2
+    for epochs, name in (("2", "runs/latest"), ("3", str(run.resolve()))):
+        assert cli.main(["fit", "--resume", name, "--trainer.max_epochs", epochs]) == 0
+        assert Path("runs/latest").readlink() == Path("one/version_0")
+    assert checkpoint(run)["epoch"] == 2
 
 
 def damage(file):
@@ -199,29 +200,27 @@ def damage(file):
 
 
 def test_damaged_checkpoint_is_named_the_previous_one_used_and_later_images_are_left_out(
-    photos, interrupt, refused, capsys
+    photos, undisturbed, interrupt, refused, capsys
 ):
-    assert cli.main(FIT) == 0
     interrupt(4, 14)
     assert cli.main(FIT) == cli.main(["fit", "--resume"]) == 130
     (photos / "red" / "late.png").write_bytes((photos / "red" / "000.png").read_bytes())
-    run = RUN.with_name("version_1")
-    last = run / "checkpoints" / "last.ckpt"
+    last = RUN / "checkpoints" / "last.ckpt"
     damage(last)
     assert cli.main(["fit", "--resume"]) == 0
     assert f"resume: {last} is damaged" in capsys.readouterr().out
-    assert_the_same(RUN, run)
+    assert_the_same(RUN, undisturbed())
     assert {file.name for file in last.parent.iterdir()} == {"best.ckpt", "last.ckpt"}
     content = damage(last)  # now without a previous one
-    assert f"--model.weights {run}/checkpoints/best.ckpt" in refused("fit", "--resume", str(run))
+    assert f"--model.weights {RUN}/checkpoints/best.ckpt" in refused("fit", "--resume", str(RUN))
     assert last.read_bytes() == content
 
 
 def test_image_replaced_by_garbage_in_mid_run_is_left_out_and_the_fit_goes_on(photos, interrupt, capsys):
     interrupt(4)
     assert cli.main([*FIT, "--data.cache", "off"]) == 130
-    with (RUN / "split.csv").open() as stream:
-        train = [row["path"] for row in csv.DictReader(stream) if row["split"] == "train"]
+    rows = read_csv(RUN / "split.csv")
+    train = [row["path"] for row in rows if row["split"] == "train"]
     (photos / train[0]).write_bytes(b"garbage")
     (photos / train[1]).unlink()
     assert cli.main(["fit", "--resume"]) == 0
@@ -230,20 +229,21 @@ def test_image_replaced_by_garbage_in_mid_run_is_left_out_and_the_fit_goes_on(ph
     assert "1 images of" in said or f"left out, unreadable: photos/{train[1]}" in said
 
 
-def test_last_checkpoint_goes_on_in_a_new_run_too(photos, interrupt):
+def test_last_checkpoint_goes_on_in_a_new_run_too_with_its_average(photos, interrupt):
     interrupt(14)
-    assert cli.main(FIT) == 130
-    last = str(RUN / "checkpoints" / "last.ckpt")
+    assert cli.main([*FIT, "--average", "0.9"]) == 130
+    last, run = str(RUN / "checkpoints" / "last.ckpt"), RUN.with_name("version_1")
     assert cli.main(["fit", "--ckpt_path", last, "--data.batch_size", "6"]) == 0  # other batches: its epoch starts anew
-    new = checkpoint(Path("runs/photos/version_1"))
-    assert new["epoch"] == 2
-    assert new["global_step"] == 15 + 2 * (84 // 6)
+    new = checkpoint(run)
+    assert (new["epoch"], new["global_step"]) == (2, 15 + 2 * (84 // 6))
+    assert "current_model_state" in new
+    assert "average: 0.9" in (run / "config.yaml").read_text()
     assert os.path.lexists("runs/latest")
 
 
 @pytest.mark.parametrize("options", [[], ["--average", "0.9"]])
-def test_run_that_was_killed_after_its_last_save_is_whole_and_only_has_to_be_called_finished(photos, options):
-    assert cli.main([*FIT, *options]) == 0
+def test_run_killed_after_its_last_save_is_whole_and_only_has_to_be_called_finished(photos, undisturbed, options):
+    shutil.copytree(undisturbed(*options).parents[1], "runs", symlinks=True)
     before, shown = runs.read_status(RUN), logged(RUN)
     runs.write_status(RUN, state="running")
     assert cli.main(["fit", "--resume"]) == 0
@@ -253,23 +253,24 @@ def test_run_that_was_killed_after_its_last_save_is_whole_and_only_has_to_be_cal
     assert after["seconds"] == pytest.approx(before["seconds"], abs=1)
 
 
+def require_whole_files(run):
+    for file in run.glob("checkpoints/[!.]*.ckpt"):
+        with contextlib.suppress(FileNotFoundError):  # it has just been replaced
+            assert is_whole(file)
+    for file in run.glob("metrics.csv"):
+        rows = read_csv(file)
+        assert all(None not in row and None not in row.values() for row in rows)
+
+
 def test_reader_sees_whole_files_at_any_time(photos):
     seen, done = [], threading.Event()
 
     def read():
         while not done.is_set():
-            for file in Path("runs").glob("photos/version_*/*.*"):  # a run appears whole
-                text = file.read_text() if file.suffix in (".csv", ".json", ".yaml") else ""
-                if file.suffix == ".json":
-                    seen.append(json.loads(text)["state"])
-                elif file.name == "metrics.csv":
-                    rows = list(csv.DictReader(text.splitlines()))
-                    assert all(None not in row and None not in row.values() for row in rows)
-                elif file.name == "config.yaml":
-                    assert yaml.safe_load(text)["data"]["root"] == "photos"
-            for file in Path("runs").glob("photos/version_*/checkpoints/[!.]*.ckpt"):
-                with contextlib.suppress(FileNotFoundError):
-                    assert is_whole(file)
+            for run in Path("runs").glob("photos/version_*"):  # appears whole
+                seen.append(json.loads((run / "status.json").read_text())["state"])
+                assert yaml.safe_load((run / "config.yaml").read_text())["data"]["root"] == "photos"
+                require_whole_files(run)
 
     with ThreadPoolExecutor(1) as pool:
         reader = pool.submit(read)
@@ -287,3 +288,111 @@ def test_a_run_is_unfinished_from_its_first_moment(photos, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         cli.main([*FIT, "--trainer.max_epochs", "1"])
     assert runs.unfinished() == [Path("runs/photos/version_0")]
+
+
+# failures
+
+
+def after_call(monkeypatch, number, owner, name, do):
+    """Does something after the call of this number, from 1, of a function has changed what it changes."""
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def call(*arguments, **options):
+        result = function(*arguments, **options)
+        if next(calls) == number:
+            do()
+        return result
+
+    monkeypatch.setattr(owner, name, call)
+
+
+OFTEN = ["--patience", "3", "--save_every", "0.0001"]
+FAILURES = {
+    "before the first step": (1, ProgressLines, "on_train_start"),
+    "in a step": (14, Classifier, "training_step"),  # statistics and sums have changed already
+    "in an update": (13, torch.optim.Adam, "step"),
+    "after a validation": (2, EarlyStopping, "on_validation_end"),  # which it counts
+}
+
+
+@pytest.mark.parametrize("options", [[], pytest.param(AVERAGED, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("place", FAILURES.values(), ids=FAILURES)
+def test_failed_fit_resumes_from_its_last_save_to_the_same_bits(photos, undisturbed, monkeypatch, place, options):
+    def fail():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    options = [*OFTEN, *options]
+    with monkeypatch.context() as patched:
+        after_call(patched, *place, fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            cli.main([*FIT, *options])
+    status = runs.read_status(RUN)
+    assert (status["state"], status["reason"]) == ("failed", "OutOfMemoryError: CUDA out of memory")
+    if place == FAILURES["before the first step"]:
+        assert status["step"] == 0
+        assert not list(RUN.rglob("*.ckpt"))
+    else:
+        assert 0 < checkpoint(RUN)["global_step"] < 2 * STEPS
+    assert cli.main(["fit", "--resume"]) == 0
+    assert_the_same(RUN, undisturbed(*options))
+
+
+def the_sentence(capsys):
+    """The only line on standard error."""
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.out
+    (sentence,) = captured.err.splitlines()
+    return sentence
+
+
+def test_full_disk_ends_the_fit_with_a_sentence_and_the_fit_goes_on_when_there_is_room(
+    photos, undisturbed, monkeypatch, capsys
+):
+    with monkeypatch.context() as patched:
+        after_call(patched, 1, ProgressLines, "on_train_start", lambda: full_disk(patched))
+        assert cli.main(FIT) == 1
+    sentence = the_sentence(capsys)
+    assert "No space left on device" in sentence
+    assert f"fit --resume {RUN}" in sentence
+    assert cli.main(["fit", "--resume"]) == 0
+    assert_the_same(RUN, undisturbed())
+
+
+@pytest.fixture
+def small_disk(workplace):
+    """Mounts a file system with these options on runs/."""
+    Path("runs").mkdir()
+
+    def mount(*options):
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", "runs"]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("needs the right to mount a small file system")
+
+    yield mount
+    subprocess.run(["umount", "-l", "runs"], check=False)
+
+
+@pytest.mark.parametrize("size", [16, 40, 200, 2000, 8000, 11000])
+def test_disk_of_any_size_leaves_only_whole_files_and_a_sentence(small_disk, photos, capsys, size):
+    """One for the logs alone, one for part of best.ckpt, one for that and part of last.ckpt, ..."""
+    small_disk(f"size={size}k")
+    assert cli.main(FIT) in (1, 2)
+    assert "No space left on device" in the_sentence(capsys)
+    assert not list(Path("runs").rglob("*.tmp"))
+    for run in Path("runs").glob("photos/version_*"):
+        require_whole_files(run)
+        EventAccumulator(str(run)).Reload()
+
+
+def test_disk_that_becomes_read_only_ends_the_fit_with_a_sentence_and_it_goes_on_later(
+    small_disk, photos, undisturbed, monkeypatch, capsys
+):
+    small_disk("size=100m")
+    with monkeypatch.context() as patched:
+        after_call(patched, 3, ProgressLines, "on_train_epoch_start", lambda: small_disk("remount", "ro"))
+        assert cli.main([*FIT, *OFTEN]) == 1
+    assert "Read-only file system" in the_sentence(capsys)
+    assert is_whole(RUN / "checkpoints" / "last.ckpt")
+    small_disk("remount", "rw")
+    assert cli.main(["fit", "--resume"]) == 0
+    assert_the_same(RUN, undisturbed(*OFTEN))

@@ -5,6 +5,7 @@
 
 import contextlib
 import io
+import itertools
 import multiprocessing
 import os
 import random
@@ -15,17 +16,19 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from torch.utils.tensorboard import SummaryWriter
 
+import project.training.cli  # noqa: F401  before a fit is forked
+from project import cli
+from project.data.cache import Cache
+from project.training import checkpoint_io, loggers
 from tests.conftest import COLOURS, SMALL, THREADS, make_images
 from tests.same_run import assert_the_same
 
 COMMAND = ["fit", "--data.root", "photos", *SMALL, "--trainer.max_epochs", "4", "--trainer.log_every_n_steps", "3"]
 COMMAND += ["--save_every", "0.002", "--resume", "auto"]  # a save every 0.1 s
 KILLS = 4  # of a fit at most, before it is left in peace
-# The calls in which a process kills itself: in the middle of a checkpoint, before and after it is brought to the disk,
-# between the renames of the previous and the new one, while cache and logs are written.
-# How many of them there may be before it is their turn.
-CALLS = {"torch.save": 2, "fsync": 8, "replace": 8, "cache": 28, "metrics": 5, "events": 30, "rename": 1}
 
 
 def half_a_checkpoint(save, content, stream):
@@ -40,32 +43,30 @@ def half_a_row(put, cache, row, stamp, pixels):
     os.truncate(cache.file, cache.file.stat().st_size - pixels.nbytes // 2)
 
 
-def sabotage(where, calls, before):
-    """Makes the n-th call of a function kill the process: before or after its work, or in the middle of it."""
-    from torch.utils.tensorboard import SummaryWriter
+# The calls in which a process kills itself: before or after their work, or in the middle of it, where there is a
+# function for that. How many of them there may be before it is their turn.
+CALLS = {
+    "torch.save": (2, checkpoint_io.torch, "save", half_a_checkpoint),
+    "fsync": (8, os, "fsync", None),
+    "replace": (8, Path, "replace", None),
+    "cache": (28, Cache, "put", half_a_row),
+    "metrics": (5, loggers.MetricsFile, "log_metrics", None),
+    "events": (30, SummaryWriter, "flush", None),
+    "rename": (1, Path, "rename", None),  # between those of the previous and the new checkpoint
+}
 
-    from project.data.cache import Cache
-    from project.training import checkpoint_io, loggers
 
-    def nothing_or_all(function, *arguments, **options):
-        if not before:
-            function(*arguments, **options)
-
-    owner, name, part = {
-        "torch.save": (checkpoint_io.torch, "save", half_a_checkpoint),
-        "cache": (Cache, "put", half_a_row),
-        "fsync": (os, "fsync", nothing_or_all),
-        "replace": (Path, "replace", nothing_or_all),
-        "rename": (Path, "rename", nothing_or_all),
-        "metrics": (loggers.MetricsFile, "log_metrics", nothing_or_all),
-        "events": (SummaryWriter, "flush", nothing_or_all),
-    }[where]
-    function, left = getattr(owner, name), [calls]
+def sabotage(where, turn, before):
+    """Makes the n-th call of a function kill the process."""
+    _, owner, name, half = CALLS[where]
+    function, turns = getattr(owner, name), itertools.count(1)
 
     def call(*arguments, **options):
-        left[0] -= 1
-        if left[0] == 0:
-            part(function, *arguments, **options)
+        if next(turns) == turn:
+            if half:
+                half(function, *arguments, **options)
+            elif not before:
+                function(*arguments, **options)
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*arguments, **options)
 
@@ -73,10 +74,6 @@ def sabotage(where, calls, before):
 
 
 def fit(folder, options, saboteur):
-    import torch
-
-    from project import cli
-
     os.chdir(folder)
     os.setsid()
     torch.set_num_threads(THREADS)
@@ -88,32 +85,45 @@ def fit(folder, options, saboteur):
     os._exit(cli.main([*COMMAND, *options]))
 
 
+def nurse(jobs):
+    """Forks a fit for each job; answers with its process and then with its exit code."""
+    while (job := jobs.recv()) is not None:
+        process = multiprocessing.get_context("fork").Process(target=fit, args=job)
+        process.start()
+        jobs.send(process.pid)
+        process.join()
+        jobs.send(process.exitcode)
+
+
 @pytest.fixture(scope="module")
 def nursery():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["project.training.cli", "project.commands.tune"])
-    first = context.Process(target=time.sleep, args=(0,))  # waits for the imports
-    first.start()
-    first.join()
-    return context
+    jobs, other_end = multiprocessing.Pipe()
+    process = multiprocessing.get_context("forkserver").Process(target=nurse, args=(other_end,))
+    process.start()
+    yield jobs
+    jobs.send(None)
+    process.join()
 
 
 def run_until_killed(nursery, folder, options, instant, saboteur):
     """Exit code of a fit; it is killed after so many seconds, where that is asked for."""
-    process = nursery.Process(target=fit, args=(str(folder), options, saboteur))
-    process.start()
-    family, children, deadline = psutil.Process(process.pid), [], time.monotonic() + (instant or 90)
-    while process.is_alive() and time.monotonic() < deadline:
+    nursery.send((str(folder), options, saboteur))
+    family, children, deadline = psutil.Process(nursery.recv()), [], time.monotonic() + (instant or 90)
+    while not nursery.poll(0.01) and time.monotonic() < deadline:
         with contextlib.suppress(psutil.NoSuchProcess):
             children = family.children(recursive=True) or children
-        process.join(0.01)
-    if process.is_alive():
+    if not nursery.poll():
         assert instant is not None, (folder / "said").read_text()
-        process.kill()
-    process.join()
-    _, alive = psutil.wait_procs(children, timeout=20)
-    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]  # its heir takes its time to notice
-    return process.exitcode
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family.kill()
+    code = nursery.recv()
+    deadline = time.monotonic() + 20
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while child.status() != psutil.STATUS_ZOMBIE:  # its heir takes its time to notice
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+    return code
 
 
 def shared_memory():
@@ -146,7 +156,7 @@ def test_killed_fits_go_on_to_the_same_bits_and_leave_nothing_over(nursery, tmp_
                 instant = chance.uniform(0.1, 1.0) * usual[options]
             elif attempt < KILLS:
                 where = list(CALLS)[(number // 2 + attempt) % len(CALLS)]
-                saboteur = (where, chance.randint(1, CALLS[where]), chance.random() < 0.5)
+                saboteur = (where, chance.randint(1, CALLS[where][0]), chance.random() < 0.5)
             code = run_until_killed(nursery, place, options, instant, saboteur)
             assert code in (0, -signal.SIGKILL), (place / "said").read_text()
             killed += code != 0
