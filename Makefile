@@ -32,7 +32,7 @@ test-slow: dev  ## tests with several processes, a browser or a notebook
 test-full: dev  ## long and rare tests: whole trainings, the notebooks as they are, torture (half an hour)
 	$(VENV) -m pytest -m full $(ARGS)
 
-torture: dev  ## part of test-full: forty fits killed at random and resumed, 10,000 malformed requests (a quarter of an hour)
+torture: dev  ## part of test-full: forty fits killed at random and resumed, 10,000 malformed requests (ten minutes)
 	$(VENV) -m pytest -m full -k "killed or abuse" -s $(ARGS)
 
 board: core  ## TensorBoard on runs/; restart it to see a run with a new name
