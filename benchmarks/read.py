@@ -20,7 +20,7 @@ from project.data.check import inspect_image
 from project.data.workers import usable_cores
 from project.export.verify import side_by_side
 
-REFERENCE = "torchvision's reference reader"
+REFERENCE, OURS = "torchvision's reference reader", "fit, from the cache"
 Runs = dict[str, Callable[[], Any]]
 
 
@@ -41,18 +41,18 @@ def reading(root: str | None = None, count: int = 256, rounds: int = 5) -> dict[
         others = {"the article's reader": resized(SIZE, *floats(normalised=False)), REFERENCE: reference}
         for name, workers in {"one_core": 0, "workers": cores}.items():
             readers = {kind: batches(rows, transform, BATCH, workers) for kind, transform in others.items()}
-            readers |= {f"ours, {kind}": loader for kind, loader in loaders(workers).items()}
+            readers |= {f"fit, {kind}": loader for kind, loader in loaders(workers).items()}
             runs: Runs = {kind: partial(deque, loader, 0) for kind, loader in readers.items()}
             runs |= {} if workers else {"decoding alone (Pillow)": partial(_decode, paths)}
-            figures[name] = _compare(f"{workers} workers", runs, len(paths), rounds, REFERENCE)
-        figures["gap_seconds"] = _gap(readers["ours, from the cache"])
+            figures[name] = _compare(f"{workers} workers", runs, len(paths), rounds, OURS)
+        figures["gap_seconds"] = _gap(readers[OURS])
         print(f"from the last batch of an epoch to the first of the next: {figures['gap_seconds']:.3f} s\n")
         with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:  # as check's: without torch
             parts = [paths[start : start + 32] for start in range(0, len(paths), 32)] * 4
             decoding, checking = "decoding alone (Pillow), all cores", "check, all cores"
             runs = {decoding: lambda: deque(pool.map(_decode, parts), 0)}
             runs[checking] = lambda: deque(pool.map(inspect_image, 4 * paths, chunksize=32), 0)
-            figures["check"] = _compare("dataset checks", runs, 4 * len(paths), rounds, decoding)
+            figures["check"] = _compare("dataset checks", runs, 4 * len(paths), rounds, checking)
     return figures
 
 

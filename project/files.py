@@ -62,13 +62,13 @@ def require_new(file: Path, option: str, overwrite: bool | None = None) -> None:
     """
     folder = file.absolute().parent
     if not os.access(f"{folder}/.", os.W_OK):  # with the dot, a file is no folder
-        raise UserError(f"Cannot write --{option} {file}: {folder} is no folder, or not writable; give another file.")
+        raise UserError(f"Cannot write --{option} {file}: {folder} is no folder, or not writable; give another path.")
     try:
         file.lstat()
     except FileNotFoundError:
         return
     except OSError as error:
-        raise UserError(f"Cannot write --{option} {file}: {error.strerror}; give another file.") from error
+        raise UserError(f"Cannot write --{option} {file}: {error.strerror}; give another path.") from error
     if not (overwrite and file.is_file()):
         way_out = "add --overwrite" if overwrite is False else "remove it"
-        raise UserError(f"{file} exists; give another file by --{option}, or {way_out}.")
+        raise UserError(f"{file} exists; give another path by --{option}, or {way_out}.")

@@ -62,11 +62,11 @@ MISTAKES = [
     (f"predict run photos --out {LONG[:240]}.csv", "cannot be written: File name too long"),
     ("predict run photos --out photos --overwrite", "photos exists"),
     ("predict run photos --out pipe --overwrite", "pipe exists"),  # stands for devices; never name a real one
-    ("predict run photos --out file", "file exists; give another file by --out, or add --overwrite"),
+    ("predict run photos --out file", "file exists; give another path by --out, or add --overwrite"),
     ("explain run photos --method magic", "--method is magic; it takes gradcam or ig or occlusion"),
     ("explain run photos --target gren", "not one of the classes blue, green, red. Did you mean green?"),
     ("explain none.ckpt photos", "no checkpoint none.ckpt"),
-    ("explain bad/0.jpg photos", "no checkpoint"),
+    ("explain bad/0.jpg photos", "is not a checkpoint"),
     ("explain run nowhere", "no file or folder nowhere"),
     ("explain run bad/0.jpg", "None of the 1 images can be read"),
     ("explain run photos --out no/why", "no folder"),

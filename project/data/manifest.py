@@ -88,10 +88,10 @@ def load(
         UserError: There is no such folder, no image, a single class, a class with fewer than three images, or a class
             that one split has and another has not; the sentence names it.
     """
-    if (folds is None) != (fold is None) or (folds is not None and fold is not None and not 0 <= fold < folds >= 2):
-        raise UserError(
-            f"--data.folds is {folds} and --data.fold is {fold}; both are needed, two folds or more and a fold from 0."
-        )
+    if (folds is None) != (fold is None):
+        raise UserError("--data.folds, the number of parts, and --data.fold, the part to test on, need each other.")
+    if folds is not None and fold is not None and not 0 <= fold < folds >= 2:
+        raise UserError(f"There is no --data.fold {fold} of --data.folds {folds}: the first is 0, and 2 is the least.")
     skipped, notices = Skipped(list), list[str]()
     rows = list(scan(root, skipped))
     if split is not None:

@@ -182,7 +182,7 @@ def read(file: Path) -> Any:
         raise UserError(f"Cannot read {file}: {error.strerror or error}.") from error
     except Exception as error:  # bytes from anywhere make the zip reader and the unpickler raise anything
         raise UserError(
-            f"{file} is damaged, no checkpoint, or holds code, which is never run; give the best.ckpt of a run."
+            f"{file} is damaged, is not a checkpoint, or holds code, which is never run; give the best.ckpt of a run."
         ) from error
 
 

@@ -135,7 +135,9 @@ class Cli(LightningCLI):
         else:
             if options.data.split is None:
                 root = options.data.root
-                print(f"{root} is not the run's {run_root}: its split.csv is not used (--data.split would)")
+                print(
+                    f"{root} is not the run's {run_root}, so the run's split.csv is not used; --data.split would use it"
+                )
         if (weights := options.model.weights) != str(path):
             raise UserError(f"--model.weights {weights} and {path} are two sources of weights; leave one out.")
         if self.verb == "fit":

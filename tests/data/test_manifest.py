@@ -194,9 +194,9 @@ def test_two_folds_leave_something_to_train_on(tmp_path):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"folds": 5}, "--data.fold is None"),
-        ({"folds": 5, "fold": 5}, "a fold from 0"),
-        ({"folds": 1, "fold": 0}, "two folds or more"),
+        ({"folds": 5}, "need each other"),
+        ({"folds": 5, "fold": 5}, "no --data.fold 5 of --data.folds 5"),
+        ({"folds": 1, "fold": 0}, "2 is the least"),
         ({"folds": 99, "fold": 0}, "needs at least 99"),
         ({"group": "("}, "no regular expression"),
         ({"group": "png"}, "Too few groups"),
