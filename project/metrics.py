@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Accuracy, F1Score, Metric, MetricCollection, Precision, Recall
-from torchmetrics.classification import BinaryAUROC, MulticlassAUROC
+from torchmetrics.classification import BinaryAUROC, MulticlassAUROC, MulticlassStatScores
 from torchmetrics.functional.classification import binary_auroc
 from torchmetrics.utilities import dim_zero_cat
 
@@ -21,7 +21,7 @@ def metrics(class_names: Sequence[str], positive: str | None = None) -> MetricCo
     """Accuracy, precision, recall, F1 and AUROC; update with probabilities (B, K) and label (B,).
 
     Two classes: binary metrics of the positive class. More: accuracy over all images, the others macro averages
-    over the classes that occur. AUROC is exact (all predictions are stored).
+    over the classes that have images. AUROC is exact (all predictions are stored).
 
     Args:
         class_names: K names.
@@ -35,13 +35,13 @@ def metrics(class_names: Sequence[str], positive: str | None = None) -> MetricCo
     unchecked: dict[str, Any] = {"validate_args": False}
     task = unchecked | {"task": "binary"}
     if index is None:
-        task |= {"task": "multiclass", "num_classes": classes, "average": "macro"}
+        task |= {"task": "multiclass", "num_classes": classes}
     return Probabilities(
         {
             "accuracy": Accuracy(**task | {"average": "micro"}),
-            "precision": Precision(**task),
-            "recall": Recall(**task),
-            "f1": F1Score(**task),
+            "precision": PresentScore(classes, 1, 0) if index is None else Precision(**task),
+            "recall": PresentScore(classes, 0, 1) if index is None else Recall(**task),
+            "f1": PresentScore(classes, 0.5, 0.5) if index is None else F1Score(**task),
             "auroc": PresentAUROC(classes, **unchecked) if index is None else PositiveAUROC(**unchecked),
         },
         index,
@@ -90,6 +90,19 @@ class Mean(Metric):
 
     def compute(self) -> Tensor:
         return self.total / self.count
+
+
+class PresentScore(MulticlassStatScores):
+    """Precision, recall or F1 by the weights of false positives and negatives; the mean of the classes with images."""
+
+    def __init__(self, classes: int, *weights: float) -> None:
+        super().__init__(classes, average="none", validate_args=False)
+        self.weights = weights
+
+    def compute(self) -> Tensor:
+        right, alarms, _, misses, images = super().compute().T
+        each = right / (right + self.weights[0] * alarms + self.weights[1] * misses)
+        return torch.as_tensor(each.nan_to_num()[images > 0].mean())
 
 
 class PresentAUROC(MulticlassAUROC):

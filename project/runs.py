@@ -38,6 +38,8 @@ class RunLock:
             except BlockingIOError:
                 self.release()
                 raise
+            except OSError as error:  # some network file systems have no locks
+                print(f"{folder.parent} cannot be locked ({error.strerror}): keep other fits out of it", flush=True)
 
     def release(self) -> None:
         if self._descriptor is not None:
@@ -78,7 +80,7 @@ def create_run(name: str, fill: Callable[[Path], None]) -> tuple[Path, RunLock]:
 def point_latest(run: Path, latest: Path) -> None:
     """Replaces `latest` by a link to the run, or by a file with its path where links are not available."""
     unfinished = files.beside(latest)
-    target = os.path.relpath(run, latest.parent)
+    target = os.path.relpath(run.resolve(), latest.parent.resolve())
     try:
         unfinished.symlink_to(target, target_is_directory=True)
     except (OSError, NotImplementedError):
@@ -128,12 +130,17 @@ def newest_checkpoint() -> Path:
 
 
 def resolve_latest(path: Path) -> Path:
-    """The run that runs/latest names (see `point_latest`); any other path unchanged."""
-    if path.name == "latest" and path.is_symlink():
-        return path.parent / path.readlink()
+    """The run that runs/latest names where it is a file (see `point_latest`); any other path unchanged."""
     if path.name == "latest" and path.is_file():
         return path.parent / path.read_text(encoding="utf-8")
     return path
+
+
+def resolve(path: Path) -> Path:
+    """The folder that a path means, without links; relative to the current folder where it lies there."""
+    folder = Path(os.path.realpath(resolve_latest(path)))  # unlike Path.resolve, passes over a link to itself
+    here = Path.cwd()
+    return folder.relative_to(here) if here in folder.parents else folder
 
 
 def _started(run: Path) -> float:

@@ -10,6 +10,7 @@ from jsonargparse.typing import PositiveInt
 from project import files
 from project.data import manifest
 from project.data.check import Report, check_dataset
+from project.data.folders import Layout
 from project.data.images import RESIZERS, read
 from project.data.transforms import AUGMENTATIONS, Augment
 
@@ -24,6 +25,8 @@ def check(
     quarantine: str | None = None,
     augment: Augment = "flip",
     image_size: PositiveInt = 224,
+    layout: Layout | None = None,
+    keep: str = "",
 ) -> int:
     """Decodes every image of a data set and reports what is wrong with it, worst first. Changes nothing.
 
@@ -36,6 +39,8 @@ def check(
         quarantine: Write the images to exclude into this CSV file, which fit --data.exclude takes; must not exist.
         augment: Augmentation of the preview.
         image_size: Side of the preview's images, in pixels.
+        layout: Whether the folders in root are splits or classes, as fit --data.layout takes it.
+        keep: Pattern of names that are not passed over, as fit --data.keep takes it.
     """
     from rich.console import Console
     from rich.progress import track
@@ -44,7 +49,7 @@ def check(
         if file is not None:
             files.require_new(Path(file), option)
     progress = partial(track, description="check", console=Console(stderr=True), transient=True)
-    report = check_dataset(Path(root), progress)
+    report = check_dataset(Path(root), progress, layout, keep)
     print("\n".join(_lines(root, report)))
     if json is not None:
         content = {"root": root, "images": len(report.rows), "classes": report.counts()} | vars(report)

@@ -13,7 +13,8 @@ from project.data.images import Pixels, Resize
 
 Choice = Literal["auto", "on", "off"]
 FOLDER = Path("data/cache")  # `make clean-cache` removes it
-FORMAT = 1  # of the file and of what `images.read` returns; another number makes the files anew
+# The source of what a row holds. A change there makes the files anew, whereas a number is forgotten in a fork.
+SOURCE = tuple(Path(__file__).with_name(f"{name}.py") for name in ("cache", "dataset", "images"))
 
 
 class Cache:
@@ -90,8 +91,9 @@ def choose(
     """
     if choice == "off":
         return None, ""
-    key = repr((FORMAT, PIL.__version__, str(root.resolve()))) + "\0".join(paths)
-    digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+    key = repr((PIL.__version__, str(root.resolve()))) + "\0".join(paths)
+    content = b"".join(file.read_bytes() for file in SOURCE)
+    digest = hashlib.sha256(content + key.encode("utf-8", "surrogateescape")).hexdigest()
     file = folder / f"{digest[:16]}-{size}-{resize}.pixels"
     cache = Cache(file, len(paths), size)
     allocated = getattr(file.stat(), "st_blocks", 0) * 512 if file.exists() else 0

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from project.data import duplicates, images, manifest
-from project.data.folders import Skipped
+from project.data.folders import HIDDEN, NOT_IMAGE, NOT_SPLIT, TOOL, Layout, Skipped, nothing_in
 from project.data.splits import SPLITS, Row
 from project.data.workers import usable_cores
 from project.errors import UserError
@@ -29,6 +29,7 @@ INSPECTED = np.dtype(
         ("mode", "S8"),
         ("size", np.int32, 2),  # width and height
         ("rotated", np.bool_),  # by its EXIF orientation
+        ("no_data", np.bool_),
         ("mean", np.float32, 3),  # of the pixels, 0 to 1
         ("square", np.float32, 3),  # mean of their squares
         ("thumbnail", np.uint8, SIDE * SIDE),  # in grey
@@ -83,13 +84,14 @@ def inspect_image(path: str) -> tuple[npt.NDArray[np.void], str]:
     try:
         with images.opened(path) as image:
             row["format"], row["mode"], row["size"] = image.format, image.mode, image.size
-            row["rotated"] = image.getexif().get(images.ORIENTATION, 1) not in (0, 1)
+            row["rotated"] = images.orientation(image) not in (0, 1)
             content = Path(path).read_bytes()
             images.require_short_decoding(content, path)
             row["digest"] = np.frombuffer(hashlib.sha256(content).digest()[:16], np.uint64)
             image.draft(image.mode, (96, 96))  # a JPEG is read to its end, but decoded at a fraction of its size
             images.upright(image)
             plain = image if images.is_plain_grey(image) else images.to_rgb(image)
+            row["no_data"] = image.info.get("has_no_data", False)
             sample = np.asarray(plain.resize((32, 32), Image.Resampling.NEAREST), dtype=np.float32).reshape(1024, -1)
             small = plain.resize((SIDE, SIDE), Image.Resampling.HAMMING, reducing_gap=4.0).convert("L")
     except images.ImageError as error:
@@ -101,23 +103,30 @@ def inspect_image(path: str) -> tuple[npt.NDArray[np.void], str]:
     return row, ""
 
 
-def check_dataset(root: Path, progress: Callable[..., Iterable[Any]] = lambda results, total: results) -> Report:
+def check_dataset(
+    root: Path,
+    progress: Callable[..., Iterable[Any]] = lambda results, total: results,
+    layout: Layout | None = None,
+    keep: str = "",
+) -> Report:
     """Inspects every image of a data set.
 
     Args:
         root: A folder or CSV file, as `manifest.load` takes it.
         progress: Wraps the iterator over the images, given it and their number, `total`.
+        layout: As `manifest.load` takes it.
+        keep: As `manifest.load` takes it.
 
     Raises:
         UserError: There is no image.
     """
-    skipped = Skipped(list)
-    rows = sorted(manifest.scan(root, skipped))
+    skipped = Skipped(keep)
+    rows = sorted(manifest.scan(root, skipped, layout))
     if not rows:
-        raise UserError(f"No images in {root}; expected {root}/<class>/*.jpg or {root}/train/<class>/*.jpg.")
+        raise nothing_in(root, skipped)
     findings: list[Finding] = []
     try:
-        loaded = manifest.load(root)
+        loaded = manifest.load(root, layout=layout, keep=keep)
     except UserError as error:
         findings.append(Finding("refused", True, f"fit would refuse this: {error}", []))
     else:
@@ -149,6 +158,11 @@ def _report(
         if paths:
             findings.append(Finding(kind, problem, f"{len(paths):,} {what}", paths))
 
+    first = {(rows[index].label, rows[index].split): index for index in reversed(errors)}
+    for index in np.flatnonzero(readable).tolist():
+        first.pop((rows[index].label, rows[index].split), None)
+    lost = [[f"{label} ({split or 'all'}): {rows[i].path}: {errors[i]}"] for (label, split), i in sorted(first.items())]
+    add("unreadable-class", True, "splits of a class have no readable image", lost)
     add("unreadable", True, "cannot be read", [[f"{rows[index].path}: {errors[index]}"] for index in errors])
     for kind, what, groups in duplicates.groups(rows, inspected, np.flatnonzero(readable & ~is_constant)):
         add(kind, True, what, [[rows[index].path for index in group] for group in groups])
@@ -156,8 +170,9 @@ def _report(
             keep = max(group, key=lambda index: (SPLITS.index(rows[index].split or "train"), -index))
             for index in group:
                 if kind.endswith("label") or index != keep:
-                    leave_out.setdefault(rows[index].path, f"{what}: {rows[keep].path}")
-    format_of = Image.registered_extensions()
+                    others = (other for other in group if rows[other].label != rows[index].label)
+                    leave_out.setdefault(rows[index].path, f"{what}: {rows[next(others, keep)].path}")
+    format_of = Image.registered_extensions() | dict.fromkeys((".heic", ".heif", ".hif"), "HEIF")
     named = [format_of.get(Path(row.path).suffix.lower(), "").encode() for row in rows]
     formats = np.where(inspected["format"] == b"MPO", b"JPEG", inspected["format"])  # MPO: a phone's JPEG
     longer, shorter = inspected["size"].max(axis=1), inspected["size"].min(axis=1)
@@ -170,14 +185,15 @@ def _report(
         ("aspect", False, "with one side more than 3 times the other", longer > 3 * shorter),
         ("mode", False, f"of another mode than {common.decode()}", inspected["mode"] != common),
         ("rotated", False, "turned by their EXIF orientation (training turns them too)", inspected["rotated"]),
+        ("no-data", False, "with no-data values (drawn black or white)", inspected["no_data"]),
         ("deep", False, "of 16 bits or more (scaled to 8)", np.isin(inspected["mode"].astype("S1"), [b"I", b"F"])),
     ):
         add(kind, problem, what, [[rows[index].path] for index in np.flatnonzero(condition & readable)])
     findings += classes(rows)
     for kind, names in skipped.items():
-        problem = kind in ("folder without images", "not inside a class folder")
+        problem = kind not in (HIDDEN, NOT_IMAGE, NOT_SPLIT, TOOL)
         findings.append(Finding("skipped", problem, f"{len(names):,} left out, {kind}", [[name] for name in names]))
-    findings.sort(key=lambda finding: not finding.problem)
+    findings.sort(key=lambda finding: (not finding.problem, finding.kind != "unreadable-class"))
     mean = good["mean"].mean(axis=0)
     std = np.sqrt(np.maximum(good["square"].mean(axis=0) - np.square(mean), 0))
     return Report(rows, findings, leave_out, mean.tolist(), std.tolist())

@@ -1,6 +1,8 @@
 """ImageData: a folder of images as Lightning's train, val and test loaders."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -16,7 +19,8 @@ from project.data import cache as caches
 from project.data import digits, manifest
 from project.data import workers as processes
 from project.data.dataset import Features, ImageDataset, read_size
-from project.data.images import ImageError, Resize
+from project.data.folders import Layout
+from project.data.images import Resize
 from project.data.loader import BatchSampler, loader
 from project.data.manifest import Manifest
 from project.data.transforms import Augment
@@ -39,6 +43,9 @@ class ImageData(LightningDataModule):
         folds: Number of equal parts for cross-validation; `fold` of them is the test split.
         fold: Which part, from 0.
         exclude: CSV file with a column path: images to leave out, as `check --quarantine` writes it.
+        layout: Whether the folders in root are splits or classes; by default their names and contents decide.
+        keep: Pattern of names of folders to read though they are hidden or those of a NAS, a file manager or a
+            synchroniser, such as @eaDir.
         image_size: Side of the square images, in pixels; by default 64 for the bundled digits, else 224.
         resize: How an image becomes square: stretch, crop (the centre square) or pad (black borders).
         augment: What is done to training images, each adding to the one before: none, flip, crop
@@ -59,6 +66,8 @@ class ImageData(LightningDataModule):
         folds: int | None = None,
         fold: int | None = None,
         exclude: str | None = None,
+        layout: Layout | None = None,
+        keep: str = "",
         image_size: PositiveInt | None = None,
         resize: Resize = "stretch",
         augment: Augment | None = None,
@@ -72,6 +81,7 @@ class ImageData(LightningDataModule):
         self.root = Path(root)
         self._query: dict[str, Any] = {"split": Path(split) if split else None, "seed": split_seed, "group": group}
         self._query |= {"folds": folds, "fold": fold, "exclude": Path(exclude) if exclude else None}
+        self._query |= {"layout": layout, "keep": keep}
         self.is_bundled = self.root.resolve() == digits.ROOT.resolve()
         if self.is_bundled:
             digits.write(self.root)
@@ -86,6 +96,7 @@ class ImageData(LightningDataModule):
         self._datasets: dict[str, ImageDataset] = {}
         self._features: dict[str, Features] = {}
         self._start = (0, 0)  # epoch and batch
+        self._checked: set[str] = set()  # splits
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -113,7 +124,7 @@ class ImageData(LightningDataModule):
         return max(1, min(64, rows, max(8, rows // 8)))
 
     @property
-    def layout(self) -> list[int]:
+    def batching(self) -> list[int]:
         """Batch size and number of training rows, which decide how an epoch is split into batches."""
         return [self.batch_size, len(self.manifest.rows("train"))]
 
@@ -130,28 +141,44 @@ class ImageData(LightningDataModule):
         return min(24, max(6, round(600 / steps)))
 
     def setup(self, stage: str) -> None:
-        """Reads the rows and checks that the stage can run; decodes images up to the first readable one.
+        """Reads the rows and checks that the stage can run; decodes each class up to its first readable image.
 
         Raises:
-            UserError: No test split, no readable image, or a batch larger than the training set.
+            UserError: No test split, a class without readable training images, or a batch larger than the training set.
         """
         for split in STAGE_SPLITS[stage]:
-            dataset, errors = self.dataset(split), list[ImageError]()
-            if not len(dataset):
+            if not len(self.dataset(split)):
                 raise UserError(f"{self.root} has no {split} images; put some in {self.root}/{split}/<class>/.")
-            for row in range(len(dataset)):
-                try:
-                    dataset[row]
-                    break
-                except ImageError as error:
-                    errors.append(error)
-            else:
-                raise UserError(f"None of the {len(errors)} {split} images can be read; the first: {errors[0]}.")
+            if split not in self._checked:
+                self._require_readable(split)
+                self._checked.add(split)
         if stage == "fit" and self.batch_size > (count := len(self.dataset("train"))):
             raise UserError(
                 f"--data.batch_size {self.batch_size} is larger than the training set of {count} images; give a "
                 "smaller one."
             )
+
+    def _require_readable(self, split: str) -> None:
+        dataset = self.dataset(split)
+
+        def failures(rows: npt.NDArray[np.int64]) -> list[tuple[int, str]]:
+            tried = (dataset.__getitems__([(0, row)]).failed for row in rows.tolist())
+            failed = [*chain.from_iterable(takewhile(bool, tried))]  # up to the first readable image
+            return failed if len(failed) == len(rows) else []
+
+        order = np.argsort(dataset.labels, kind="stable")
+        classes = np.split(order, np.flatnonzero(np.diff(dataset.labels[order])) + 1)  # rows of each
+        with ThreadPoolExecutor(processes.usable_cores()) as pool:
+            failed = [*chain.from_iterable(pool.map(failures, classes))]
+        if not failed:
+            return
+        names = [self.class_names[label] for label in np.unique(dataset.labels[[row for row, _ in failed]])]
+        of = f" of {', '.join(names[:10])}{' and others' * (len(names) > 10)}" * (len(failed) < len(dataset))
+        first = "; ".join(f"{dataset.path(row)}: {reason}" for row, reason in failed[:3])
+        text = f"None of the {len(failed):,} {split} images{of} can be read; the first: {first}"
+        if split == "train" or not of:
+            raise UserError(f"{text}. Replace them, or leave the class out.")
+        rank_zero_only(print)(f"{text}. Averages over the classes leave these out.", flush=True)
 
     def require_enough_for(self, ranks: int, stage: str) -> None:
         """Checks that each rank gets at least one image.
@@ -202,7 +229,7 @@ class ImageData(LightningDataModule):
 
     def _loader(self, split: str) -> DataLoader[Batch]:
         dataset = self.dataset(split)
-        trainer = self.trainer
+        trainer: Any = self.trainer
         sampler = BatchSampler(
             len(dataset),
             self.batch_size,
@@ -211,6 +238,7 @@ class ImageData(LightningDataModule):
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
             weights=self._weights()[dataset.labels] if split == "train" and self.balance == "sample" else None,
+            same=trainer is not None and trainer.overfit_batches > 0,
         )
         if split == "train":
             sampler.start_from(*self._start)

@@ -1,90 +1,202 @@
-"""Walks folders for images and lists what is skipped."""
+"""Walks folders for images: which are splits, which are classes, and what is skipped."""
 
 import os
-from collections import defaultdict
+import re
+from collections import defaultdict, deque
 from collections.abc import Iterator
+from fnmatch import fnmatch, translate
 from pathlib import Path
+from typing import Literal
 
 from project.data.images import is_image
 from project.data.splits import Row
 from project.errors import UserError
 
-SPLIT_OF_FOLDER = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-Skipped = defaultdict[str, list[str]]  # the paths that a scan leaves out, by the reason
+Layout = Literal["splits", "classes"]
+SPLIT_OF_FOLDER = dict.fromkeys(("train", "training"), "train")  # by normalized name
+SPLIT_OF_FOLDER |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
+SPLIT_OF_FOLDER |= dict.fromkeys(("test", "testing", "holdout", "eval"), "test")
+# Folders of Synology, QNAP and NetApp; Windows; macOS and netatalk; ext4; GoodSync, Allway Sync and FreeFileSync
+_TOOLS = """@eaDir, @tmp, @sharebin, @__thumb, @Recycle, @Recently-Snapshot, @Transcode, #recycle, #snapshot, ~snapshot,
+Network Recycle Bin*, $RECYCLE.BIN, RECYCLER, System Volume Information, found.[0-9][0-9][0-9], __MACOSX, lost+found,
+Network Trash Folder, Temporary Items, TheFindByContentFolder, TheVolumeSettingsFolder, _gsdata_, _SYNCAPP, *.ffs_tmp"""
+_TOOL_NAME = re.compile("|".join(translate(name) for name in re.split(r",\s", _TOOLS)), re.IGNORECASE)
+HIDDEN, NOT_IMAGE, NOT_SPLIT = "hidden", "not an image", "not one of train, val, test"
+TOOL, LOOSE = "made by a NAS, a file manager or a synchroniser", "not inside a class folder"
+BROKEN = "link that leads nowhere or may not be followed"
 
 
-def scan(root: Path, skipped: Skipped) -> Iterator[Row]:
+class Skipped(defaultdict[str, list[str]]):
+    """The paths that a scan leaves out, by the reason; names that `keep` matches are read though hidden or a tool's."""
+
+    def __init__(self, keep: str = "") -> None:
+        super().__init__(list)
+        self.keep, self.notices = keep, list[str]()  # sentences about how the rest is read
+
+    def kind(self, entry: os.DirEntry[str], path: str) -> Literal["folder", "image", ""]:
+        """What an entry is; the path of anything else is noted."""
+        name = entry.name
+        try:
+            is_folder = entry.is_dir()
+        except OSError:  # a link to itself, or through a folder without permission
+            is_folder = False
+        reason = HIDDEN if name.startswith(".") else TOOL if is_folder and _TOOL_NAME.match(name) else ""
+        if not reason or fnmatch(name.casefold(), self.keep.casefold()):
+            if is_folder or is_image(name):
+                return "folder" if is_folder else "image"
+            reason = BROKEN if entry.is_symlink() and not os.path.exists(entry) else NOT_IMAGE  # noqa: PTH110
+        self[reason].append(path)
+        return ""
+
+
+def normalized(name: str) -> str:
+    """A name in lower case and without separators, by which it may be a split's."""
+    return re.sub(r"[\W_]", "", name.casefold())
+
+
+def scan(root: Path, skipped: Skipped, layout: Layout | None = None) -> Iterator[Row]:
     """Yields the images of root/train|val|test/<class>/, or else of root/<class>/; links are followed.
 
     Raises:
-        UserError: A folder cannot be read, two are for the same split, or there is none for train beside val or test.
+        UserError: The root cannot be read, or in two ways; two folders are for one split, or none is for train.
     """
-    top = {e.name.casefold(): e for e in entries(root) if e.is_dir() and not e.name.startswith(".")}
-    if top and "train" not in top and top.keys() <= SPLIT_OF_FOLDER.keys():
-        raise UserError(f"{root} has {', '.join(sorted(top))} but no train; rename the training folder to train.")
-    if "train" not in top or not any(entry.is_dir() for entry in entries(top["train"].path)):  # a class called "train"
+    if not (splits := _splits(root, skipped, layout)):
         yield from _classes(root, "", "", skipped)
         return
-    sources: dict[str, str] = {}
     for entry in entries(root):
-        split = SPLIT_OF_FOLDER.get(entry.name.casefold())
-        if split is None or not entry.is_dir():
-            skipped["hidden" if entry.name.startswith(".") else "not one of train, val, test"].append(entry.name)
-            continue
-        if split in sources:
-            raise UserError(f"{root} has both {sources[split]} and {entry.name}; keep one of them.")
-        sources[split] = entry.name
-        yield from _classes(root, f"{entry.name}/", split, skipped)
+        if split := splits.get(entry.name):
+            yield from _classes(root, _prefix(root, entry.name, skipped), split, skipped)
+        elif skipped.kind(entry, entry.name):
+            skipped[NOT_SPLIT].append(entry.name)
+
+
+def _splits(root: Path, skipped: Skipped, layout: Layout | None) -> dict[str, str]:
+    """The split of each folder that is one's; nothing where the folders are classes."""
+    names = _folders(root, skipped)
+    words = {} if layout == "classes" else _words(names)
+    if layout == "splits" and not words:
+        raise UserError(f"{root} has no folder train; --data.layout splits needs the folders train, val and test.")
+    if not words or (layout is None and not _are_splits(root, words, names, skipped)):
+        return {}
+    splits: dict[str, str] = {}
+    for name in sorted(words, key=lambda name: words[name] == "eval"):  # beside test, eval is val
+        is_val = words[name] == "eval" and set(splits.values()) == {"train", "test"}
+        split = "val" if is_val else SPLIT_OF_FOLDER[words[name]]
+        if same := [other for other in splits if splits[other] == split]:
+            raise UserError(f"{root} has both {same[0]} and {name}; keep one of them.")
+        splits[name] = split
+    if "train" not in splits.values():
+        raise UserError(f"{root} has {', '.join(sorted(splits))} but no train; rename the training folder to train.")
+    if any(name.casefold() != split for name, split in splits.items()):
+        said = ", ".join(f"{name} is {split}" for name, split in sorted(splits.items()))
+        skipped.notices.append(f"{root} is read as splits: {said}; as classes by --data.layout classes")
+    return splits
+
+
+def _words(names: list[str]) -> dict[str, str]:
+    """The names that are those of splits, alone or with one affix that all of them share; and the word in each."""
+    found: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    for name in names:
+        for word in SPLIT_OF_FOLDER:
+            before, is_there, after = normalized(name).partition(word)
+            if is_there and not (before and after):
+                found[before, after][name] = word
+    several = [words for words in found.values() if len({SPLIT_OF_FOLDER[word] for word in words.values()}) > 1]
+    return found["", ""] or max(several, key=len, default={})
+
+
+def _are_splits(root: Path, words: dict[str, str], names: list[str], skipped: Skipped) -> bool:
+    """Whether folders with names of splits are splits, by what they hold; UserError where they may be classes, too."""
+    quiet, above = Skipped(skipped.keep), (os.path.realpath(root),)
+    full = [name for name in names if next(images(str(root / name), name, quiet, above), None)]
+    named, others = [name for name in full if name in words], [name for name in full if name not in words]
+    nested = [inner for name in named if (inner := set(_folders(root / _prefix(root, name, quiet), quiet)))]
+    is_exact = all(normalized(name) in SPLIT_OF_FOLDER for name in words)
+    if (len(nested) > 1 and all(inner & nested[0] for inner in nested)) or (is_exact and nested and not others):
+        return True  # classes that differ are an error later
+    if not named or (not is_exact and (others or len(nested) == len(named))):
+        return False
+    inside = f"with the classes {', '.join(sorted(set().union(*nested))[:10])}" if nested else "without class folders"
+    without = f", leaving out {', '.join(others[:10])}" if others else ""
+    raise UserError(
+        f"{root} can be read in two ways: as the classes {', '.join(full[:10])}; or as splits, {', '.join(named)}, "
+        f"{inside}{without}. Give --data.layout classes or splits (of check: --layout), or rename the folders."
+    )
+
+
+def _folders(folder: Path, skipped: Skipped) -> list[str]:
+    """Names of the folders in a folder that are not passed over; none where it cannot be read."""
+    quiet = Skipped(skipped.keep)
+    return [entry.name for entry in entries(folder, quiet) if quiet.kind(entry, "") == "folder"]
+
+
+def _prefix(root: Path, name: str, skipped: Skipped) -> str:
+    """Where a split's classes are: archives are often unpacked to train/train/<class>."""
+    return f"{name}/{name}/" if _folders(root / name, skipped) == [name] else f"{name}/"
 
 
 def _classes(root: Path, prefix: str, split: str, skipped: Skipped) -> Iterator[Row]:
-    for entry in entries(root / prefix):
+    above = (os.path.realpath(root), os.path.realpath(root / prefix))
+    for entry in entries(root / prefix, skipped if prefix else None, prefix.rstrip("/")):
         path = prefix + entry.name
-        if entry.name.startswith("."):
-            skipped["hidden"].append(path)
-        elif not entry.is_dir():
-            skipped["not inside a class folder"].append(path)
-        elif found := list(images(entry.path, path, skipped)):
+        kind = skipped.kind(entry, path)
+        if kind == "image":
+            skipped[LOOSE].append(path)
+        elif kind and (found := list(images(entry.path, path, skipped, above))):
             yield from (Row(image, entry.name, split) for image in found)
-        else:
+        elif kind and not any(paths[-1:] == [path] for paths in skipped.values()):  # the folder itself is not left out
             skipped["folder without images"].append(path)
 
 
-def images(folder: str, name: str, skipped: Skipped, parents: frozenset[str] = frozenset()) -> Iterator[str]:
-    """Yields the path of every image in a folder and below it, sorted by name; hidden ones are skipped.
+def images(folder: str, name: str, skipped: Skipped, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yields the path, beginning with `name`, of every image in a folder and below it; each real folder is read once.
 
-    Args:
-        folder: Where it is.
-        name: What the paths begin with.
-        skipped: Gets the paths of other files.
-        parents: Folders above, which a link may lead back to.
+    With `above`, the real folders above it, to which a link may lead back, it is skipped where it cannot be read.
 
     Raises:
-        UserError: A folder cannot be read.
+        UserError: The folder cannot be read, and none is above it.
     """
-    real = os.path.realpath(folder)
-    if real in parents:
-        return
-    for entry in entries(folder):
-        path = f"{name}/{entry.name}"
-        if entry.name.startswith("."):
-            skipped["hidden"].append(path)
-        elif entry.is_dir():
-            yield from images(entry.path, path, skipped, parents | {real})
-        elif is_image(entry.name):
-            yield path
-        else:
-            skipped["not an image"].append(path)
+    folders, links, read = deque([(folder, name, above)]), deque[tuple[str, str, tuple[str, ...]]](), set[str]()
+    while folders or links:  # links last: of a folder and a link to it, the link is left out
+        folder, name, above = folders.popleft() if folders else links.popleft()
+        real = os.path.realpath(folder)
+        is_above = any(os.path.join(inner, "").startswith(os.path.join(real, "")) for inner in above)  # noqa: PTH118
+        if is_above or real in read:
+            skipped["link to a folder " + ("above it" if is_above else "that is read already")].append(name)
+            continue
+        read.add(real)
+        for entry in entries(folder, skipped if above else None, name):
+            path = f"{name}/{entry.name}"
+            kind = skipped.kind(entry, path)
+            if kind == "image":
+                yield path
+            elif kind:
+                (links if entry.is_symlink() else folders).append((entry.path, path, (*above, real)))
 
 
-def entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    """The entries of a folder, sorted by name.
+def nothing_in(root: Path, skipped: Skipped, what: str = "images") -> UserError:
+    """The error for a data set without images in class folders."""
+    if loose := skipped[LOOSE]:
+        return UserError(
+            f"{len(loose):,} images lie directly in {(root / loose[0]).parent}, without class folders; move each into "
+            "the folder of its class, <class>/*.jpg, or list them in a CSV file with the columns path and label."
+        )
+    kinds = "; ".join(f"{kind}: {', '.join(paths[:3])}" for kind, paths in skipped.items() if paths)
+    left_out = f" Left out, {kinds}." if kinds else ""
+    return UserError(f"No {what} in {root}; expected {root}/<class>/*.jpg or {root}/train/<class>/*.jpg.{left_out}")
+
+
+def entries(folder: str | Path, skipped: Skipped | None = None, name: str = "") -> list[os.DirEntry[str]]:
+    """The entries of a folder, sorted by name; none where it cannot be read, which `skipped` then notes.
 
     Raises:
-        UserError: The folder cannot be read.
+        UserError: The folder cannot be read, and there is no `skipped`.
     """
     try:
         with os.scandir(folder) as scan:
             return sorted(scan, key=lambda entry: entry.name)
     except OSError as error:
-        raise UserError(f"Cannot read the folder {folder}: {error.strerror}; change its permissions.") from error
+        if skipped is None:
+            raise UserError(f"Cannot read the folder {folder}: {error.strerror}; change its permissions.") from error
+        skipped[f"cannot be read ({error.strerror})"].append(name)
+        return []

@@ -3,14 +3,16 @@
 Only Pillow and NumPy, so that whoever consumes an exported model without torch gets the same pixels.
 """
 
+import importlib
 import io
 import os
 import stat
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +21,14 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 Resize = Literal["stretch", "crop", "pad"]
 Pixels = npt.NDArray[np.uint8]
 
-_ENDINGS = "avif bmp gif jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp"
+_ENDINGS = "avif bmp gif heic heif hif jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp"
 EXTENSIONS = tuple(f".{ending}" for ending in _ENDINGS.split())
 # Only these decoders see a file's bytes, whatever its name says: Pillow would hand PostScript to Ghostscript.
 Image.init()
 FORMATS = tuple({"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"} & set(Image.OPEN))
-ORIENTATION = 0x0112  # EXIF tag
+PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"  # first bytes
+HEIF = tuple(b"ftyp" + brand for brand in b"heic heix heim heis hevc hevx hevm hevs mif1 msf1".split())  # bytes 4 to 12
+BITS, PHOTOMETRIC, ORIENTATION, NO_DATA = 258, 262, 274, 42113  # TIFF tags, of EXIF, too; the last is GDAL's
 MAX_PIXELS = 89_478_485  # Pillow's limit, at which it only warns; here an image above it is refused
 MAX_MARKERS = 100  # libtiff's limit of scans for JPEGs inside TIFFs; a usual progressive JPEG has ten
 
@@ -53,7 +57,7 @@ def read(source: str | os.PathLike[str] | bytes, size: int, resize: Resize = "st
     """Reads one image as the network sees it.
 
     EXIF orientation is applied, transparency is laid on white, an animation gives its first frame, 16-bit and float
-    greys are scaled to 8 bits (see `to_rgb`).
+    greys are scaled to 8 bits (see `to_rgb`). Metadata that cannot be read counts as absent.
 
     Args:
         source: A path, or the encoded bytes of an image.
@@ -77,7 +81,7 @@ def read(source: str | os.PathLike[str] | bytes, size: int, resize: Resize = "st
 
 @contextmanager
 def opened(source: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
-    """Opens an image, not yet decoded, whose header is in order.
+    """Opens an image whose header is in order; it may not be decoded yet.
 
     Raises:
         ImageError: As `read`; an exception inside the `with` block becomes one, too.
@@ -86,15 +90,52 @@ def opened(source: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
     try:
         if not isinstance(source, bytes) and not stat.S_ISREG(Path(source).stat().st_mode):  # a pipe would block
             raise ImageError(name, "not a regular file")
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ImageError(name, f"{width}x{height} pixels, more than the {MAX_PIXELS:,} allowed")
+        with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as stream:
+            try:
+                image = _open(stream, name)
+            except Exception as error:  # perhaps from metadata that browsers pass over
+                stream.seek(0)
+                if isinstance(error, ImageError) or not (head := stream.read(8)).startswith((PNG, JPEG)):
+                    raise
+                image = _open(io.BytesIO(without_metadata(head + stream.read())), name)
             yield image
     except ImageError:
         raise
     except Exception as error:  # hostile bytes make decoders raise anything: OSError, SyntaxError, struct.error, ...
         raise ImageError(name, _reason(error)) from error
+
+
+def _open(stream: IO[bytes], name: str) -> Image.Image:
+    is_heif = stream.read(12)[4:] in HEIF
+    if is_heif and "HEIF" not in Image.OPEN:
+        try:
+            importlib.import_module("pillow_heif").register_heif_opener()
+        except ImportError as error:
+            raise ImageError(name, "a HEIF image, which needs the extra heif: pip install -e .[heif]") from error
+    image = Image.open(stream, formats=("HEIF",) if is_heif else FORMATS)
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(name, f"{width}x{height} pixels, more than the {MAX_PIXELS:,} allowed")
+    if image.format == "PNG":
+        image.load()  # with the metadata behind the pixels
+    return image
+
+
+def without_metadata(content: bytes) -> bytes:
+    """A PNG or JPEG without what its pixels do not need; orientation and transparency stay. Nothing is decompressed."""
+    kept, at = [content[: 8 if content.startswith(PNG) else 2]], 8 if content.startswith(PNG) else 2
+    while content.startswith(PNG) and (part := content[at : at + 12 + int.from_bytes(content[at : at + 4])]):
+        kind, data, at = part[4:8], part[8:-4], at + len(part)
+        fits = kind == b"eXIf" or (kind == b"tRNS" and len(data) == {0: 2, 2: 6}.get(content[25], len(data)))
+        if kind[:1].isupper() or (fits and zlib.crc32(kind + data) == int.from_bytes(part[-4:])):
+            kept.append(part)
+    while content.startswith(JPEG) and b"\xff\xc0" <= (marker := content[at : at + 2]) != b"\xff\xda":
+        part = content[at : at + 2 + int.from_bytes(content[at + 2 : at + 4])]
+        at += len(part)
+        says_colors = len(part) > 15 and part[4:8] in (b"Adob", b"JFIF")
+        if marker < b"\xff\xe0" or says_colors or part[4:10] == b"Exif\0\0":
+            kept.append(part)
+    return b"".join([*kept, content[at:]])
 
 
 def require_short_decoding(content: bytes, name: str = "<bytes>") -> None:
@@ -115,10 +156,20 @@ def is_plain_grey(image: Image.Image) -> bool:
     return image.mode == "L" and "transparency" not in image.info
 
 
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 where there is none that can be read."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # damaged metadata raises anything
+        return 1
+
+
 def upright(image: Image.Image) -> None:
-    """Applies the EXIF orientation, in place."""
-    if image.getexif().get(ORIENTATION, 1) != 1:
-        ImageOps.exif_transpose(image, in_place=True)
+    """Decodes an image and applies its EXIF orientation, in place."""
+    image.load()
+    if orientation(image) != 1:
+        with suppress(Exception):  # after the pixels it changes the metadata, which may be damaged
+            ImageOps.exif_transpose(image, in_place=True)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -126,30 +177,59 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Integer greys are scaled by their type, not by their content, so that brightness stays comparable between
     images: 16 bits by 1/257; 32-bit values and floats by the smallest of the usual ranges that holds them
-    (0 to 1 for floats, 0 to 255, 0 to 65535), and by their own minimum and maximum where none does.
+    (0 to 1 for floats, 0 to 255, 0 to 65535), and by their own minimum and maximum where none does. No-data values
+    such as -9999 do not count for that. An alpha channel that is 0 everywhere says nothing: the colours are used.
     """
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith(("I", "F")):
         return _scaled(image).convert("RGB")
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        rgba = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+        is_blank = isinstance(
+            image.info.get("transparency"), int | tuple
+        )  # one colour is transparent, and all there is
+        if (alpha := rgba.getchannel("A").getextrema()) != (255, 255) and (is_blank or alpha != (0, 0)):
+            rgba = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        image = rgba
     return image.convert("RGB")
 
 
 def _scaled(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float64)  # changed in place: 8 bytes a pixel are enough
-    np.nan_to_num(values, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
-    low, high = (0.0, 65535.0) if image.mode.startswith("I;16") else _range(values)
+    tags = getattr(image, "tag_v2", {})
+    low, high = 0.0, 4095.0 if tags.get(BITS) == (12,) else 65535.0
+    if not image.mode.startswith("I;16"):
+        values[~np.isfinite(values)] = np.nan
+        with suppress(ValueError):
+            values[values == float(str(tags.get(NO_DATA, "nan")))] = np.nan
+        low, high = _range(values)
+        image.info["has_no_data"] = not np.all((values >= low) & (values <= high))  # for `check`
+    if tags.get(PHOTOMETRIC) == 0:  # WhiteIsZero, which Pillow obeys up to 8 bits
+        low, high = high, low
     values -= low
-    values *= 255.0 / max(high - low, 1e-12)
+    values *= 255.0 / ((high - low) or 1.0)
+    np.clip(np.nan_to_num(values, copy=False), 0, 255, out=values)
     return Image.fromarray(np.round(values, out=values).astype(np.uint8))
 
 
 def _range(values: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """The values that become 0 and 255."""
-    low, high = float(values.min()), float(values.max())
+    """The values that become 0 and 255.
+
+    A negative lowest value is no-data if it is further from the next one than all others are from each other; so is a
+    highest one above the usual ranges, or above 255 among values from 0 to 1.
+    """
+    low = float(np.min(values, where=~np.isnan(values), initial=np.inf))
+    high = float(np.max(values, where=~np.isnan(values), initial=-np.inf))
+    for _ in range(4):
+        second = float(np.min(values, where=values > low, initial=high))
+        last = float(np.max(values, where=values < high, initial=low))
+        if low < 0 and second - low > high - second and (second < high or low < -255):
+            low = second
+        elif (high > 65535 or last <= 1 < 255 < high) and high - last > last - low:
+            high = last
+        else:
+            break
     if low < 0 or high > 65535:
         return low, high
     if high <= 1 and not np.all((values == 0) | (values == 1)):

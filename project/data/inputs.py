@@ -40,7 +40,11 @@ def _images(name: str) -> Iterator[tuple[str, str]]:
     if name == STREAM:
         yield from gather(line.rstrip("\r\n") for line in sys.stdin if line.strip())
     elif os.path.isdir(name):  # noqa: PTH112 (Path.is_dir raises for a name that is too long)
-        yield from ((str(Path(path)), "") for path in folders.images(name, name.rstrip("/"), Skipped(list)))
+        skipped = Skipped()
+        paths = sorted(folders.images(name, name.rstrip("/"), skipped), key=lambda path: path.split("/"))
+        yield from ((str(Path(path)), "") for path in paths)
+        for kind in sorted(skipped.keys() - {folders.HIDDEN, folders.NOT_IMAGE}):
+            print(f"left out, {kind}: {', '.join(skipped[kind][:3])}, {len(skipped[kind]):,} in all", file=sys.stderr)
     elif name.lower().endswith(".csv") and os.path.exists(name):  # noqa: PTH110
         for line in manifest.read_csv(Path(name), {"path"}, tidy=True):
             true = line.get("true", line.get("label", ""))  # beside true, label is a prediction

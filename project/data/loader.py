@@ -27,6 +27,7 @@ class BatchSampler(Sampler[list[Key]]):
         rank: Of this process, among the `world_size` that share a batch.
         world_size: Their number.
         weights: (rows,) relative frequency of each row; an epoch then draws with replacement.
+        same: Every epoch is the first one again, in order and augmentation.
     """
 
     def __init__(
@@ -39,9 +40,10 @@ class BatchSampler(Sampler[list[Key]]):
         rank: int = 0,
         world_size: int = 1,
         weights: npt.NDArray[np.float64] | None = None,
+        same: bool = False,
     ) -> None:
         self.rows, self.batch_size, self.shuffle, self.seed = rows, batch_size, shuffle, seed
-        self.rank, self.world_size, self.weights = rank, world_size, weights
+        self.rank, self.world_size, self.weights, self.same = rank, world_size, weights, same
         self.epoch, self._start = 0, (0, 0)
 
     def __len__(self) -> int:
@@ -63,14 +65,15 @@ class BatchSampler(Sampler[list[Key]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this before each epoch."""
-        self.epoch = epoch
+        self.epoch = 0 if self.same else epoch
 
     def start_from(self, epoch: int, batch: int) -> None:
         """Makes the next iteration start at a batch of an epoch; an iteration of another epoch starts at its beginning.
 
         Sets the epoch, too, because workers draw batches before Lightning calls `set_epoch`.
         """
-        self.epoch, self._start = epoch, (epoch, batch)
+        self.set_epoch(epoch)
+        self._start = (self.epoch, batch)
 
     @property
     def sampler(self) -> "BatchSampler":
@@ -81,7 +84,7 @@ class BatchSampler(Sampler[list[Key]]):
 def loader(
     dataset: ImageDataset | Features, sampler: BatchSampler, num_workers: int, pin_memory: bool = False
 ) -> DataLoader[Batch]:
-    """A DataLoader whose workers live as long as it does and leave Ctrl-C to the main process.
+    """A DataLoader whose workers live as long as it does and leave Ctrl-C and SIGTERM to the main process.
 
     Where the system supports it they are forked from a small server process: a worker forked from the training process
     would keep its weights and optimiser state alive as they were at that moment, 0.7 GB for AlexNet.

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from project import files
 from project.data import folders, splits
-from project.data.folders import SPLIT_OF_FOLDER, Skipped
+from project.data.folders import SPLIT_OF_FOLDER, Layout, Skipped
 from project.data.splits import SPLITS, Row
 from project.errors import UserError
 
@@ -70,19 +70,23 @@ def load(
     folds: int | None = None,
     fold: int | None = None,
     exclude: Path | None = None,
+    layout: Layout | None = None,
+    keep: str = "",
 ) -> Manifest:
     """Reads a data set's rows.
 
     Args:
         root: `root/<class>/**.jpg`, split here into 70 % train, 10 % val and 20 % test; or
-            `root/train|val|test/<class>/**.jpg` (`valid`, `validation` too), taken as it is; or a CSV file with the
-            columns path (relative to the file) and label, and perhaps split and group.
+            `root/train|val|test/<class>/**.jpg` (or other names in use), taken as it is; or a CSV file with the columns
+            path (relative to the file) and label, and perhaps split and group.
         split: A split.csv of an earlier run; its rows are used as they are.
         seed: Decides which image goes into which split.
         group: Regular expression; images in whose path it matches the same text stay in one split.
         folds: Number of equal parts; see `splits.assign`.
         fold: Which of them is the test split, from 0.
         exclude: CSV file with a column path: rows to leave out.
+        layout: Whether the folders in root are splits or classes; by default decided by their names and contents.
+        keep: Pattern of names that are read though they are hidden or known to be a tool's.
 
     Raises:
         UserError: There is no such folder, no image, a single class, a class with fewer than three images, or a class
@@ -92,8 +96,8 @@ def load(
         raise UserError("--data.folds, the number of parts, and --data.fold, the part to test on, need each other.")
     if folds is not None and fold is not None and not 0 <= fold < folds >= 2:
         raise UserError(f"There is no --data.fold {fold} of --data.folds {folds}: the first is 0, and 2 is the least.")
-    skipped, notices = Skipped(list), list[str]()
-    rows = list(scan(root, skipped))
+    skipped, notices = Skipped(keep), list[str]()
+    rows = list(scan(root, skipped, layout if split is None else "classes"))  # the same paths
     if split is not None:
         found, rows = {row.path for row in rows}, read_rows(split, is_split_file=True)
         listed = {row.path for row in rows}
@@ -123,18 +127,19 @@ def load(
         )
     for kind, paths in skipped.items():
         more = f" and {len(paths) - 3:,} more" if len(paths) > 3 else ""
-        notices.append(f"left out, {kind}: {', '.join(paths[:3])}{more}")
-    return _manifest(root, sorted(rows), notices)
+        hint = "; --data.keep NAME reads folders of that name" if kind == folders.TOOL else ""
+        notices.append(f"left out, {kind}: {', '.join(paths[:3])}{more}{hint}")
+    return _manifest(root, sorted(rows), skipped.notices + notices, skipped)
 
 
-def scan(root: Path, skipped: Skipped) -> Iterator[Row]:
+def scan(root: Path, skipped: Skipped, layout: Layout | None = None) -> Iterator[Row]:
     """Yields the rows of a folder or CSV file as they are there: without a split where none is given.
 
     Raises:
         UserError: The folder or file does not exist or cannot be read.
     """
     if os.path.isdir(root):  # noqa: PTH112 (False for a name that is too long, too)
-        yield from folders.scan(root, skipped)
+        yield from folders.scan(root, skipped, layout)
     elif root.suffix.lower() == ".csv" and os.path.isfile(root):  # noqa: PTH113
         yield from read_rows(root)
     else:
@@ -160,7 +165,7 @@ def read_rows(file: Path, is_split_file: bool = False) -> list[Row]:
     """
     rows, needed = list[Row](), {"path", "label"} | ({"split"} if is_split_file else set())
     for line in read_csv(file, needed, tidy=not is_split_file):
-        split = line.get("split", "").strip().casefold()
+        split = folders.normalized(line.get("split", ""))
         if split and split not in SPLIT_OF_FOLDER:
             raise UserError(f"{file} has the split {split}; it must be one of {', '.join(SPLITS)}.")
         rows.append(Row(line["path"], line["label"], SPLIT_OF_FOLDER.get(split, ""), line.get("group", "")))
@@ -238,12 +243,11 @@ def _completed(rows: list[Row], root: Path, seed: int, notices: list[str]) -> li
     return rows
 
 
-def _manifest(root: Path, rows: list[Row], notices: list[str]) -> Manifest:
+def _manifest(root: Path, rows: list[Row], notices: list[str], skipped: Skipped) -> Manifest:
     classes = {name: sorted({row.label for row in rows if row.split == name}) for name in SPLITS}
     names = classes["train"]
     if not names:
-        what = "training images" if rows else "images"
-        raise UserError(f"No {what} in {root}; expected {root}/<class>/*.jpg or {root}/train/<class>/*.jpg.")
+        raise folders.nothing_in(root, skipped, "training images" if rows else "images")
     for split in ("val", "test"):
         if classes[split] and classes[split] != names:
             missing, extra = sorted(set(names) - set(classes[split])), sorted(set(classes[split]) - set(names))

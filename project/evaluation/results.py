@@ -135,9 +135,12 @@ def gather(source: Source, predictor: Predictor, data: str | None = None) -> Res
 
 def is_tested(checkpoint: Path) -> bool:
     """Whether the predictions in the checkpoint's run are its own, and newer than it."""
-    run = runs.folder_of(checkpoint)
-    tested = Path(str(_measured(run).get("checkpoint"))).name
-    return tested == checkpoint.name and _is_newer(run / runs.PREDICTIONS, checkpoint)
+    return has_results(checkpoint) and _is_newer(runs.folder_of(checkpoint) / runs.PREDICTIONS, checkpoint)
+
+
+def has_results(checkpoint: Path) -> bool:
+    """Whether the results in the folder of the checkpoint are those of a test of this file."""
+    return Path(str(_measured(runs.folder_of(checkpoint)).get("checkpoint"))).name == checkpoint.name
 
 
 def _measured(run: Path) -> dict[str, Any]:

@@ -42,7 +42,8 @@ def images(run: Path, split: str, metadata: Metadata, data: str | None) -> Split
     if (run / FILE).is_file():
         pairs = [(row.path, row.label) for row in rows(run) if row.split == split]
     elif exists:
-        query: dict[str, Any] = {name: options.get(name) for name in ("group", "folds", "fold")}
+        names = ("group", "folds", "fold", "layout", "keep")
+        query: dict[str, Any] = {name: options[name] for name in names if name in options}
         query |= {name: Path(options[name]) for name in ("split", "exclude") if options.get(name)}
         data_set = manifest.load(root, seed=options.get("split_seed") or 0, **query)
         indices = data_set.rows(split).tolist()

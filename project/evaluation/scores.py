@@ -91,7 +91,7 @@ class ScoredPredictions:
             weight: (N,) how often each image counts; by default once.
         """
         each, aurocs = self.per_class(weight), self.aurocs(weight)
-        averaged: Any = self.positive if self.positive is not None else each["support"] + each["predicted"] > 0
+        averaged: Any = self.positive if self.positive is not None else each["support"] > 0
         losses, squares = self._losses
         return {
             "accuracy": float(np.average(self.predicted == self.true, weights=weight)),

@@ -77,7 +77,7 @@ def _are_numbers(value: Any) -> bool:
 def _is_config(value: Any) -> bool:
     if not isinstance(value, dict) or not all(isinstance(value.get(k), dict) for k in ("data", "model", "trainer")):
         return False
-    types: dict[str, type] = dict.fromkeys(("root", "split", "group", "exclude"), str)
+    types: dict[str, type] = dict.fromkeys(("root", "split", "group", "exclude", "layout", "keep"), str)
     types |= dict.fromkeys(("split_seed", "folds", "fold"), int)
     return all(isinstance(value["data"].get(name), kind | None) for name, kind in types.items())
 

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from project import files, runs
 from project.data.datamodule import ImageData
 from project.errors import UserError
+from project.evaluation import results
 from project.inference import predictions
 from project.inference.predictions import Prediction
 
@@ -84,7 +85,8 @@ class PredictionWriter(Callback):
         if not os.access(self.run, os.W_OK):
             raise UserError(f"The test's results go into {self.run}, which cannot be written; change its permissions.")
         present = [name for name in runs.TEST_FILES if (self.run / name).exists()]
-        if present and not runs.is_inside(checkpoint):  # in a run they are those of an earlier test
+        is_own = runs.is_inside(checkpoint) or results.has_results(checkpoint)  # of an earlier test
+        if present and not is_own:
             raise UserError(f"{self.run}/{present[0]} exists and may be your own; move it, or the checkpoint, away.")
 
     def on_test_batch_end(self, trainer: Trainer, _: Any, outputs: Any, batch: Any, *__: Any) -> None:

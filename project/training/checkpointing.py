@@ -23,10 +23,20 @@ class BestCheckpoint(ModelCheckpoint):
 
     Args:
         folder: The run's checkpoints/.
+        resumed: Whether the best so far is that of the checkpoint that the fit starts from.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, resumed: bool = False) -> None:
         super().__init__(str(folder), Path(BEST).stem, monitor="val/loss", enable_version_counter=False)
+        self._resumed = resumed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the best so far, also where the run has been moved: Lightning would forget its val/loss."""
+        if self._resumed and state_dict["best_model_path"]:
+            best = str(Path(str(self.dirpath), BEST))
+            state_dict = state_dict | {"dirpath": self.dirpath, "best_model_path": best, "kth_best_model_path": best}
+            state_dict["best_k_models"] = {best: state_dict["best_model_score"]}
+        super().load_state_dict(state_dict)
 
 
 class ResumeCheckpoint(Callback):
@@ -68,7 +78,7 @@ class ResumeCheckpoint(Callback):
         if not resumed:
             return
         data, state, self._seconds = data_of(trainer), LoopState(**resumed["at"]), resumed["seconds"]
-        if resumed["loader"] != data.layout:
+        if resumed["loader"] != data.batching:
             state = state._replace(batch=0, validate=False)
             resumed |= {"at": state._asdict(), "sums": []}
         state.put_into(checkpoint)
@@ -154,7 +164,7 @@ class ResumeCheckpoint(Callback):
         sums = gather(trainer, [(float(total), float(weight)) for total, weight in module.sums()])
         checkpoint[LOOP_STATE] = {
             "at": self._state._asdict(),
-            "loader": data_of(trainer).layout,
+            "loader": data_of(trainer).batching,
             "sums": [tuple(map(sum, zip(*pairs, strict=True))) for pairs in zip(*sums, strict=True)],  # over the ranks
             "metrics": {key: float(value) for key, value in trainer.callback_metrics.items()},
             "seconds": self.seconds,

@@ -92,7 +92,11 @@ class Cli(LightningCLI):
                 raise UserError("--resume continues the run itself, --ckpt_path starts a new one; leave one out.")
             self.run = resume.find(options.resume)
         if self.run is not None:
-            self._resume(self.run)
+            try:
+                self._resume(self.run)
+            except BaseException:
+                self.run.discard()
+                raise
         elif self.verb != "fit" or options.ckpt_path is not None:
             self._start_from_checkpoint()
         else:
@@ -117,7 +121,7 @@ class Cli(LightningCLI):
             options.model.weights = str(self.source.path)
             # a run that is not finished may have been killed after its last save
             is_finished = runs.read_status(run.folder).get("state") == "finished"
-            self.source.require_more_to_do(options.trainer.max_epochs if is_finished else None)
+            self.source.require_more_to_do(options.trainer, is_finished)
 
     def _start_from_checkpoint(self) -> None:
         """Parses once more, with the settings of the checkpoint's run below the command line."""
@@ -141,7 +145,7 @@ class Cli(LightningCLI):
         if (weights := options.model.weights) != str(path):
             raise UserError(f"--model.weights {weights} and {path} are two sources of weights; leave one out.")
         if self.verb == "fit":
-            self.source.require_more_to_do(options.trainer.max_epochs)
+            self.source.require_more_to_do(options.trainer)
             self.recorded = self._plain_options() | {"ckpt_path": str(path)}
         else:
             print(f"checkpoint: {path}", flush=True)
@@ -154,12 +158,12 @@ class Cli(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Makes data and model, checks them, claims the run's folder and makes the Trainer."""
-        self.config_init = self.parser.instantiate_classes(self.config)
-        self.datamodule, self.model = self.config_init[self.verb].data, self.config_init[self.verb].model
-        self.datamodule.setup(self.verb)
-        if self.source is not None:
-            self.source.require_same(self.model.name, self.datamodule.class_names, self.datamodule.root)
         try:
+            self.config_init = self.parser.instantiate_classes(self.config)
+            self.datamodule, self.model = self.config_init[self.verb].data, self.config_init[self.verb].model
+            self.datamodule.setup(self.verb)
+            if self.source is not None:
+                self.source.require_same(self.model.name, self.datamodule.class_names, self.datamodule.root)
             self.trainer = self.instantiate_trainer()
             self.datamodule.require_enough_for(self.trainer.world_size, self.verb)
         except BaseException:
@@ -201,9 +205,7 @@ class Cli(LightningCLI):
         if chosen.patience and options["limit_val_batches"] == 0:
             raise UserError("--patience needs validations; --trainer.limit_val_batches is 0.")
         self.recorded["trainer"]["max_epochs"] = chosen.trainer.max_epochs
-        if self.run is not None:
-            self.run.take_over(self.recorded)
-        else:  # the default depends on where the weights come from
+        if self.run is None:  # the default depends on where the weights come from
             self.recorded["model"]["backbone_lr"] = self.model.hparams["backbone_lr"]
             self.run = Run.new(chosen.name, self.datamodule, self.recorded, self.source)
         config = {key: value for key, value in self.recorded.items() if key not in ("name", "ckpt_path", "resume")}
@@ -229,6 +231,7 @@ class Cli(LightningCLI):
         trainer.keep_freed_memory()
         assert self.run is not None
         shows = self.trainer.is_global_zero and not self.trainer.fast_dev_run
+        self.run.take_over(self.recorded)
         if shows:
             runs.point_latest(self.run.folder, runs.ROOT / "latest")
             runs.write_status(self.run.folder, state="running", reason="", job=resume.job())

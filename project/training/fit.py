@@ -46,7 +46,7 @@ def callbacks(
         *([Histograms()] if logs and options.histograms else []),
         *([EMA(float(options.average))] if options.average else []),
         *([EarlyStopping("val/loss", patience=int(options.patience))] if options.patience else []),
-        *([BestCheckpoint(folder)] if io else []),
+        *([BestCheckpoint(folder, run.resumed)] if io else []),
     ]
 
 

@@ -9,22 +9,23 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
 
 from project import runs
-from project.training.resume import Run, rank
+from project.training.resume import Run
 
 
 class MetricsFile(Logger):
     """Appends a row to the run's metrics.csv for each call; a new column rewrites the file atomically.
 
-    Lightning's CSVLogger deletes an existing file and rewrites the header in place.
+    Lightning's CSVLogger deletes an existing file and rewrites the header in place. This one keeps `rows` of its rows,
+    by default all.
     """
 
     name, version = runs.METRICS, ""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, rows: int | None = None) -> None:
         super().__init__()
         self._file = file
-        self._columns, rows = runs.read_metrics(file)
-        self.rows = len(rows)  # logged so far
+        self._columns, logged = runs.read_metrics(file)
+        self.rows = len(logged[:rows])  # logged so far
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """config.yaml has them."""
@@ -48,14 +49,10 @@ class MetricsFile(Logger):
 
 def loggers(run: Run) -> list[Logger]:
     """TensorBoard's event files and metrics.csv; those of a resumed run end at the position of its checkpoint."""
-    metrics, folders, purge = run.folder / runs.METRICS, (run.folder.parent.parent, run.folder.parent.name), None
-    if run.resumed:
-        # a validation comes next, and no fit has gone beyond: the training points of its step stay
-        purge = run.state.step + run.state.validate
-        columns, rows = runs.read_metrics(metrics)
-        if columns and rank() == 0:
-            runs.write_metrics(metrics, columns, rows[: run.state.rows])
+    folders = run.folder.parent.parent, run.folder.parent.name
+    # a validation comes next, and no fit has gone beyond: the training points of its step stay
+    purge = run.state.step + run.state.validate if run.resumed else None
     return [
         TensorBoardLogger(*folders, run.folder.name, default_hp_metric=False, purge_step=purge),
-        MetricsFile(metrics),
+        MetricsFile(run.folder / runs.METRICS, run.state.rows if run.resumed else None),
     ]

@@ -63,20 +63,25 @@ class Run:
         return cls(*runs.create_run(name, fill), source)
 
     def take_over(self, options: Mapping[str, Any]) -> None:
-        """Removes what a killed fit has left unfinished in a run that is resumed, and records the options."""
-        if rank() == 0:
+        """Makes a resumed run end at the position of its checkpoint, and records the options."""
+        if rank() == 0 and self.resumed:
+            columns, rows = runs.read_metrics(metrics := self.folder / runs.METRICS)
+            if columns:
+                runs.write_metrics(metrics, columns, rows[: self.state.rows])
             for unfinished in self.checkpoints.glob(".*.tmp"):
                 unfinished.unlink()
             write_config(self.folder, options)
             os.environ[runs.VARIABLE] = str(self.folder)
 
     def discard(self) -> None:
-        """Removes a new run whose fit cannot begin: nothing but its configuration, split and status."""
-        if self.lock is not None and not self.resumed:
+        """Releases a run whose fit cannot begin; removes a new one: its configuration, split and status."""
+        if self.lock is None:
+            return
+        if not self.resumed:
             shutil.rmtree(self.folder)
-            self.lock.release()
             with contextlib.suppress(OSError):  # other runs are there
                 os.removedirs(self.folder.parent)
+        self.lock.release()
 
     @classmethod
     def resume(cls, folder: Path, lock: RunLock | None) -> "Run":
@@ -133,7 +138,7 @@ def find(choice: str | None) -> Run | None:
         return None
     if rank() != 0 and (chosen := os.environ.get(runs.VARIABLE)):  # the first rank's choice
         return Run.resume(Path(chosen), None)
-    named = [] if choice in (NEWEST, AUTO) else [runs.resolve_latest(Path(choice))]
+    named = [] if choice in (NEWEST, AUTO) else [runs.resolve(Path(choice))]
     if named and not (named[0] / "config.yaml").is_file():
         raise UserError(f"There is no run {choice}; give its folder, runs/<name>/version_N, or --resume alone.")
     reason = f"There is no unfinished run in {runs.ROOT}/; start one: python -m project.cli fit."

@@ -6,7 +6,7 @@ from typing import Any
 from project import runs
 from project.errors import UserError
 from project.inference import checkpoint
-from project.training.loop_state import epochs_done
+from project.training.loop_state import LoopState, epochs_done
 
 # What a checkpoint may set of the Trainer: neither the machine's share (accelerator, devices, workers) nor the name of
 # a class, because whoever writes a checkpoint must not choose what code runs.
@@ -51,13 +51,17 @@ class SourceCheckpoint:
             **({option: config.get(option) for option in ("average", "patience")} if verb == "fit" else {}),
         }
 
-    def require_more_to_do(self, epochs: int | None) -> None:
-        """Raises UserError where the checkpoint has no training state, or has completed this number of epochs."""
+    def require_more_to_do(self, limits: Any, is_finished: bool = True) -> None:
+        """Raises UserError beyond the limits max_epochs and max_steps; of a finished fit, also where one is reached."""
         done = epochs_done(self.content)
         if done is None:
             raise UserError(f"{self.path} holds no training state to continue from; give the run's last.ckpt.")
-        if epochs not in (None, -1) and done >= epochs:
-            raise UserError(f"{self.path} has completed its {done} epochs; give more by --trainer.max_epochs.")
+        state, steps = LoopState.saved_in(self.content), int(self.content.get("global_step", 0))
+        begun = done + (state is not None and state.batch > 0)
+        for unit, completed, reached in (("epochs", done, begun), ("steps", steps, steps)):
+            limit = getattr(limits, f"max_{unit}")
+            if limit not in (None, -1) and (reached > limit or (is_finished and completed >= limit)):
+                raise UserError(f"{self.path} has completed its {completed} {unit}; give more by --trainer.max_{unit}.")
 
     def require_same(self, model: str, class_names: list[str], root: Path) -> None:
         """Raises UserError where the weights belong to another network or other classes."""

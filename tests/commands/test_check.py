@@ -64,6 +64,9 @@ def test_everything_is_found_named_and_nothing_is_changed_and_fit_leaves_out_wha
     assert "red/000.png: " in paths["unreadable"]
     assert "red/page.jpg: not an image" in paths["unreadable"]
     assert paths["duplicate-label"] == "blue/006.png green/other label.png"
+    reasons = {row["path"]: row["reason"] for row in read_csv("out.csv")}
+    assert reasons["blue/006.png"].endswith(": green/other label.png")  # each names the other, never itself
+    assert reasons["green/other label.png"].endswith(": blue/006.png")
     assert (paths.get("duplicate") or paths["duplicate-split"]) == "blue/005.png blue/copy.png"
     near = [entries for kind, entries in found.items() if kind.startswith("near-duplicate")]
     assert near == [[["red/again.jpg", "red/scene03.png"]]]
@@ -117,6 +120,22 @@ def test_small_unequal_and_differing_classes_are_findings(workplace):
     assert "only in train: dog; only in val: owl" in finding.sentence
 
 
+def test_layout_bad_links_and_passed_over_folders_are_reported_as_fit_reads_them(workplace, refused):
+    make_images(Path("p"), {"cat": 15, "test": 15, "#recycle": 15})
+    Path("p/cat/loop").symlink_to("..")
+    assert "classes cat, test; or as splits, test" in refused("check", "p")
+    report = ["check", "p", "--layout", "classes", "--json"]
+    assert cli.main([*report, "all.json"]) == 1
+    found = json.loads(Path("all.json").read_text())
+    assert list(found["classes"]) == ["cat", "test"]
+    left_out = {f["sentence"]: f["problem"] for f in found["findings"] if f["kind"] == "skipped"}
+    assert left_out.pop("1 left out, link to a folder above it")
+    assert list(left_out.values()) == [False]
+    Path("p/cat/loop").unlink()
+    assert cli.main([*report, "kept.json", "--keep", "#recycle"]) == 0
+    assert list(json.loads(Path("kept.json").read_text())["classes"]) == ["#recycle", "cat", "test"]
+
+
 def test_copies_on_both_sides_of_the_split_are_found_and_the_training_image_goes(workplace):
     for folder, first in (("train/a", 0), ("train/b", 50), ("val/a", 100), ("val/b", 150)):
         Path("p", folder).mkdir(parents=True)
@@ -147,3 +166,17 @@ def test_near_groups_are_those_of_all_comparisons():
     angles = np.concatenate([np.linspace(0, 0.5, 20), [2.0], np.full(3000, 3.0)])  # cos(0.5 / 19) is above 0.998
     circle = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float16)
     assert sorted(map(len, near_groups(circle))) == [20, 3000]  # linked through others; many alike
+
+
+def test_a_class_without_a_readable_image_comes_first_and_no_data_values_are_told(photos, capsys):
+    make_images(photos, {"phone": 20})
+    for file in (photos / "phone").iterdir():
+        file.write_bytes(b"no image")
+    values = np.random.default_rng(0).random((30, 40), dtype=np.float32)
+    values[3, 3] = -9999
+    Image.fromarray(values).save(photos / "red" / "heights.tif")
+    assert cli.main(["check", str(photos)]) == 1
+    lines = capsys.readouterr().out.split("problems:\n")[1].splitlines()
+    assert lines[0].strip() == "3 splits of a class have no readable image"
+    assert lines[1].strip().startswith("phone (test): phone/0")
+    assert kinds(check_dataset(photos))["no-data"].paths == [["red/heights.tif"]]

@@ -137,6 +137,13 @@ def test_auto_decides_by_free_space_and_explains(photos, monkeypatch):
     assert chosen is None
     assert "more than half" in sentence
     assert choose("off", folder, *options) == (None, "")
+    before = choose("on", folder, *options)[0].file
+    for source in cache.SOURCE:  # an edit there changes what a row holds
+        Path(source.name).write_bytes(source.read_bytes() + b"#")
+        with monkeypatch.context() as edited:
+            edited.setattr(cache, "SOURCE", [Path(file.name) if file == source else file for file in cache.SOURCE])
+            assert choose("on", folder, *options)[0].file != before
+    assert {Path(images.__file__), Path(cache.__file__)} < set(cache.SOURCE)
     for index, other in enumerate((photos / "red", ["red/001.png"], SIZE + 1, "pad")):  # each has its own cache
         changed = [*options[:index], other, *options[index + 1 :]]
         assert choose("on", folder, *changed)[0].file != choose("on", folder, *options)[0].file

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import signal
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,25 @@ def test_a_set_without_a_readable_image_is_refused(photos):
         file.write_bytes(b"no image")
     with pytest.raises(UserError, match=r"None of the 84 train images can be read.*not an image"):
         ImageData(str(photos)).setup("fit")
+
+
+def test_a_class_without_a_readable_training_image_ends_the_fit_and_is_left_out_of_other_averages(photos, capsys):
+    rows = manifest.load(photos)
+    for split, count in (("val", 4), ("train", 28)):
+        files = [photos / rows.paths[row] for row in rows.rows(split) if rows.paths[row].startswith("blue")]
+        for file in files[1:]:
+            file.write_bytes(b"no image")
+        ImageData(str(photos), batch_size=8).setup("fit")  # one is enough
+        assert f"{split} images" not in capsys.readouterr().out
+        files[0].write_bytes(b"no image")
+        data = ImageData(str(photos), batch_size=8)
+        if split == "train":
+            with pytest.raises(UserError, match=f"None of the {count} train images of blue can be .*not an image"):
+                data.setup("fit")
+        else:
+            data.setup("fit")
+            data.setup("fit")  # as Lightning does
+            assert capsys.readouterr().out.count(f"None of the {count} val images of blue can be read") == 1
 
 
 def test_training_images_are_flipped_half_of_the_time(photos):
@@ -166,9 +186,10 @@ def test_ranks_share_the_same_global_batches_without_repeats(world_size, order):
         assert sorted(key for share in shares for key in share) == sorted(batch)
 
 
-def test_ctrl_c_does_not_end_a_worker_that_is_still_starting():
-    before = signal.getsignal(signal.SIGINT)
+def test_signals_for_all_processes_do_not_end_a_worker_that_is_still_starting():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     workers.start_server()
-    with multiprocessing.get_context("forkserver").Pool(1) as pool:
-        assert pool.apply(signal.getsignal, (signal.SIGINT,)) == signal.SIG_IGN
-    assert signal.getsignal(signal.SIGINT) is before
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
+        blocked = pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, ()).result()
+    assert {signal.SIGINT, signal.SIGTERM} <= blocked
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before

@@ -3,15 +3,19 @@
 import io
 import os
 import pickle
+import struct
+import sys
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from project import cli
-from project.data.check import check_dataset
-from project.data.images import ImageError, read, require_short_decoding
+from project.data.check import check_dataset, inspect_image
+from project.data.images import ImageError, is_image, read, require_short_decoding
 from project.inference import predictions
 from tests.conftest import SMALL
 
@@ -65,6 +69,63 @@ def test_transparent_pixels_are_laid_on_white(mode):
     assert (read(encoded(Image.new("L", (20, 20)), transparency=0), 64) == 255).all()
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "grey", "palette"])
+def test_an_alpha_channel_that_is_0_everywhere_says_nothing(kind):
+    image = noise((20, 30, 3))
+    clear = image.convert("RGBA")
+    clear.putalpha(0)
+    if kind == "grey":
+        content, image = encoded(clear.convert("LA")), image.convert("L")
+    elif kind == "palette":
+        image = image.quantize(16)
+        content = encoded(image, transparency=bytes(16))
+    elif kind == "BMP":  # with a header of version 4, which has a mask for alpha
+        rows = np.asarray(clear)[::-1, :, [2, 1, 0, 3]].tobytes()
+        head = struct.pack("<IiiHHI20x4I", 108, 30, 20, 1, 32, 3, 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + bytes(52)
+        content = b"BM" + struct.pack("<IHHI", 122 + len(rows), 0, 0, 122) + head + rows
+        assert Image.open(io.BytesIO(content)).mode == "RGBA"
+    else:
+        content = encoded(clear, kind)
+    assert (read(content, 16) == read(encoded(image.convert("RGB")), 16)).all()
+
+
+def white_is_zero(values):
+    """A TIFF in which 0 means white."""
+    content = encoded(Image.fromarray(values), "TIFF")
+    tag = struct.pack("<HHI", 262, 3, 1)  # PhotometricInterpretation
+    return content.replace(tag + b"\1\0", tag + b"\0\0")
+
+
+@pytest.mark.parametrize(("kind", "high"), [("u1", 255), ("u2", 65535), ("f4", 1)])
+def test_white_is_zero_is_obeyed_at_every_depth(kind, high):
+    pixels = read(white_is_zero(ramp(kind, high)), 64)[0, :, 0].astype(int)
+    assert (np.diff(pixels) < 0).all()
+    assert (pixels[0], pixels[-1]) == (255, 0)
+
+
+@pytest.mark.parametrize("holes", [[-9999], [-32768], [-3.4028235e38], [1e20], [-9999, 1e38], [9999], [np.nan, -9999]])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_no_data_values_do_not_take_the_contrast_from_the_others(holes, rows):
+    values = ramp(np.float32, 1)
+    expected = read(encoded(Image.fromarray(values), "TIFF"), 64)
+    values[:rows, : len(holes)] = holes
+    pixels = read(encoded(Image.fromarray(values), "TIFF"), 64)
+    assert (pixels[:, len(holes) :] == expected[:, len(holes) :]).all()
+    assert set(np.unique(pixels[:rows, : len(holes)])) <= {0, 255}
+
+
+def test_declared_no_data_and_integers_with_no_data_values_are_read():
+    values = ramp(np.float32, 100)
+    for content in (values, values.astype(np.int32)):
+        expected = read(encoded(Image.fromarray(content), "TIFF"), 64)
+        content[0, 0] = 70
+        assert read(encoded(Image.fromarray(content), "TIFF", tiffinfo={42113: "70"}), 64)[0, 0, 0] == 0
+        content[0, 0] = -9999
+        assert (read(encoded(Image.fromarray(content), "TIFF"), 64)[1:] == expected[1:]).all()
+    mask = np.where(ramp(np.float32, 1) > 0.5, 1, -1).astype(np.float32)
+    assert set(np.unique(read(encoded(Image.fromarray(mask), "TIFF"), 64))) == {0, 255}
+
+
 def test_cmyk_jpeg_becomes_rgb_and_a_bilevel_image_black_and_white():
     pixels = read(encoded(Image.new("RGB", (16, 16), (250, 10, 10)).convert("CMYK"), "JPEG"), 16)
     assert pixels[8, 8, 0] > 200
@@ -99,6 +160,78 @@ def test_stretch_is_pillows_bilinear_resize_crop_keeps_the_centre_and_pad_everyt
     assert (crop[15, 2:-2] == (0, 0, 255)).all()
     assert (pad[:9] == 0).all()
     assert (pad[15, [2, 15]] == [(255, 0, 0), (0, 0, 255)]).all()
+
+
+def chunk(kind, data, damage=0):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data) ^ damage)
+
+
+def segment(marker, data):
+    return bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data
+
+
+BIG = zlib.compress(bytes(2_000_000))
+TURN = Image.Exif()
+TURN[0x0112] = 6
+TURNED = TURN.tobytes()[6:]
+ODD_CHUNKS = {
+    "large text": chunk(b"zTXt", b"k\0\0" + BIG),
+    "large international text": chunk(b"iTXt", b"k\0\1\0\0\0" + BIG),
+    "large profile": chunk(b"iCCP", b"k\0\0" + BIG),
+    "unknown compression": chunk(b"iCCP", b"k\0\7" + BIG),
+    "no EXIF": chunk(b"eXIf", b"no EXIF at all"),
+    "half an EXIF": chunk(b"eXIf", TURNED[:20]),
+    "raw profile": chunk(b"tEXt", b"Raw profile type exif\0\nexif\n  9\nno hex"),
+    "wrong sum of text": chunk(b"tEXt", b"k\0text", damage=1),
+    "wrong sum of transparency": chunk(b"tRNS", bytes(6), damage=1),
+    "short transparency": chunk(b"tRNS", bytes(2)),
+    "short resolution": chunk(b"pHYs", bytes(2)),
+    "broken animation": chunk(b"acTL", bytes([0, 0, 0, 2, 0, 0, 0, 0])) + chunk(b"fcTL", bytes(3)),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_CHUNKS.values(), ids=ODD_CHUNKS)
+def test_png_with_metadata_that_cannot_be_read_is_read_without(odd, tmp_path):
+    plain = encoded(noise((20, 30, 3)))
+    for at in (33, plain.index(b"IEND") - 4):  # before the pixels and after them
+        (tmp_path / "odd.png").write_bytes(plain[:at] + odd + plain[at:])
+        assert (read(tmp_path / "odd.png", 16) == read(plain, 16)).all()
+        assert inspect_image(str(tmp_path / "odd.png"))[1] == ""
+    turned = plain[:33] + chunk(b"eXIf", TURNED) + ODD_CHUNKS["large text"] + plain[33:]  # what can be read is used
+    assert (read(turned, 16) == read(plain[:33] + chunk(b"eXIf", TURNED) + plain[33:], 16)).all()
+
+
+ODD_SEGMENTS = [segment(0xE1, b"Exif\0\0no EXIF"), segment(0xE0, b"JFIF\0"), segment(0xEE, b"Adobe")]
+ODD_SEGMENTS += [
+    segment(0xE2, b"ICC_PROFILE\0"),
+    segment(0xED, b"Photoshop 3.0\x008BIM\4\4"),
+    segment(0xE2, b"MPF\0II"),
+]
+
+
+@pytest.mark.parametrize("odd", ODD_SEGMENTS)
+def test_jpeg_with_metadata_that_cannot_be_read_is_read_without(odd):
+    plain, exif = encoded(noise((20, 30, 3)), "JPEG"), segment(0xE1, b"Exif\0\0" + TURNED)
+    assert (read(plain[:2] + odd + plain[2:], 16) == read(plain, 16)).all()
+    if b"Exif" not in odd:
+        assert (read(plain[:2] + exif + odd + plain[2:], 16) == read(plain[:2] + exif + plain[2:], 16)).all()
+
+
+def test_heif_is_read_by_pillows_plug_in_and_otherwise_the_extra_is_named(monkeypatch, tmp_path):
+    content = b"\0\0\0\x18ftypheic" + encoded(noise((20, 30, 3)))
+    (tmp_path / "phone.jpg").write_bytes(content)
+    monkeypatch.setattr(Image, "OPEN", {name: entry for name, entry in Image.OPEN.items() if name != "HEIF"})
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ImageError, match=r"HEIF.*pip install -e \.\[heif\]"):
+        read(tmp_path / "phone.jpg", 16)
+
+    def open_heif(stream, name):
+        return Image.open(io.BytesIO(stream.read()[12:]))
+
+    plug_in = SimpleNamespace(register_heif_opener=lambda: Image.OPEN.update(HEIF=(open_heif, None)))
+    monkeypatch.setitem(sys.modules, "pillow_heif", plug_in)
+    assert (read(tmp_path / "phone.jpg", 16) == read(content[12:], 16)).all()
+    assert is_image("IMG_0001.HEIC")
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as images.py has it

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from project.data.inputs import gather
 from project.data.manifest import SPLITS, load
 from project.errors import UserError
 from tests.conftest import make_images, read_csv
@@ -73,11 +74,112 @@ def test_images_below_class_folders_belong_to_the_class_and_everything_else_is_r
     for name in ("bus/.hidden.png", "bus/notes.txt", "loose.png"):
         (root / name).touch()
     (root / "empty").mkdir()
-    rows = load(root)
+    rows = load(root, layout="classes")
     assert "bus/monday/camera 1/000.png" in rows.paths
     assert (rows.class_names, np.bincount(rows.labels).tolist()) == (["bus", "train"], [10, 5])
     for name in (".ipynb_checkpoints", "bus/.hidden.png", "bus/notes.txt", "empty", "loose.png"):
         assert name in " | ".join(rows.notices)
+
+
+def folder_of(tmp_path, *paths):
+    """A folder with three images below each path."""
+    for path in paths:
+        make_images(tmp_path / "data" / Path(path).parent, {Path(path).name: 3})
+    return tmp_path / "data"
+
+
+TRAIN_TEST = {"train": "a b", "test": "a b"}
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected", "said"),
+    [
+        ({"Training": "a b", "Testing": "a b"}, "a b", "Testing is test, Training is train"),
+        ({"training_set": "a b", "test-set": "a b"}, "a b", "test-set is test, training_set is train"),
+        ({"seg_train/seg_train": "a b", "seg_test/seg_test": "a b", "seg_pred": "x"}, "a b", "left out"),
+        ({"train": "a b", "eval": "a b", "Hold-out": "a b"}, "a b", "Hold-out is test, eval is val"),
+        ({"train": "a b", "eval": "a b", "TEST": "a b"}, "a b", "eval is val"),
+        ({"train2017": "a b", "val2017": "a b"}, "a b", "val2017 is val"),
+        (TRAIN_TEST | {"unlabelled": "x"}, "a b", "unlabelled"),
+        ({"": "test_tube latest flask"}, "flask latest test_tube", ""),
+        ({"road_train": "diesel steam", "road_test": "wet dry"}, "road_test road_train", ""),
+        ({"": "cat dog owl test"}, "as the classes cat, dog, owl, test; or as splits, test, without class", None),
+        ({"": "bus car", "train": "diesel steam"}, "as splits, train, with the classes diesel, steam, leaving", None),
+        ({"": "train test"}, "--data.layout classes or splits", None),
+        ({"": "seg_train seg_test"}, "two ways", None),
+    ],
+)
+def test_folders_are_splits_by_name_and_equal_classes_and_refused_where_both_are_possible(
+    tmp_path, folders, expected, said
+):
+    root = folder_of(tmp_path, *(Path(folder, name) for folder, names in folders.items() for name in names.split()))
+    if said is None:
+        assert expected in refusal(root)
+    else:
+        rows = load(root)
+        assert rows.class_names == expected.split()
+        assert said in " | ".join(rows.notices)
+
+
+def test_layout_decides_whether_folders_are_splits_or_classes(tmp_path):
+    root = folder_of(tmp_path, "bus", "car", "train/diesel", "train/steam")
+    rows = load(root, layout="classes")
+    assert (rows.class_names, np.bincount(rows.labels).tolist()) == (["bus", "car", "train"], [3, 3, 6])
+    rows.write_split(tmp_path / "split.csv")
+    assert split_of(load(root, tmp_path / "split.csv")) == split_of(rows)  # which says what is what
+    assert load(root, layout="splits").class_names == ["diesel", "steam"]
+    assert "no folder train" in refusal(folder_of(tmp_path / "pets", "cat", "dog"), layout="splits")
+
+
+def test_links_lead_to_no_folder_above_and_a_folder_is_read_once_per_class(tmp_path):
+    root = folder_of(tmp_path, "cat/young", "dog", "cat")
+    folder_of(tmp_path / "elsewhere", "sub")
+    links = {"cat/loop": "..", "all": ".", "cat/far": "/", "cat/a link": "young", "cat/self": "self"}
+    links |= {"cat/more": "../../elsewhere/data", "cat/some": "../../elsewhere/data/sub", "kitten": "dog"}
+    for link, target in links.items():
+        (root / link).symlink_to(target)
+    (tmp_path / "elsewhere" / "data" / "back").symlink_to(root)
+    rows = load(root)
+    assert (rows.class_names, np.bincount(rows.labels).tolist()) == (["cat", "dog", "kitten"], [9, 3, 3])
+    assert "cat/young/000.png" in rows.paths
+    notices = " | ".join(rows.notices)
+    assert "link to a folder above it: all, cat/far, cat/loop and 1 more" in notices
+    assert "read already: cat/a link, cat/some" in notices
+    assert "nowhere or may not be followed: cat/self" in notices
+
+
+def test_folders_of_a_nas_or_file_manager_are_passed_over_at_any_depth_unless_kept(tmp_path):
+    names = ["@eaDir", "$Recycle.Bin", "#recycle", "System Volume Information", "__MACOSX", "lost+found", "_gsdata_"]
+    root = folder_of(tmp_path, "cat", "dog", *names, *(f"cat/deep/{name}" for name in names))
+    rows = load(root)
+    assert (rows.class_names, len(rows.paths)) == (["cat", "dog"], 6)
+    assert "synchroniser: #recycle, $Recycle.Bin, @eaDir and 11 more; --data.keep" in rows.notices[-1]
+    assert load(root, keep="@EADIR").class_names == ["@eaDir", "cat", "dog"]
+
+
+def test_what_may_not_be_entered_is_named_and_the_rest_is_used_but_not_the_root(workplace, capsys):
+    root = folder_of(Path(), "cat/secret", "cat", "dog", "owl", "closed/in")
+    (root / "dog" / "way").symlink_to("../closed/in")
+    closed = [root / name for name in ("cat/secret", "owl", "closed")]
+    user = os.geteuid()
+    try:
+        for folder in (workplace, *closed):
+            folder.chmod(0o755 if folder == workplace else 0)
+        os.seteuid(user or 65534)  # root may read everything
+        rows, found = load(root), gather([str(root)])
+        for read in (load, lambda closed: gather([str(closed)])):
+            with pytest.raises(UserError, match="Permission denied"):
+                read(root / "owl")
+    finally:
+        os.seteuid(user)
+        for folder in closed:
+            folder.chmod(0o755)
+    assert found == [(f"data/{path}", "") for path in rows.paths]
+    assert "left out, cannot be read (Permission denied): data/closed, data/owl, data/cat" in capsys.readouterr().err
+    assert (rows.class_names, len(rows.paths)) == (["cat", "dog"], 6)
+    notices = " | ".join(rows.notices)
+    assert "cannot be read (Permission denied): cat/secret, closed, owl" in notices
+    assert "may not be followed: dog/way" in notices
 
 
 def test_split_file_gives_the_same_rows_again(tmp_path):
@@ -104,6 +206,8 @@ def test_split_file_gives_the_same_rows_again(tmp_path):
         ({"": {"a": 4, os.fsdecode(b"caf\xe9"): 4}}, "not UTF-8"),
         ({name: {"a": 4, "b": 4} for name in ("train", "val", "valid")}, "both val and valid"),
         ({name: {"a": 4, "b": 4} for name in ("val", "test")}, "no train"),
+        ({"../cats": {"": 3}, "../cats/.trash": {"a": 3}}, "No images"),
+        ({"": {"": 3}}, "3 images lie directly in"),
     ],
 )
 def test_unusable_folders_are_refused_with_the_reason(tmp_path, folders, expected):

@@ -24,7 +24,8 @@ def drawn(classes, count=300, absent=None, ties=False, seed=0):
 def test_scores_are_those_of_scikit_learn_and_of_training(classes, absent, positive, ties):
     true, probabilities = drawn(classes, absent=absent, ties=ties)
     values = ScoredPredictions(true, probabilities, positive).scores()
-    labels, predicted, average = true, probabilities.argmax(axis=1), {"average": "macro", "zero_division": 0}
+    labels, predicted = true, probabilities.argmax(axis=1)
+    average = {"average": "macro", "zero_division": 0, "labels": np.unique(true)}
     if positive is not None:
         labels, predicted, average = true == positive, probabilities[:, positive] > 0.5, {}
     ranked = np.unique(true) if positive is None else [positive]

@@ -163,7 +163,7 @@ def test_test_uses_the_runs_own_split_unless_the_data_is_another_folder(photos, 
     photos.rename("moved")
     capsys.readouterr()
     assert cli.main([*TEST, "--data.root", "moved"]) == 0
-    assert "its split.csv is not used" in capsys.readouterr().out
+    assert "so the run's split.csv is not used" in capsys.readouterr().out
     assert json.loads((RUN / "test_metrics.json").read_text())["data"] == "moved"
     assert predicted().keys() == held_out("moved")  # by the same fold and groups
     assert cli.main([*TEST, "--data.root", "moved", "--data.split", str(RUN / "split.csv")]) == 0
@@ -356,6 +356,22 @@ class Waits(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
+@pytest.mark.parametrize("options", [[], ["--data.balance", "sample"]])
+def test_overfit_batches_trains_on_the_same_shuffled_batches_in_each_epoch(photos, monkeypatch, options):
+    batches, step = [], Classifier.training_step
+    monkeypatch.setattr(
+        Classifier, "training_step", lambda self, batch, index: batches.append(batch) or step(self, batch, index)
+    )
+    assert cli.main([*FIT, "--trainer.max_epochs", "3", "--trainer.overfit_batches", "2", *options]) == 0
+    first = batches[:2]
+    assert len(batches) == 6
+    for batch, same in zip(batches, 3 * first, strict=True):
+        assert torch.equal(batch.row, same.row)
+        assert torch.equal(batch.image, same.image)
+    assert len(first[0].label.unique()) > 1
+    assert not torch.equal(first[0].row, first[1].row)
+
+
 @pytest.mark.parametrize("options", [[], ["--data.balance", "loss", "--model.label_smoothing", "0.1"]])
 def test_no_training_step_waits_for_the_device_and_a_fast_dev_run_leaves_nothing(photos, monkeypatch, options):
     waits, step = Waits(), Classifier.training_step
@@ -383,3 +399,14 @@ def test_fit_keeps_freed_memory_for_the_next_step(at_trained):
         torch.ones(2**24)  # 16,384 pages
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     assert faults < 1000
+
+
+def test_report_and_test_of_a_checkpoint_outside_runs_may_be_repeated(tested, tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tested)
+    file = str(shutil.copy(tested / "runs/photos/version_0/checkpoints/best.ckpt", tmp_path / "mine.ckpt"))
+    (tmp_path / "predictions.csv").write_text("my own")
+    assert "may be your own" in refused("report", file)
+    assert [path.name for path in tmp_path.iterdir() if path != tmp_path / "mine.ckpt"] == ["predictions.csv"]
+    (tmp_path / "predictions.csv").unlink()
+    for verb in (["report"], ["test", "--ckpt_path"], ["report"]):
+        assert cli.main([*verb, file]) == 0

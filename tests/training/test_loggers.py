@@ -54,7 +54,9 @@ def test_a_resumed_fit_shows_each_point_once(run):
     for first, loss in ((0, 1.0), (3, 2.0)):
         for events in run.glob("events.*"):
             events.rename(run / "events.out.tfevents.0")  # earlier, in the order of names
-        board, file = loggers(Run(run, None, None, LoopState(step=first, rows=first), resumed=first > 0))
+        part = Run(run, None, None, LoopState(step=first, rows=first), resumed=first > 0)
+        board, file = loggers(part)
+        part.take_over({})
         for step in range(first, 5):
             file.log_metrics({"loss": loss}, step)
             board.log_metrics({"loss": loss}, step)

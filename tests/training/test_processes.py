@@ -96,10 +96,13 @@ def test_signal_leaves_no_worker_and_what_can_be_caught_saves_the_step_in_progre
     children = process.children(recursive=True)
     assert len(children) >= 3
     assert not LAST.exists()
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # what a terminal does: to every process of the group
-    else:
+    if number == signal.SIGKILL:
         process.send_signal(number)
+    else:  # what a terminal, timeout, systemd and SLURM do: to every process, the workers first
+        for child in children:
+            child.send_signal(number)
+        time.sleep(1)
+        os.killpg(process.pid, number)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == code, out
     assert "Traceback" not in out
@@ -109,6 +112,20 @@ def test_signal_leaves_no_worker_and_what_can_be_caught_saves_the_step_in_progre
         assert runs.read_status(RUN)["state"] == "stopped"
     assert not psutil.wait_procs(children, timeout=20)[1]
     assert set(os.listdir("/dev/shm")) <= before
+
+
+LEFT = """
+from project.data.datamodule import ImageData
+if __name__ == "__main__":
+    batches = iter(ImageData("photos", image_size=32, workers=2).val_dataloader())
+    next(batches)
+"""
+
+
+@pytest.mark.slow
+def test_workers_that_are_still_there_when_python_exits_end_with_it(photos):
+    Path("left.py").write_text(LEFT)
+    run(sys.executable, "left.py")
 
 
 HANGING = """

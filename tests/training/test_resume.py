@@ -1,6 +1,7 @@
 """fit --resume: a run that was stopped, has failed or lost its disk goes on at its last save, to the same bits."""
 
 import contextlib
+import errno
 import functools
 import itertools
 import json
@@ -190,6 +191,38 @@ def test_newest_unfinished_run_is_meant_and_what_cannot_be_resumed_is_said(photo
         assert cli.main(["fit", "--resume", name, "--trainer.max_epochs", epochs]) == 0
         assert Path("runs/latest").readlink() == Path("one/version_0")
     assert checkpoint(run)["epoch"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--trainer.devices", "99"], "99 processes are too many"),
+        (["--trainer.max_time", "soon"], "not a valid duration"),
+        (["--trainer.max_steps", "20"], "has completed its 30 steps; give more by --trainer.max_steps"),
+        (["--trainer.max_epochs", "2"], "has completed its 3 epochs; give more by --trainer.max_epochs"),
+    ],
+)
+@pytest.mark.parametrize("state", ["finished", "stopped"])
+def test_resume_that_is_refused_changes_no_file_of_the_run(photos, undisturbed, refused, options, said, state):
+    shutil.copytree(undisturbed().parents[1], "runs", symlinks=True)
+    runs.write_status(RUN, state=state)
+    before = {file: file.read_bytes() for file in RUN.rglob("*") if file.is_file()}
+    assert said in refused("fit", "--resume", str(RUN), "--trainer.max_epochs", "5", *options)
+    assert before == {file: file.read_bytes() for file in RUN.rglob("*") if file.is_file()}
+    runs.RunLock(RUN).release()
+
+
+def test_run_that_was_moved_is_resumed_there_and_keeps_its_best(photos, scripted):
+    scripted(train=[0.5] * 3, val=[0.5, 0.9, 0.7])
+    assert cli.main([*FIT, "--trainer.max_epochs", "2"]) == 0
+    shutil.move(RUN, "moved")
+    shutil.rmtree("runs")
+    Path("disk").mkdir()
+    Path("runs").symlink_to("disk")
+    for name in ("moved", "moved/checkpoints/.."):
+        assert cli.main(["fit", "--resume", name, "--trainer.max_epochs", "3"]) == (0 if name == "moved" else 2)
+    assert Path("runs/latest").resolve() == Path("moved").resolve()
+    assert (checkpoint(Path("moved"), "best")["epoch"], checkpoint(Path("moved"))["epoch"]) == (1, 2)
 
 
 def damage(file):
@@ -396,3 +429,16 @@ def test_disk_that_becomes_read_only_ends_the_fit_with_a_sentence_and_it_goes_on
     small_disk("remount", "rw")
     assert cli.main(["fit", "--resume"]) == 0
     assert_the_same(RUN, undisturbed(*OFTEN))
+
+
+def test_file_system_without_locks_is_said_once_and_dates_in_the_far_future_are_read(photos, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    for path in (photos, *photos.rglob("*")):
+        os.utime(path, (13_569_465_600, 13_569_465_600))  # the year 2400
+    assert cli.main([*FIT, "--trainer.max_epochs", "1"]) == 0
+    assert capsys.readouterr().out.count("cannot be locked (Operation not supported)") == 1
+    os.utime(RUN, (13_569_465_600, 13_569_465_600))
+    assert cli.main(["fit", "--resume", str(RUN), "--trainer.max_epochs", "2"]) == 0
