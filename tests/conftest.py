@@ -5,6 +5,7 @@ import csv
 import errno
 import os
 import shutil
+import signal
 import sys
 import urllib.request
 from functools import partial
@@ -254,3 +255,5 @@ def _reset(monkeypatch):
     """Resets what the test before may have set, and the words of pytest's own command line."""
     torch.set_num_threads(THREADS)
     monkeypatch.setattr(sys, "argv", ["pytest"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fit that a full disk has ended leaves its own handler
