@@ -2,14 +2,18 @@
 
 import argparse
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Collection
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin
 
 import docstring_parser
 import jsonargparse
 
-from project.errors import UserError, did_you_mean
+from project.errors import UserError, did_you_mean, some
+
+# of options, by their names in other programs
+OTHER_NAMES = {"learning_rate": "lr", "num_workers": "workers", "gpus": "devices", "seed": "seed_everything"}
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -28,25 +32,29 @@ def actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     return found
 
 
-def call(function: Callable[..., int], verb: str, argv: list[str]) -> int:
+def call(function: Callable[..., int | None], verb: str, argv: list[str]) -> int:
     """Runs a verb: the signature is its options, the docstring its help.
 
-    A positional-only parameter is a word of the command line, `list[str]` one or more words; the others are options, of
-    which a bool takes no value. Dashes may replace underscores: --batch-size is --batch_size.
+    A parameter without a default, or a positional-only one, is a word of the command line, a list is one or more words;
+    the others are options. A bool is a flag, with --no-NAME where it is on by default. Dashes may replace underscores:
+    --batch-size is --batch_size.
     """
     document = docstring_parser.parse(function.__doc__ or "")
     parser = Parser(prog=f"python -m project.cli {verb}", description=document.description, allow_abbrev=False)
     helps = {parameter.arg_name: parameter.description for parameter in document.params}
     parameters = inspect.signature(function, eval_str=True).parameters
-    words = [name for name, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_ONLY]
+    unnamed = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_ONLY]
+    words = {p.name for p in parameters.values() if p.default is p.empty}.union(unnamed)
     for name, parameter in parameters.items():
-        options: dict[str, Any] = {"help": helps[name], "type": parameter.annotation}
+        kind, options = parameter.annotation, dict[str, Any](help=helps.get(name))
         if parameter.default is not parameter.empty:
             options |= {"default": parameter.default} | ({"nargs": "?"} if name in words else {})
-        if parameter.annotation is bool:
-            options = {"help": helps[name], "action": "store_true"}
-        elif parameter.annotation in (list[str], list[str] | None):
-            options |= {"type": str, "nargs": "+"}
+        if kind is bool and name not in words:
+            options["action"] = argparse.BooleanOptionalAction if parameter.default else "store_true"
+        elif lists := [one for one in (kind, *get_args(kind)) if get_origin(one) is list]:
+            options |= {"type": get_args(lists[0])[0], "nargs": "+"}
+        else:
+            options["type"] = kind
         parser.add_argument(name if name in words else f"--{name}", **options)
     spellings = {option.replace("_", "-"): option for action in actions(parser) for option in action.option_strings}
     split = [word.partition("=") for word in argv]
@@ -54,7 +62,18 @@ def call(function: Callable[..., int], verb: str, argv: list[str]) -> int:
     for name, value in values.items():  # some libraries refuse a PositiveInt, a subclass of int
         if isinstance(value, int | float) and not isinstance(value, bool):
             values[name] = int(value) if isinstance(value, int) else float(value)
-    return function(*[values.pop(name) for name in words], **values)
+    return function(*[values.pop(name) for name in unnamed], **values) or 0
+
+
+def named(argv: list[str], option: str) -> list[str]:
+    """The words of a command line, with `option` before the one that belongs to no option; UserError if it is there."""
+    words = []
+    for before, word in itertools.pairwise(["", *argv]):
+        belongs = word.startswith("-") or (re.match("--?[a-zA-Z]", before) and "=" not in before)
+        words.append(word if belongs else f"{option}={word}")
+    if words != argv and (several := [word for word in words if word.partition("=")[0] == option])[1:]:
+        raise UserError(f"{option} takes one value, not {some(several)}.")
+    return words
 
 
 def explain(message: str, options: Collection[str]) -> UserError:
@@ -62,9 +81,20 @@ def explain(message: str, options: Collection[str]) -> UserError:
     unknown = re.match(r"unrecognized arguments: (-[^\s=]+)|Subcommand '\w+' does not accept option '(.+)'", message)
     if unknown:
         option = unknown[1] or f"--{unknown[2]}"
-        return UserError(f"There is no option {option}.{did_you_mean(option, options)} See --help.")
+        known = [name for name in options if re.fullmatch(r"--(?!(data|model|trainer)$|.*(help|\+)$).+", name)]
+        word = option.strip("-").rpartition(".")[2].replace("-", "_")
+        word = re.escape(OTHER_NAMES.get(word, word))
+        forms = (rf"[-.]{word}$", rf"[-._]{word}(_|$)")  # in another group, or a part of the name
+        same = (name for form in forms for name in known if re.search(form, name))
+        return UserError(f"There is no option {option}.{did_you_mean(next(same, option), known)} See --help.")
+    if re.search("required: .*images$", message):
+        return UserError("A run and images are needed, in this order, such as runs/latest photos/.")
     message = re.sub(r'^Parser key "([^"]+)"', r"--\1", message).replace("NoneType", "null")
+    if group := re.match(r"--(data|model|trainer):\s+Unable to load config '(.*?)'", message):
+        return UserError(f"--{group[1]} takes a YAML file, not {group[2]}; one setting is --data.root or --model.name.")
     message = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message)
+    if sentence := _class_error(message):
+        return UserError(sentence)
     message = re.sub(r"typing\.Literal\['?(.*?)'?\]", r"\1", message).replace("', '", " or ")
     value = re.search(r"(?:Got|Given) value: (.*)|: (.+) does not conform to", message)
     if value is None:
@@ -76,3 +106,19 @@ def explain(message: str, options: Collection[str]) -> UserError:
         for sign, words in {"v>=": "at least ", "v<=": "at most ", "v>": "above ", "v<": "below "}.items():
             expected = expected.replace(sign, words)
     return UserError(f"{message.partition(':')[0]} is {value[1] or value[2]}; it {expected}.")
+
+
+def _class_error(message: str) -> str:
+    """What is wrong with the class that an option names; empty where the message is about something else."""
+    if not re.search("class_path|subclass of|dot import path|NestedArg", message):
+        return ""
+    # of the errors, one for each type that the option takes, those about the class
+    errors = message.partition("Errors:")[2] or message
+    found = re.findall(r"^ +- (?!Expected an? (?!dot)|Not |an? (?:class|dict) )(.+(?:\n {6}.+)?)", errors, re.MULTILINE)
+    error = re.sub(r"Problem with given class_path '.+':", "", found[0] if found else "no class path is given")
+    error = re.sub("Expected a dot import path .*", "Lightning has no such class; give package.module.Class", error)
+    error = re.sub("the following arguments are required:", "it needs", error)
+    option = re.match(r"--[\w.]+", message)
+    name = re.search(r"class_path(?:=|': | )'([\w.]+)'|Given value: ([\w.]+)$", message)
+    words = [*([option[0]] if option else []), *([name[1] or name[2]] if name else [])]
+    return f"{' '.join(words)} cannot be used: {' '.join(error.split())}"

@@ -9,6 +9,7 @@ import io
 import os
 import sys
 
+from project import files
 from project.data import workers
 from project.errors import FailedRun, UserError, did_you_mean
 
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "backslashreplace")
     try:
-        code = _exit_code(sys.argv[1:] if argv is None else argv)
+        code = _exit_code([files.with_home(word) for word in (sys.argv[1:] if argv is None else argv)])
         sys.stdout.flush()
     except BrokenPipeError:
         try:
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _exit_code(argv: list[str]) -> int:
+    workers.limit_threads()
     try:
         return _run(argv)
     except UserError as error:
@@ -67,6 +69,11 @@ def _exit_code(argv: list[str]) -> int:
         return 2
     except FailedRun as error:
         print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if not (reason := workers.why_lost(error)):
+            raise
+        print(f"failed: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
@@ -79,16 +86,22 @@ def _run(argv: list[str]) -> int:
     verb, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     if verb in ("-h", "--help"):
         lines = [f"  {name:{max(map(len, VERBS))}}  {text}" for name, text in VERBS.items()]
-        lines += ["", "  fit --data.root DIR  train on your own images: DIR/<class>/*.jpg"]
-        lines += ["  VERB --help          the options of a verb"]
+        lines += ["", "  fit DIR      train on your own images: DIR/<class>/*.jpg"]
+        lines += ["  VERB --help  the options of a verb"]
         print("usage: python -m project.cli VERB [options]", "", *lines, sep="\n")
+        return 0
+    if verb == "--version":
+        print(f"lightning-image-template {importlib.import_module('project').__version__}")
         return 0
     if verb.startswith("-"):
         later = next((word for word in rest if word in VERBS), "fit")
         raise UserError(f"Options come after the verb: python -m project.cli {later} {verb} ...")
     if verb not in VERBS:
         raise UserError(f"There is no verb {verb}.{did_you_mean(verb, VERBS)} The verbs are {', '.join(VERBS)}.")
+    from project import arguments
+
     if verb in TRAINER_VERBS:
+        rest = arguments.named(rest, "--ckpt_path" if verb in ("validate", "test") else "--data.root")
         if any(word.startswith(("--data.root", "--config")) for word in rest):
             workers.start_server()  # it imports torch while this process imports Lightning
         from project.training import cli as trainer_cli
@@ -100,8 +113,6 @@ def _run(argv: list[str]) -> int:
         return trainer_cli.run(verb, rest)
     if verb == "bench" and (moved := next((word for word in rest if word in MOVED_BENCHMARKS), None)):
         raise UserError(f"bench {moved} compares with other programs; in a checkout run: make bench ARGS={moved}")
-    from project import arguments
-
     return arguments.call(getattr(importlib.import_module(f"project.commands.{verb}"), verb), verb, rest)
 
 

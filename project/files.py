@@ -1,7 +1,9 @@
 """Files that appear whole or not at all, whenever the process is killed."""
 
+import itertools
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -49,17 +51,19 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def unused(file: Path) -> Path:
+    """The file or folder if there is none yet, else the first of NAME-2, NAME-3 … that is free."""
+    numbered = (file.with_stem(f"{file.stem}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([file], numbered) if not os.path.lexists(path))
+
+
+def with_home(word: str) -> str:
+    """A path, alone or after the name of an option, with the home folder for a leading ~ where no shell has put it."""
+    return re.sub(r"^(--?[\w.-]+=)?~(?=/|$)", lambda match: (match[1] or "") + os.path.expanduser("~"), word)  # noqa: PTH111
+
+
 def require_new(file: Path, option: str, overwrite: bool | None = None) -> None:
-    """Checks that an output file can be created and does not exist yet.
-
-    Args:
-        file: The output.
-        option: Its name on the command line.
-        overwrite: Whether an existing file may be replaced; None if the verb has no such option.
-
-    Raises:
-        UserError: The file exists or cannot be created.
-    """
+    """Raises UserError where an output exists or cannot be created; `overwrite` is None where no option allows that."""
     folder = file.absolute().parent
     if not os.access(f"{folder}/.", os.W_OK):  # with the dot, a file is no folder
         raise UserError(f"Cannot write --{option} {file}: {folder} is no folder, or not writable; give another path.")

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Accuracy, F1Score, Metric, MetricCollection, Precision, Recall
-from torchmetrics.classification import BinaryAUROC, MulticlassAUROC, MulticlassStatScores
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassStatScores
 from torchmetrics.functional.classification import binary_auroc
 from torchmetrics.utilities import dim_zero_cat
 
-from project.errors import UserError
+from project.errors import UserError, some
+
+UNCHECKED: Any = {"validate_args": False}  # the check would read the values, which waits for the device at every step
 
 
 def metrics(class_names: Sequence[str], positive: str | None = None) -> MetricCollection:
@@ -31,44 +33,22 @@ def metrics(class_names: Sequence[str], positive: str | None = None) -> MetricCo
         UserError: `positive` is not among the names, or there are not two of them.
     """
     index, classes = positive_index(class_names, positive), len(class_names)
-    # validate_args would read the values, which waits for the device at every step
-    unchecked: dict[str, Any] = {"validate_args": False}
-    task = unchecked | {"task": "binary"}
-    if index is None:
-        task |= {"task": "multiclass", "num_classes": classes}
-    return Probabilities(
+    return MetricCollection(
         {
-            "accuracy": Accuracy(**task | {"average": "micro"}),
-            "precision": PresentScore(classes, 1, 0) if index is None else Precision(**task),
-            "recall": PresentScore(classes, 0, 1) if index is None else Recall(**task),
-            "f1": PresentScore(classes, 0.5, 0.5) if index is None else F1Score(**task),
-            "auroc": PresentAUROC(classes, **unchecked) if index is None else PositiveAUROC(**unchecked),
-        },
-        index,
+            "accuracy": MulticlassAccuracy(classes, average="micro", **UNCHECKED),
+            "precision": Score(classes, index, false_positives=1, false_negatives=0),
+            "recall": Score(classes, index, false_positives=0, false_negatives=1),
+            "f1": Score(classes, index, false_positives=0.5, false_negatives=0.5),
+            "auroc": AUROC(classes, index),
+        }
     )
 
 
 def positive_index(class_names: Sequence[str], positive: str | None) -> int | None:
     """Index of the positive class of two, as in `metrics`; None if there are more classes."""
     if positive is not None and (len(class_names) != 2 or positive not in class_names):
-        raise UserError(
-            f"--model.positive {positive} must be one of two classes; the data has {', '.join(class_names)}."
-        )
+        raise UserError(f"--model.positive {positive} must be one of two classes; the data has {some(class_names)}.")
     return class_names.index(positive or class_names[1]) if len(class_names) == 2 else None
-
-
-class Probabilities(MetricCollection):
-    """A collection that takes the probabilities of all classes, also if its members take those of the positive one."""
-
-    def __init__(self, members: dict[str, Metric | MetricCollection], positive: int | None) -> None:
-        super().__init__(members)
-        self.positive = positive
-
-    def update(self, probabilities: Tensor, label: Tensor) -> None:  # type: ignore[override]
-        """Adds probabilities (B, K) and label (B,)."""
-        if self.positive is not None:
-            probabilities, label = probabilities[:, self.positive], (label == self.positive).long()
-        super().update(probabilities, label)
 
 
 class Mean(Metric):
@@ -92,35 +72,46 @@ class Mean(Metric):
         return self.total / self.count
 
 
-class PresentScore(MulticlassStatScores):
-    """Precision, recall or F1 by the weights of false positives and negatives; the mean of the classes with images."""
+class Score(MulticlassStatScores):
+    """Precision, recall or F1 of the class with the index `positive`; for None, the mean over the classes that occur.
 
-    def __init__(self, classes: int, *weights: float) -> None:
-        super().__init__(classes, average="none", validate_args=False)
-        self.weights = weights
+    It is true positives / (true positives + weighted false positives + weighted false negatives), and nan where no
+    image has the class; torchmetrics gives 0.
+
+    Args:
+        classes: Their number.
+        positive: Index of the positive class of two.
+        false_positives: Their weight.
+        false_negatives: Their weight.
+    """
+
+    def __init__(self, classes: int, positive: int | None, false_positives: float, false_negatives: float) -> None:
+        super().__init__(classes, average="none", **UNCHECKED)
+        self.positive, self.false_positives, self.false_negatives = positive, false_positives, false_negatives
 
     def compute(self) -> Tensor:
         right, alarms, _, misses, images = super().compute().T
-        each = right / (right + self.weights[0] * alarms + self.weights[1] * misses)
-        return torch.as_tensor(each.nan_to_num()[images > 0].mean())
+        each = (right / (right + self.false_positives * alarms + self.false_negatives * misses)).nan_to_num()
+        return _chosen(torch.where(images > 0, each, torch.nan), self.positive)
 
 
-class PresentAUROC(MulticlassAUROC):
-    """One-against-rest AUROC, averaged over the classes that occur; nan where it is undefined.
+class AUROC(MulticlassAUROC):
+    """AUROC of the class with the index `positive`, or, for None, the mean over the classes that occur.
 
-    torchmetrics' macro average counts a class without samples as 0 (0.377 where 0.498 is right).
+    It is nan where it is undefined; torchmetrics gives 0, also in its macro average (0.377 where 0.498 is right).
     """
+
+    def __init__(self, classes: int, positive: int | None) -> None:
+        super().__init__(classes, **UNCHECKED)
+        self.positive = positive
 
     def compute(self) -> Tensor:  # type: ignore[override]
         probabilities, label = dim_zero_cat(self.preds), dim_zero_cat(self.target)
-        return torch.stack([_auroc(p, label == c) for c, p in enumerate(probabilities.T)]).nanmean()
+        return _chosen(torch.stack([_auroc(p, label == c) for c, p in enumerate(probabilities.T)]), self.positive)
 
 
-class PositiveAUROC(BinaryAUROC):
-    """AUROC of the positive class; nan where only one of the two classes occurs (torchmetrics gives 0)."""
-
-    def compute(self) -> Tensor:  # type: ignore[override]
-        return _auroc(dim_zero_cat(self.preds), dim_zero_cat(self.target) == 1)
+def _chosen(each: Tensor, positive: int | None) -> Tensor:
+    return each.nanmean() if positive is None else each[positive]
 
 
 def _auroc(score: Tensor, positive: Tensor) -> Tensor:

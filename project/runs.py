@@ -47,8 +47,8 @@ class RunLock:
             self._descriptor = None
 
 
-def create_run(name: str, fill: Callable[[Path], None]) -> tuple[Path, RunLock]:
-    """Makes and locks the next runs/<name>/version_N, which appears with its first files, those that `fill` writes.
+def create_run(name: str, fill: Callable[[Path], None], root: Path = ROOT) -> tuple[Path, RunLock]:
+    """Makes and locks the next root/<name>/version_N, which appears with its first files, those that `fill` writes.
 
     Raises:
         UserError: The name cannot be used (TensorBoard splits names at `,` and `:`), or the folder cannot be written.
@@ -56,13 +56,13 @@ def create_run(name: str, fill: Callable[[Path], None]) -> tuple[Path, RunLock]:
     if name in ("", ".", "..", "latest") or Path(name).name != name or {",", ":"} & set(name):
         raise UserError(f"A run cannot be called {name!r}; give a name without / , : and other than latest by --name.")
     try:
-        unfinished = files.beside(ROOT / name / "version")
+        unfinished = files.beside(root / name / "version")
         unfinished.mkdir()
         lock = RunLock(unfinished)
         fill(unfinished)
         while True:
-            numbers = [p.name.removeprefix("version_") for p in (ROOT / name).glob("version_*")]
-            run = ROOT / name / f"version_{max((int(n) for n in numbers if n.isdigit()), default=-1) + 1}"
+            numbers = [p.name.removeprefix("version_") for p in (root / name).glob("version_*")]
+            run = root / name / f"version_{max((int(n) for n in numbers if n.isdigit()), default=-1) + 1}"
             try:
                 unfinished.rename(run)
                 break
@@ -71,7 +71,7 @@ def create_run(name: str, fill: Callable[[Path], None]) -> tuple[Path, RunLock]:
                     raise
     except OSError as error:
         raise UserError(
-            f"Cannot write into {ROOT}/: {error.strerror} ({error.filename}); check its permissions."
+            f"Cannot write into {root}/: {error.strerror} ({error.filename}); check its permissions."
         ) from error
     os.environ[VARIABLE] = str(run)
     return run, lock
@@ -99,9 +99,9 @@ def write_status(run: Path, **entries: Any) -> None:
     files.write_json(run / STATUS, read_status(run) | entries)
 
 
-def unfinished() -> list[Path]:
+def unfinished(root: Path = ROOT) -> list[Path]:
     """Runs whose fit has not finished, the newest first."""
-    folders = [file.parent for file in ROOT.glob(f"*/version_*/{STATUS}")]
+    folders = [file.parent for file in root.glob(f"*/version_*/{STATUS}")]
     waiting = [run for run in folders if read_status(run).get("state") not in (None, "finished")]
     return sorted(waiting, key=_started, reverse=True)
 
@@ -121,11 +121,11 @@ def name_of(path: Path) -> str:
     return folder_of(path).resolve().parent.name if is_inside(path) else path.absolute().stem
 
 
-def newest_checkpoint() -> Path:
+def newest_checkpoint(root: Path = ROOT) -> Path:
     """The best.ckpt of the newest run that has one; raises UserError where there is none."""
-    checkpoints = list(ROOT.glob("*/version_*/checkpoints/best.ckpt"))
+    checkpoints = list(root.glob("*/version_*/checkpoints/best.ckpt"))
     if not checkpoints:
-        raise UserError(f"No run in {ROOT}/ has a best.ckpt; train one first: python -m project.cli fit.")
+        raise UserError(f"No run in {root}/ has a best.ckpt; train one first: python -m project.cli fit.")
     return max(checkpoints, key=lambda file: _started(folder_of(file)))
 
 

@@ -256,4 +256,3 @@ def _reset(monkeypatch):
     torch.set_num_threads(THREADS)
     monkeypatch.setattr(sys, "argv", ["pytest"])
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fit that a full disk has ended leaves its own handler

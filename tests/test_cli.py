@@ -1,17 +1,20 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from project import cli
+from project import __version__, arguments, cli
+from project.errors import command
 
 LONG = "x" * 300
 FILES = {
     "file": b"mine",
     **{f"bad/{number}.jpg": b"<html>" for number in range(9)},
     "bad.yaml": b"data: [1\n model: {",
+    "home.yaml": b"data:\n  root: ~/none\n",
     "unknown.yaml": b"data:\n  rooot: photos\n",
     "nothing.csv": b"",
     "other.csv": b"file,label\na.png,x\n",
@@ -25,7 +28,23 @@ MISTAKES = [
     ("--data.root photos test", "Options come after the verb: python -m project.cli test --data.root"),
     ("fit --data.rot x", "no option --data.rot. Did you mean --data.root?"),
     ("fit --trainer.max_epoch=3", "Did you mean --trainer.max_epochs?"),
-    ("fit stray", "unrecognized arguments: stray"),
+    ("fit stray", "no folder stray; give a folder"),
+    ("fit stray --data.root photos", "--data.root takes one value"),
+    ("validate stray", "no checkpoint stray"),
+    ("test --trainer.devices 1 stray", "no checkpoint stray"),
+    ("test run photos", "--ckpt_path takes one value"),
+    ("test run --patience 3", "no option --patience. See --help."),
+    ("fit --data.root=~/none", f"no folder {Path.home()}/none;"),
+    ("fit --config home.yaml", f"no folder {Path.home()}/none;"),
+    ("fit --lr 0.1", "no option --lr. Did you mean --model.lr?"),
+    ("fit -lr 0.1", "Did you mean --model.lr?"),
+    ("fit --learning-rate 0.1", "Did you mean --model.lr?"),
+    ("fit --epochs=3", "no option --epochs. Did you mean --trainer.max_epochs?"),
+    ("fit --batch-size 8", "Did you mean --data.batch_size?"),
+    ("fit --model.image-size 8", "Did you mean --data.image_size?"),
+    ("fit --seed 8", "Did you mean --seed_everything?"),
+    ("fit --xyz 8", "no option --xyz. See --help."),
+    ("fit --model resnet18", "--model takes a YAML file, not resnet18; one setting is"),
     ("fit --trainer.max_epochs many", "--trainer.max_epochs is many; it takes int or null"),
     ("fit --model.optimizer lamb", "--model.optimizer is lamb; it takes adam or adamw or sgd"),
     ("fit --patience x", "--patience is x; it takes PositiveInt or null"),
@@ -33,7 +52,9 @@ MISTAKES = [
     ("fit --data.root photos --patience 3 --trainer.limit_val_batches 0", "--patience needs validations"),
     ("fit --average 1", "--average is 1; it must be above 0 and below 1"),
     ("fit --config none.yaml", "none.yaml"),
+    ("fit --config bad.yaml", "bad.yaml: "),
     ("fit --config bad.yaml", "line 2"),
+    ("fit --config bytes.csv", "bytes.csv: "),
     ("fit --config unknown.yaml", "no option --data.rooot. Did you mean --data.root?"),
     ("fit --data.root", "--data.root"),
     ("fit --data.root photos --model.name alexnot", "alexnet"),
@@ -41,7 +62,10 @@ MISTAKES = [
     ("fit --model.weight_decay -1", "--model.weight_decay is -1; it must be at least 0"),
     ("fit --model.warmup 3", "--model.warmup is 3; it must be at least 0 and at most 1"),
     ("fit --data.root photos --trainer.max_epochs 0", "nothing to train"),
-    ("fit --data.root photos --trainer.strategy nonsense", "refuses its options (see --help trainer)"),
+    (
+        "fit --data.root photos --trainer.strategy nonsense",
+        "does not accept these options: You selected an invalid strategy",
+    ),
     ("fit --help --model.lrr", "There is no option --model.lrr. Did you mean --model.lr?"),
     ("predict run nowhere", "no file or folder nowhere"),
     ("predict run empty", "no images in empty"),
@@ -50,7 +74,10 @@ MISTAKES = [
     ("predict run hole.csv", "line 3, has no path"),
     ("predict run bytes.csv", "Cannot read"),
     ("predict run heads.csv", "no images in"),
-    ("predict run", "images"),
+    ("predict run", "A run and images are needed, in this order"),
+    ("predict photos/red/000.png", "A run and images are needed"),
+    ("predict photos/red/000.png photos", "photos/red/000.png can be images, but is no run"),
+    ("explain nothing.csv photos", "nothing.csv can be images, but is no run"),
     ("predict run photos --batch_size 0", "--batch_size is 0; it must be above 0"),
     ("predict run photos --min-confidence nan", "--min_confidence is nan; it"),
     ("predict run photos --min-confidense 1", "no option --min-confidense. Did you mean --min_confidence?"),
@@ -66,13 +93,14 @@ MISTAKES = [
     ("explain run photos --method magic", "--method is magic; it takes gradcam or ig or occlusion"),
     ("explain run photos --target gren", "not one of the classes blue, green, red. Did you mean green?"),
     ("explain none.ckpt photos", "no checkpoint none.ckpt"),
-    ("explain bad/0.jpg photos", "is not a checkpoint"),
+    ("explain file photos", "is not a checkpoint"),
     ("explain run nowhere", "no file or folder nowhere"),
     ("explain run bad/0.jpg", "None of the 1 images can be read"),
     ("explain run photos --out no/why", "no folder"),
     ("explain run photos --out file/why", "file is no folder"),
     ("explain run photos --out file", "file exists"),
-    ("check nowhere", "no folder nowhere"),
+    ("check nowhere", "no folder nowhere; give a folder of images"),
+    ("check photos --layout splits", "no folder train; the layout splits needs"),
     (f"check {LONG}", "no folder xxx"),
     ("check empty", "No images in empty"),
     ("check photos --image_size 0", "--image_size is 0"),
@@ -123,7 +151,7 @@ def test_help_has_one_line_for_each_own_option(verb, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     assert cli.main([verb, "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"usage: python -m project.cli {verb} [options]"
+    assert lines[0] == f"usage: python -m project.cli {verb} [{'DIR' if verb in ('fit', 'tune') else 'RUN'}] [options]"
     assert len(lines) < 120
     assert max(map(len, lines)) <= 100
     names = [line.split()[0] for line in lines if line.startswith("  --")]
@@ -164,7 +192,14 @@ def test_bugs_of_ours_keep_their_traceback_and_ctrl_c_does_not(monkeypatch, caps
 def test_help_mistakes_check_and_light_modules_import_nothing_heavy_and_a_name_that_is_no_text_is_printed(photos):
     Path(os.fsdecode(os.fsencode(photos / "red") + b"/caf\xe9.png")).write_bytes(b"no image")
     Path("a.ckpt").touch()
-    codes = {"--help": 0, "fti": 2, "--data.root x fit": 2, "predict --help": 0, "predict a.ckpt no.png": 2}
+    codes = {
+        "--help": 0,
+        "--version": 0,
+        "fti": 2,
+        "--data.root x fit": 2,
+        "predict --help": 0,
+        "predict a.ckpt no.png": 2,
+    }
     codes["check photos"] = 1
     code = f"""if True:
         import sys, project.cli, project.commands.explain, project.data.images, project.data.manifest, project.models
@@ -174,7 +209,39 @@ def test_help_mistakes_check_and_light_modules_import_nothing_heavy_and_a_name_t
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == str({words: (code, set()) for words, code in codes.items()})
     assert "There is no file or folder no.png" in done.stderr
+    assert f"lightning-image-template {__version__}\n" in done.stdout
     assert "caf\\udce9.png: not an image" in done.stdout
+
+
+def greet(path: Path, *, numbers: list[int], loud: bool = False, ask: bool = True, times: int | None = None) -> None:
+    """Greets.
+
+    Args:
+        path: A file.
+    """
+    print(path.name, numbers, loud, ask, times)
+
+
+def test_a_plainly_typed_function_is_a_verb_and_its_flags_look_like_flags(capsys):
+    for words, expected in (
+        ("a/b 1 2", "b [1, 2] False True None"),
+        ("b 1 --loud --no-ask --times 3", "b [1] True False 3"),
+    ):
+        assert arguments.call(greet, "greet", words.split()) == 0
+        assert capsys.readouterr().out == f"{expected}\n"
+    with pytest.raises(SystemExit):
+        arguments.call(greet, "greet", ["--help"])
+    assert "[--loud] [--ask | --no-ask] [--times TIMES] path numbers [numbers ...]" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def test_commands_in_sentences_are_quoted_for_a_shell():
+    shown = "python -m project.cli fit --resume 'runs/my photos/version_0'"
+    assert command("fit", "--resume", Path("runs/my photos/version_0")) == shown
+    for file in Path(cli.__file__).parent.rglob("*.py"):
+        for line in file.read_text().splitlines():
+            assert not re.search(r"project\.cli \w+ .*\{", line), (file, line)
 
 
 @pytest.mark.parametrize(

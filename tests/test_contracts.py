@@ -4,6 +4,7 @@
 for the images, and the options that its verbs had.
 """
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from project import cli, load
+from project.inference import bundle
 from tests.conftest import COLOURS, read_csv
 
 CONTRACTS = Path(__file__).parent / "contracts"
@@ -27,9 +29,15 @@ def released(workplace):
     return Path("runs/photos/version_0")
 
 
-@pytest.mark.parametrize("path", ["checkpoints/best.ckpt", "bundle"])
-def test_checkpoint_and_bundle_of_an_earlier_release_predict_the_same(released, path):
+@pytest.mark.parametrize(
+    ("path", "word"), [("checkpoints/best.ckpt", "raw"), ("bundle", "raw"), ("bundle", "calibrated")]
+)
+def test_checkpoint_and_bundle_of_an_earlier_release_predict_the_same(released, path, word, capsys):
+    if word == "calibrated":  # export built in every temperature that was known
+        metadata = dataclasses.replace(load(released / "bundle").metadata, temperature=1.5, calibrated=True)
+        bundle.seal(released / "bundle", metadata)
     assert cli.main(["predict", str(released / path), "photos", "--out", "now.csv"]) == 0
+    assert f"now.csv ({word} probabilities)" in capsys.readouterr().out
     for now, then in zip(read_csv("now.csv"), read_csv(CONTRACTS / "predicted.csv"), strict=True):
         assert list(now) == list(then)
         probabilities = {key: pytest.approx(float(then[key]), abs=2e-5) for key in then if key.startswith("p:")}

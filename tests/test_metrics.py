@@ -5,7 +5,8 @@ from sklearn import metrics as reference
 from torchmetrics import MeanMetric
 
 from project.errors import UserError
-from project.metrics import Mean, metrics
+from project.evaluation.scores import ScoredPredictions
+from project.metrics import Mean, metrics, positive_index
 
 
 def measured(probabilities, label, names, positive=None):
@@ -54,9 +55,21 @@ def test_figures_are_scikit_learns_of_the_classes_with_images_or_of_the_positive
     assert measured(probabilities, label, names, positive) == pytest.approx(theirs, abs=1e-6, nan_ok=True)
 
 
+def test_without_an_image_of_the_positive_class_nothing_but_the_accuracy_is_measured():
+    probabilities, label = drawn(0, [0], k=2)
+    probabilities[:3] = 0.5  # is not above one half
+    scored = ScoredPredictions(label, probabilities.astype(float), positive=1).scores()
+    for figures in (measured(probabilities, label, ["no", "yes"]), scored):
+        assert figures["accuracy"] > 0.5
+        assert np.isnan([figures[name] for name in ("precision", "recall", "f1", "auroc")]).all()
+    assert measured(probabilities[:3], label[:3], ["no", "yes"])["accuracy"] == 1
+
+
 def test_positive_class_must_be_one_of_two():
     with pytest.raises(UserError, match=r"maybe.*no, yes"):
         metrics(["no", "yes"], "maybe")
+    with pytest.raises(UserError, match=r"the data has c0, .*, c9 and 990 more\.$"):
+        metrics([f"c{index}" for index in range(1000)], "c0")
 
 
 def test_the_articles_precision_and_recall_broadcast_to_a_square():
@@ -88,3 +101,8 @@ def test_mean_weighs_its_values_and_propagates_nan():
     assert mean.compute() == theirs.compute() == pytest.approx((64 + 30) / 74)
     mean.update(torch.tensor(torch.nan), 1)
     assert mean.compute().isnan()
+
+
+def test_error_names_ten_of_many_classes():
+    with pytest.raises(UserError, match=r"the data has c0, .*, c9 and 1,090 more\.$"):
+        positive_index([f"c{number}" for number in range(1100)], "c5")

@@ -3,6 +3,7 @@
 import re
 import shlex
 import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -19,6 +20,16 @@ PAGES = {file: file.read_text(encoding="utf-8") for file in (ROOT / "README.md",
 README, RECIPE = PAGES[ROOT / "README.md"], PAGES[ROOT / "docs" / "recipe.md"]
 SHORT = {"fit": [*SMALL, "--trainer.max_epochs", "1"], "tune": [*SMALL, "--steps", "30"]}
 SHORT["bench"] = ["--count", "8", "--rounds", "1"]
+
+
+def test_git_ignores_what_the_verbs_write_by_default_and_nothing_else(tmp_path):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    outputs = {"explanations/a.png", "explanations-2/a.png", "predictions.csv", "predictions-2.csv", "preview.png"}
+    outputs |= {"runs/photos/lr-finder.png", "data/cache/x", ".predictions.csv.0123456789ab.tmp"}
+    own = {"docs/preview.png", "labels.csv", "leave-out.csv", "tests/predictions.csv", "project/data/own.py", "a.png"}
+    words = ["git", "-C", tmp_path, "check-ignore", *outputs, *own]
+    assert set(subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()) == outputs
 
 
 def blocks(language, *pages):
@@ -100,7 +111,9 @@ def test_options_exist(workplace, capsys):
     options = set(re.findall(r"--[\w.]+", capsys.readouterr().out))
     for key, value in settings.items():
         options |= {f"--{key}.{name}" for name in value} if isinstance(value, dict) else {f"--{key}"}
-    foreign = {"--target", "--epochs", "--seconds", "--no", "--config", "--help", "--ckpt_path"}  # of make bench, pip
+    # of make bench, pip and docker
+    foreign = {"--target", "--epochs", "--seconds", "--no", "--config", "--help", "--ckpt_path", "--shm", "--cpus"}
+
     for file, text in PAGES.items():
         assert set(re.findall(r"(?<![\w-])--[a-z][\w.]*\w", text)) <= options | foreign, file
 

@@ -1,9 +1,12 @@
 """Checks a data set before training: python -m project.cli check photos/ --preview preview.png."""
 
 import csv
+import shlex
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse.typing import PositiveInt
 
@@ -13,8 +16,9 @@ from project.data.check import Report, check_dataset
 from project.data.folders import Layout
 from project.data.images import RESIZERS, read
 from project.data.transforms import AUGMENTATIONS, Augment
+from project.errors import one_line
 
-SHOWN, TABLE = 5, 30  # images of a finding, rows of the table of classes
+SHOWN, TABLE = 6, 30  # images of a finding and of a split, rows of the table of classes
 
 
 def check(
@@ -25,6 +29,7 @@ def check(
     quarantine: str | None = None,
     augment: Augment = "flip",
     image_size: PositiveInt = 224,
+    resize: Literal["stretch", "crop", "pad", "all"] = "stretch",
     layout: Layout | None = None,
     keep: str = "",
 ) -> int:
@@ -39,6 +44,7 @@ def check(
         quarantine: Write the images to exclude into this CSV file, which fit --data.exclude takes; must not exist.
         augment: Augmentation of the preview.
         image_size: Side of the preview's images, in pixels.
+        resize: How the preview's images become square, as fit --data.resize takes it; all shows each way.
         layout: Whether the folders in root are splits or classes, as fit --data.layout takes it.
         keep: Pattern of names that are not passed over, as fit --data.keep takes it.
     """
@@ -59,14 +65,14 @@ def check(
     if quarantine is not None:
         with files.replacing(Path(quarantine)) as stream:
             csv.writer(stream).writerows([("path", "reason"), *sorted(report.leave_out.items())])
-        print(f"written: {quarantine}, {len(report.leave_out):,} images; fit --data.exclude {quarantine}")
+        print(f"written: {quarantine}, {len(report.leave_out):,} images; fit --data.exclude {shlex.quote(quarantine)}")
     if preview is not None:
-        _draw(Path(preview), Path(root), report, augment, image_size)
+        _draw(Path(preview), Path(root), report, augment, image_size, resize)
     return int(any(finding.problem for finding in report.findings))
 
 
 def _lines(root: str, report: Report) -> Iterator[str]:
-    counts = report.counts()
+    counts = {one_line(name): numbers for name, numbers in report.counts().items()}
     yield f"{root}: {len(report.rows):,} images, {len(counts)} classes\n"
     if any(row.split for row in report.rows):
         width = max(map(len, [*counts, "class"]))
@@ -77,36 +83,37 @@ def _lines(root: str, report: Report) -> Iterator[str]:
             yield f"and {len(counts) - TABLE:,} classes with more images"
     for title, problem in (("problems", True), ("notes", False)):
         findings = [finding for finding in report.findings if finding.problem == problem]
-        yield f"\n{title}:" + ("" if findings else "\n  none")
+        yield f"\n{title}:" + ("\n  none" if problem and not findings else "")
         for finding in findings:
-            yield f"  {finding.sentence}"
-            yield from (f"    {' = '.join(paths[:4])}" for paths in finding.paths[:SHOWN])
+            yield f"  {one_line(finding.sentence)}"
+            yield from (f"    {one_line(' = '.join(paths[:4]))}" for paths in finding.paths[:SHOWN])
             if len(finding.paths) > SHOWN:
-                yield f"    and {len(finding.paths) - SHOWN:,} more; --json FILE lists all"
+                yield f"    and {len(finding.paths) - SHOWN:,} more, which --json FILE lists"
     mean, std = (" ".join(f"{value:.3f}" for value in values) for values in (report.mean, report.std))
-    yield f"  mean of the pixels {mean}, standard deviation {std}; in use from scratch: 0.5, 0.5"
+    yield f"  The mean of the pixels is {mean}, their standard deviation {std}; training from scratch uses 0.5 and 0.5."
 
 
-def _draw(file: Path, root: Path, report: Report, augment: Augment, size: int) -> None:
-    """Draws training images, three augmentations of each way of resizing, then validation images."""
+def _draw(file: Path, root: Path, report: Report, augment: Augment, size: int, resize: str) -> None:
+    """Draws training images, each in three augmentations or in the three ways of resizing, then validation images."""
     import numpy as np
 
     from project.evaluation.figures import image_grid
+    from project.evaluation.fonts import wrapped
 
     base = manifest.folder_of(root)
     images, titles = [], []
-    for split, count, draws in (("train", 5, 3), ("val", 6, 1)):
+    ways = [way for way in RESIZERS if resize in (way, "all")]
+    for split, draws in (("train", 4 - len(ways)), ("val", 1)):
         augmentation = AUGMENTATIONS[augment if split == "train" else "none"]
         rows = [row for row in report.rows if row.split == split and row.path not in report.leave_out]
-        for number, row in enumerate(rows[:: max(1, len(rows) // count)][:count]):
-            for resize in RESIZERS:
-                square = read(base / row.path, round(size * augmentation.margin), resize)
-                for draw in range(draws):
-                    images.append(augmentation.apply(square, np.random.default_rng((0, draw, number)), size))
-                    titles.append(f"{resize} {draw + 1}" if draws > 1 else f"{split} {resize}")
+        for number, row in enumerate(rows[:: max(1, len(rows) // SHOWN)][:SHOWN]):
+            for way, draw in product(ways, range(draws)):
+                square = read(base / row.path, round(size * augmentation.margin), way)
+                images.append(augmentation.apply(square, np.random.default_rng((0, draw, number)), size))
+                titles.append(wrapped(f"{row.label}\n{Path(row.path).name}\n{split}, {way}", 19))
     if not images:
-        print("no preview: the images have no split that fit could use")
+        print("There is no preview, because fit could not split the images.")
         return
     with files.replacing(file, "wb") as stream:
-        image_grid(np.stack(images), titles, columns=9).savefig(stream, dpi=120, format="png")
+        image_grid(np.stack(images), titles, columns=6, side=1.5).savefig(stream, dpi=120, format="png")
     print(f"written: {file}")

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from project import files, runs
-from project.errors import UserError
-from project.inference import bundle, calibration
+from project.errors import UserError, command
+from project.inference import bundle
 from project.inference.load import load_network, locate_checkpoint
 
 
@@ -16,6 +16,7 @@ def export(
     quantize: Literal["int8"] | None = None,
     out: str | None = None,
     pt2: bool = False,
+    calibrated: bool = False,
     data: str | None = None,
 ) -> int:
     """Packs a checkpoint for use elsewhere, and verifies that it predicts the same there.
@@ -32,6 +33,7 @@ def export(
             faster.
         out: The folder to make; must not exist. By default bundle in the run.
         pt2: Write model.pt2 too, for torch.export.load, which runs code from the file: for your own use.
+        calibrated: Build in the temperature that `report` has found, so that probabilities match frequencies.
         data: Where the run's images are now; by default where they were.
     """
     file = locate_checkpoint(checkpoint)
@@ -40,24 +42,16 @@ def export(
     files.require_new(target, "out")
     from project.export import model_card, onnx, verify  # torch: only once the arguments are known to be valid
     from project.export import quantize as quantization
-    from project.inference.checkpoint import TorchPredictor
     from project.inference.metadata import provenance
 
     versions = onnx.library_versions()
-    loaded = load_network(file, device="cpu")
-    temperature = calibration.read(file)
-    metadata = replace(
-        loaded.metadata,
-        temperature=temperature or 1.0,
-        calibrated=temperature is not None,
-        export={"versions": versions, "git_commit": provenance()["git_commit"]},
-    )
-    network = TorchPredictor(loaded.network, metadata, metadata.temperature)
+    network = load_network(file, calibrated, device="cpu")
+    metadata = replace(network.metadata, export={"versions": versions, "git_commit": provenance()["git_commit"]})
     images = verify.draw_images(run, "val", verify.MAX_IMAGES, metadata, data)
     samples = verify.training_samples(run, network, data) if quantize is not None else []
     try:
         with files.new_folder(target) as folder:
-            program = onnx.trace(network.network, network.temperature, network.image_size)
+            program = onnx.trace(network.network, metadata.temperature, metadata.image_size)
             onnx.write_onnx(program, folder / bundle.MODEL, onnx.properties(metadata))
             onnx.write_safetensors(network.network, folder / bundle.WEIGHTS)
             if pt2:
@@ -73,5 +67,6 @@ def export(
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror}; give another folder by --out.") from error
     size = sum(part.stat().st_size for part in target.iterdir())
-    print(f"bundle: {target} ({size / 1e6:,.0f} MB)\nnext: python -m project.cli predict {target} IMAGES...")
+    print(f"bundle: {target} ({size / 1e6:,.0f} MB, {metadata.calibration} probabilities)")
+    print(f"next: {command('predict', target)} IMAGES...")
     return 0

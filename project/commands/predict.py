@@ -2,9 +2,8 @@
 
 import heapq
 import io
-import re
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from operator import itemgetter
@@ -14,7 +13,7 @@ from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
 from project import files
 from project.data.inputs import STREAM, gather
-from project.errors import FailedRun, UserError
+from project.errors import FailedRun, UserError, one_line
 from project.inference import predict_devices, predictions
 from project.inference.load import locate
 from project.inference.predictions import Prediction
@@ -24,7 +23,7 @@ def predict(
     checkpoint: str,
     images: list[str],
     /,
-    out: str = "predictions.csv",
+    out: str | None = None,
     top: PositiveInt | None = None,
     min_confidence: ClosedUnitInterval | None = None,
     tta: bool = False,
@@ -34,7 +33,7 @@ def predict(
     workers: PositiveInt | None = None,
     devices: PositiveInt = 1,
 ) -> int:
-    """Labels images and writes one row for each, in the given order.
+    """Labels images, and writes one row for each, in the given order; of a single one, prints the likeliest classes.
 
     An unreadable image gets a row with its error; if all are unreadable, the exit code is 1.
 
@@ -43,7 +42,8 @@ def predict(
         images: Files, folders (all images in them and below), patterns like "photos/*.jpg", CSV files with a column
             path and, optionally, true or label, which holds the true class, and - for a list on standard input; in
             any mix.
-        out: The CSV file to write; must not exist. A dash means standard output.
+        out: The CSV file to write; must not exist. A dash means standard output. By default none for a single image,
+            otherwise predictions.csv, or where that exists predictions-2.csv and so on.
         top: Also print this many of the likeliest classes of each image, one line per image.
         min_confidence: Add a column abstained: 1 where the likeliest class has a lower probability than this, else 0.
             The label stays the likeliest class.
@@ -57,15 +57,19 @@ def predict(
     to_stdout = out == STREAM
     if to_stdout and top is not None:
         raise UserError("--top prints on standard output, where --out - writes; give --out a file.")
-    if not to_stdout:
-        files.require_new(Path(out), "out", overwrite)
     source = locate(checkpoint)
     paths, true = zip(*gather(images), strict=True)
+    if out is None and len(paths) > 1:
+        out = "predictions.csv" if overwrite else str(files.unused(Path("predictions.csv")))
+    top = top or (None if out else 3)
+    if out and not to_stdout:
+        files.require_new(Path(out), "out", overwrite)
     if devices > 1:
-        names, stream = predict_devices.predict(source, paths, devices, calibrated, tta, batch_size, workers)
+        metadata, stream = predict_devices.predict(source, paths, devices, calibrated, tta, batch_size, workers)
     else:
         predictor = source.load(calibrated)
-        names, stream = predictor.class_names, predictor.stream(paths, batch_size, workers, tta)
+        metadata, stream = predictor.metadata, predictor.stream(paths, batch_size, workers, tta)
+    names = metadata.class_names
     from rich.console import Console  # after the mistakes, which need none of it
     from rich.progress import Progress
 
@@ -76,9 +80,11 @@ def predict(
     with closing(stream), bar as progress:
         rows = _labelled(progress.track(stream, len(paths), description="predict"), true, counts)
         if top is not None:
-            rows = (_print(row, names, top) for row in rows)
+            rows = (_print(row, names, top, min_confidence or 0) for row in rows)
         try:
-            if to_stdout:
+            if out is None:
+                deque(rows, maxlen=0)
+            elif to_stdout:
                 if isinstance(sys.stdout, io.TextIOWrapper):  # as in a file
                     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape", newline="")
                 predictions.write_into(sys.stdout, rows, names, min_confidence)
@@ -89,10 +95,11 @@ def predict(
             raise  # cli.main ends quietly
         except OSError as error:
             raise UserError(f"--out {out} cannot be written: {error.strerror}; give another file.") from error
-    summary = f"{counts[True]:,} image{'s' * (counts[True] != 1)} labelled, {counts[False]:,} unreadable: {out}"
+    summary = f"{counts[True]:,} image{'s' * (counts[True] != 1)} labelled, {counts[False]:,} unreadable"
+    summary += f"{f': {out}' if out else ''} ({metadata.calibration} probabilities)"
     print(summary, file=sys.stderr if prints else sys.stdout)
     if not counts[True]:
-        raise FailedRun(f"No image can be read; the column error of {out} has the reasons.")
+        raise FailedRun("No image can be read" + (f"; the column error of {out} has the reasons." if out else "."))
     return 0
 
 
@@ -103,11 +110,11 @@ def _labelled(stream: Iterable[Prediction], true: Iterable[str], counts: Counter
         yield prediction._replace(true=label)
 
 
-def _print(prediction: Prediction, class_names: Sequence[str], top: int) -> Prediction:
+def _print(prediction: Prediction, class_names: Sequence[str], top: int, min_confidence: float) -> Prediction:
     """Prints an image with its likeliest classes, or with the reason why it could not be read."""
     pairs = zip(class_names, prediction.probabilities, strict=False)  # of an unreadable image, none
     best = heapq.nlargest(top, pairs, key=itemgetter(1))
     classes = ", ".join(f"{name} {probability:.4f}" for name, probability in best)
-    line = f"{prediction.path}: {prediction.error or classes}"
-    print(re.sub(r"[\x00-\x1f\x7f]", lambda match: repr(match[0])[1:-1], line))  # a name may contain line breaks
+    abstained = "; abstained" * (not prediction.error and prediction.probability < min_confidence)
+    print(one_line(f"{prediction.path}: {prediction.error or classes}{abstained}"))
     return prediction

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from project import files
-from project.errors import UserError
+from project.errors import UserError, command
 from project.evaluation import report as page
 from project.evaluation import results
 from project.evaluation.comparison import ComparedRun
@@ -30,9 +30,7 @@ def report(
     others = [ComparedRun.of(path, data) for path in compare or []]
     source = locate(checkpoint)
     if data is not None and not any(each.is_bundle for each in (source, *map(locate, compare or []))):
-        raise UserError(
-            f"--data is for bundles; run: python -m project.cli test --ckpt_path {source.file} --data.root {data}"
-        )
+        raise UserError(f"--data is for bundles; run: {command('test', source.file, '--data.root', data)}")
     if not source.is_bundle and not results.is_tested(source.file):
         from project.training import cli as trainer_cli  # Lightning: only where its Trainer is needed
 

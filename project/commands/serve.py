@@ -17,6 +17,13 @@ TOKEN = "SERVE_TOKEN"  # the environment variable: a word of the command line is
 PLAIN_TOKEN = r"[!-~][ -~]{6,}[!-~]"
 
 
+class LogFormatter(logging.Formatter):
+    """Says what the numbers in uvicorn's line about a request are."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return re.sub(r'(\S+) - "(.*) HTTP/\S+" (\d+)$', r"\2: status \3, client \1", super().format(record))
+
+
 def serve(
     model: str,
     /,
@@ -48,7 +55,7 @@ def serve(
         token: A request must have the header "Authorization: Bearer TOKEN". Better set the environment variable
             SERVE_TOKEN: other users see a command line.
         public: Serve without a token on a host that others can reach.
-        calibrated: Use the temperature found by `report`. (A bundle has it built in, if it was known.)
+        calibrated: Use the temperature found by `report`. (A bundle has it built in after export --calibrated.)
         top: Number of most probable classes listed in a prediction.
         min_confidence: Predictions of a lower probability have "abstained": true.
         threads: Threads that decode, and threads that compute; by default the usable cores.
@@ -102,9 +109,12 @@ def serve(
             parallel=parallel,
         )
         served = Model(model, calibrated, settings.threads, settings.parallel)
-        print(f"{served.id}, {len(served.predictor.class_names):,} classes")
+        metadata = served.predictor.metadata
+        print(f"{model}: {served.id}, {len(metadata.class_names):,} classes, {metadata.calibration} probabilities")
         print(f"http://{name}:{port} (Ctrl-C ends it)", flush=True)
-        logging.basicConfig(format="%(asctime)s %(message)s")
+        log = logging.StreamHandler()
+        log.setFormatter(LogFormatter("%(asctime)s %(message)s"))
+        logging.basicConfig(handlers=[log])
         logging.getLogger("uvicorn.access").setLevel(logging.INFO)
         for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises it again once it has answered all requests
             signal.signal(number, lambda number, _: sys.exit(128 + number))

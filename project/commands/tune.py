@@ -1,7 +1,9 @@
 """Finds a learning rate and a batch size for a fit: python -m project.cli tune --data.root photos."""
 
+import contextlib
+import io
 import itertools
-import shlex
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.tuner.tuning import Tuner
 
-from project import files
-from project.errors import UserError
+from project import files, runs
+from project.errors import UserError, command
 from project.evaluation import figures
 from project.optim import make_optimizer
 from project.training import cli as trainer_cli
 from project.training.throughput import seconds_per_step
 
+STEPS = 100  # of the learning rate finder, at most
 LOWEST, HIGHEST = 1e-7, 1.0  # learning rates
 ENOUGH = 30  # finite losses; fewer are too few to tell a fall from noise
 BATCH_SIZES = (16, 32, 64, 128, 256)
@@ -31,13 +34,15 @@ class Tuning(trainer_cli.Cli):
     """Takes the options of `fit` and runs Lightning's Tuner. Writes the plot and no run."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        texts = {"usage": "python -m project.cli tune [options]", "description": DESCRIPTION}
+        texts = {"usage": "python -m project.cli tune [DIR] [options]", "description": DESCRIPTION}
         return super().init_parser(**kwargs | texts)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--steps", type=Steps, default=100, help="Training steps of the learning rate finder.")
-        parser.add_argument("--plot", type=str, default="lr-finder.png", help="Its plot; must not exist.")
+        steps = f"Training steps of the learning rate finder; by default {STEPS}, or those of a fit if it has fewer."
+        plot = "Its plot; must not exist. By default lr-finder.png in runs/NAME, or lr-finder-2.png, and so on."
+        parser.add_argument("--steps", type=Steps | None, default=None, help=steps)
+        parser.add_argument("--plot", type=str | None, default=None, help=plot)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         if any(word.partition("=")[0] == "--resume" for word in self.argv):
@@ -46,7 +51,8 @@ class Tuning(trainer_cli.Cli):
 
     def instantiate_trainer(self, **_: Any) -> Trainer:
         """Makes a Trainer that leaves no files."""
-        files.require_new(Path(self.config.fit.plot), "plot")
+        if self.config.fit.plot is not None:
+            files.require_new(Path(self.config.fit.plot), "plot")
         options = self.config_init.fit.trainer
         return Trainer(
             accelerator=options.accelerator,
@@ -70,17 +76,24 @@ class Tuning(trainer_cli.Cli):
         if batch := self._batch_size():
             data.batch_size = batch  # for the learning rate finder
             words += ["--data.batch_size", str(batch)]
-        finder = Tuner(self.trainer).lr_find(
-            self.model, datamodule=data, min_lr=LOWEST, max_lr=HIGHEST, num_training=int(options.steps)
-        )
+        length = data.epochs * (len(data.dataset("train")) // data.batch_size)
+        steps = int(options.steps or min(STEPS, length))
+        why = ", as many as a fit of the default length has" if steps == length else ""
+        print(f"learning rate finder: {steps} steps{why}", flush=True)
+        hidden = contextlib.redirect_stderr(io.StringIO())  # its progress bar, where no terminal shows it
+        with contextlib.nullcontext() if sys.stderr.isatty() else hidden:
+            finder = Tuner(self.trainer).lr_find(
+                self.model, datamodule=data, min_lr=LOWEST, max_lr=HIGHEST, num_training=steps
+            )
         assert finder is not None  # only with fast_dev_run
         rates, losses = np.array(finder.results["lr"]), np.array(finder.results["loss"])
         rate, reason = suggest(rates, losses)
         if rate is not None:
             words += ["--model.lr", f"{rate:.0e}"]
-        with files.replacing(Path(options.plot), "wb") as stream:
+        plot = Path(options.plot or files.unused(runs.ROOT / data.run_name / "lr-finder.png"))
+        with files.replacing(plot, "wb") as stream:
             figures.rate_finder(rates, losses, rate).savefig(stream, dpi=120, format="png")
-        print(f"learning rate: {reason}; see {options.plot}\nnext: python -m project.cli fit {shlex.join(words)}")
+        print(f"learning rate: {reason}; see {plot}\nnext: {command('fit', *words)}")
 
     def _batch_size(self) -> int | None:
         """The smallest batch within 5 % of the best speed, of those that fit and leave an epoch its steps."""
@@ -128,4 +141,5 @@ def suggest(rates: np.ndarray[Any, Any], losses: np.ndarray[Any, Any]) -> tuple[
     if start - losses[lowest] < max(4 * noise, 0.03 * abs(start)):
         return None, f"cannot tell: the loss falls {fall} at best, maybe by chance; keep the default or add --steps"
     rate = float(f"{rates[lowest] / 10:.0e}")
-    return rate, f"a tenth of {rates[lowest]:.1e}, where the loss is lowest: it falls {fall}"
+    where = f"{rates[lowest]:.1e}, where the loss is lowest"
+    return rate, f"{rate:.0e}, a tenth of {where}, rounded to one digit; the loss falls {fall}"

@@ -39,38 +39,23 @@ INSPECTED = np.dtype(
 
 @dataclass(frozen=True)
 class Finding:
-    """One kind of finding.
+    """One kind of finding."""
 
-    Attributes:
-        kind: An identifier for programs.
-        problem: Whether to look at it before training; otherwise it is for information.
-        sentence: What was found.
-        paths: The images; those that belong together are in one entry.
-    """
-
-    kind: str
-    problem: bool
-    sentence: str
-    paths: list[list[str]]
+    kind: str  # an identifier for programs
+    problem: bool  # whether to look at it before training; otherwise it is for information
+    sentence: str  # what was found
+    paths: list[list[str]]  # the images; those that belong together are in one entry
 
 
 @dataclass(frozen=True)
 class Report:
-    """The result of the checks of a data set.
+    """The result of the checks of a data set."""
 
-    Attributes:
-        rows: Path, label and split of every image.
-        findings: The worst first.
-        leave_out: Path and reason of the images to exclude from training.
-        mean: Of the readable images' pixels, a channel each, 0 to 1.
-        std: Their standard deviation.
-    """
-
-    rows: list[Row]
-    findings: list[Finding]
-    leave_out: dict[str, str]
-    mean: list[float]
-    std: list[float]
+    rows: list[Row]  # path, label and split of every image
+    findings: list[Finding]  # the worst first
+    leave_out: dict[str, str]  # path and reason of the images to exclude from training
+    mean: list[float]  # of the readable images' pixels, a channel each, 0 to 1
+    std: list[float]  # their standard deviation
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Images of each class in each split."""
@@ -132,7 +117,7 @@ def check_dataset(
     else:
         columns = zip(loaded.paths, loaded.labels.tolist(), loaded.splits.tolist(), strict=True)
         rows = [Row(path, loaded.class_names[label], SPLITS[split]) for path, label, split in columns]
-        notices = [text for text in loaded.notices if "left out" not in text]
+        notices = (text for text in loaded.notices if "left out" not in text)
         findings += [Finding("notice", "both sides" in text, text, []) for text in notices]
     base = manifest.folder_of(root)
     inspected, errors = np.zeros(len(rows), INSPECTED), dict[int, str]()
@@ -154,18 +139,18 @@ def _report(
     is_constant = inspected["thumbnail"].std(axis=1) < CONSTANT
     leave_out = {rows[index].path: f"unreadable: {reason}" for index, reason in errors.items()}
 
-    def add(kind: str, problem: bool, what: str, paths: list[list[str]]) -> None:
+    def add(kind: str, problem: bool, what: str, paths: list[list[str]], noun: str = "image") -> None:
         if paths:
-            findings.append(Finding(kind, problem, f"{len(paths):,} {what}", paths))
+            findings.append(Finding(kind, problem, there_are(len(paths), noun, what), paths))
 
     first = {(rows[index].label, rows[index].split): index for index in reversed(errors)}
     for index in np.flatnonzero(readable).tolist():
         first.pop((rows[index].label, rows[index].split), None)
     lost = [[f"{label} ({split or 'all'}): {rows[i].path}: {errors[i]}"] for (label, split), i in sorted(first.items())]
-    add("unreadable-class", True, "splits of a class have no readable image", lost)
-    add("unreadable", True, "cannot be read", [[f"{rows[index].path}: {errors[index]}"] for index in errors])
+    add("unreadable-class", True, "in which a class has no readable image", lost, "split")
+    add("unreadable", True, "that cannot be read", [[f"{rows[index].path}: {errors[index]}"] for index in errors])
     for kind, what, groups in duplicates.groups(rows, inspected, np.flatnonzero(readable & ~is_constant)):
-        add(kind, True, what, [[rows[index].path for index in group] for group in groups])
+        add(kind, True, f"of {what}", [[rows[index].path for index in group] for group in groups], "group")
         for group in groups:
             keep = max(group, key=lambda index: (SPLITS.index(rows[index].split or "train"), -index))
             for index in group:
@@ -179,32 +164,40 @@ def _report(
     usual = np.median(good["size"].min(axis=1))
     common = Counter(good["mode"].tolist()).most_common(1)[0][0]
     for kind, problem, what, condition in (
-        ("ending", True, "with the ending of another format", np.array(named) != formats),
-        ("constant", True, "look like a single colour", is_constant),
-        ("size", False, f"far from the usual size ({usual:.0f} px)", (shorter < usual / 4) | (shorter > usual * 4)),
-        ("aspect", False, "with one side more than 3 times the other", longer > 3 * shorter),
-        ("mode", False, f"of another mode than {common.decode()}", inspected["mode"] != common),
-        ("rotated", False, "turned by their EXIF orientation (training turns them too)", inspected["rotated"]),
-        ("no-data", False, "with no-data values (drawn black or white)", inspected["no_data"]),
-        ("deep", False, "of 16 bits or more (scaled to 8)", np.isin(inspected["mode"].astype("S1"), [b"I", b"F"])),
+        ("ending", True, "with the file name extension of another format", np.array(named) != formats),
+        ("constant", True, "of a single colour", is_constant),
+        ("size", False, f"far from the usual size of {usual:.0f} px", (shorter < usual / 4) | (shorter > usual * 4)),
+        ("aspect", False, "with one side more than 3 times as long as the other", longer > 3 * shorter),
+        ("mode", False, f"with another colour mode than the usual {common.decode()}", inspected["mode"] != common),
+        ("rotated", False, "turned by an EXIF orientation, which training follows", inspected["rotated"]),
+        ("no-data", False, "with no-data values, which become black or white", inspected["no_data"]),
+        ("deep", False, "with 16 or 32 bits, scaled to 8", np.isin(inspected["mode"].astype("S1"), [b"I", b"F"])),
     ):
         add(kind, problem, what, [[rows[index].path] for index in np.flatnonzero(condition & readable)])
     findings += classes(rows)
     for kind, names in skipped.items():
         problem = kind not in (HIDDEN, NOT_IMAGE, NOT_SPLIT, TOOL)
-        findings.append(Finding("skipped", problem, f"{len(names):,} left out, {kind}", [[name] for name in names]))
+        add("skipped", problem, f"left out: {kind}", [[name] for name in names], "path")
     findings.sort(key=lambda finding: (not finding.problem, finding.kind != "unreadable-class"))
     mean = good["mean"].mean(axis=0)
     std = np.sqrt(np.maximum(good["square"].mean(axis=0) - np.square(mean), 0))
     return Report(rows, findings, leave_out, mean.tolist(), std.tolist())
 
 
+def there_are(count: int, noun: str, what: str) -> str:
+    """A sentence about a number of images, classes or other things."""
+    return (
+        f"There is 1 {noun} {what}." if count == 1 else f"There are {count:,} {noun}{'e' * (noun == 'class')}s {what}."
+    )
+
+
 def classes(rows: list[Row]) -> Iterator[Finding]:
     """Findings about the number of training images of each class."""
     train = Counter(row.label for row in rows if row.split in ("train", ""))
     if few := [[f"{label}: {count}"] for label, count in sorted(train.items()) if count < SMALL_CLASS]:
-        yield Finding("small-class", True, f"{len(few):,} classes with fewer than {SMALL_CLASS} training images", few)
+        text = there_are(len(few), "class", f"with fewer than {SMALL_CLASS} training images")
+        yield Finding("small-class", True, text, few)
     if train and max(train.values()) > IMBALANCE * min(train.values()):
         most, least = max(train, key=train.__getitem__), min(train, key=train.__getitem__)
-        text = f"{most} has {train[most] / train[least]:.0f} times the images of {least}; see --data.balance"
+        text = f"{most} has {train[most] / train[least]:.0f} times as many images as {least}; see fit --data.balance."
         yield Finding("imbalance", True, text, [])

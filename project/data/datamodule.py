@@ -1,5 +1,6 @@
 """ImageData: a folder of images as Lightning's train, val and test loaders."""
 
+import mmap
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import chain, takewhile
@@ -24,7 +25,7 @@ from project.data.images import Resize
 from project.data.loader import BatchSampler, loader
 from project.data.manifest import Manifest
 from project.data.transforms import Augment
-from project.errors import UserError
+from project.errors import UserError, some
 
 Balance = Literal["none", "loss", "sample"]
 STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
@@ -104,6 +105,13 @@ class ImageData(LightningDataModule):
         return manifest.load(self.root, **self._query)
 
     @property
+    def run_name(self) -> str:
+        """The default name of a run: that of the data's folder or file, and the fold, if there is one."""
+        root, fold = self.root.resolve(), self._query["fold"]
+        name = (root.stem if root.is_file() else root.name).translate({ord(","): "-", ord(":"): "-"})
+        return name if fold is None else f"{name}-fold{fold}"
+
+    @property
     def class_names(self) -> list[str]:
         """Sorted names of the training split's classes."""
         return self.manifest.class_names
@@ -173,12 +181,13 @@ class ImageData(LightningDataModule):
         if not failed:
             return
         names = [self.class_names[label] for label in np.unique(dataset.labels[[row for row, _ in failed]])]
-        of = f" of {', '.join(names[:10])}{' and others' * (len(names) > 10)}" * (len(failed) < len(dataset))
+        of = f" of {some(names)}" * (len(failed) < len(dataset))
         first = "; ".join(f"{dataset.path(row)}: {reason}" for row, reason in failed[:3])
         text = f"None of the {len(failed):,} {split} images{of} can be read; the first: {first}"
         if split == "train" or not of:
             raise UserError(f"{text}. Replace them, or leave the class out.")
-        rank_zero_only(print)(f"{text}. Averages over the classes leave these out.", flush=True)
+        text += ". Precision, recall and AUROC of such a class cannot be measured; averages leave it out."
+        rank_zero_only(print)(text, flush=True)
 
     def require_enough_for(self, ranks: int, stage: str) -> None:
         """Checks that each rank gets at least one image.
@@ -245,14 +254,20 @@ class ImageData(LightningDataModule):
         return loader(
             self._features.get(split, dataset),
             sampler,
-            0 if split in self._features else self.workers,
+            *((0, 0) if split in self._features else self.reading),
             pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
         )
 
     def in_order(self, split: str) -> DataLoader[Batch]:
         """Every image of a split once, in the order of its rows, the same on each rank."""
         dataset = self.dataset(split)
-        return loader(dataset, BatchSampler(len(dataset), self.batch_size, shuffle=False), self.workers)
+        return loader(dataset, BatchSampler(len(dataset), self.batch_size, shuffle=False), *self.reading)
+
+    @cached_property
+    def reading(self) -> tuple[int, int]:
+        """Number of workers, and of batches that each reads ahead; fewer where shared memory is small."""
+        images = -(-self.batch_size // (self.trainer.num_nodes if self.trainer else 1))
+        return processes.that_fit(self.workers, images * (self.image_size**2 * 3 + 16) + 3 * mmap.PAGESIZE)
 
     def use_features(self, split: str, values: Tensor, failed: dict[int, str]) -> None:
         """Makes the batches of a split hold these (N, F) instead of its images; see `Features`."""

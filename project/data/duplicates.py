@@ -14,7 +14,7 @@ NEARLY_SAME = 0.998  # correlation
 def groups(
     rows: list[Row], inspected: npt.NDArray[np.void], indices: npt.NDArray[np.int64]
 ) -> Iterator[tuple[str, str, list[list[int]]]]:
-    """Yields (kind, sentence, groups of indices), the worst kind first.
+    """Yields (kind, what they are, groups of indices), the worst kind first.
 
     Args:
         rows: Path, label and split of each image.
@@ -33,10 +33,10 @@ def groups(
     for kind, group in found:
         labels, splits = {rows[index].label for index in group}, {rows[index].split for index in group}
         by_kind[kind + ("-label" if len(labels) > 1 else "-split" if len(splits) > 1 else "")].append(group)
-    for kind, what in (("duplicate", "the same file"), ("near-duplicate", "nearly the same")):
-        yield f"{kind}-label", f"{what}, with different labels", by_kind[f"{kind}-label"]
-        yield f"{kind}-split", f"{what}, on both sides of the split", by_kind[f"{kind}-split"]
-        yield kind, f"{what}, within one class and split", by_kind[kind]
+    for kind, what in (("duplicate", "identical files"), ("near-duplicate", "nearly identical images")):
+        yield f"{kind}-label", f"{what} with different labels", by_kind[f"{kind}-label"]
+        yield f"{kind}-split", f"{what} in different splits", by_kind[f"{kind}-split"]
+        yield kind, f"{what} in one class and split", by_kind[kind]
 
 
 def fingerprints(thumbnails: npt.NDArray[np.uint8]) -> npt.NDArray[np.float16]:
@@ -50,7 +50,7 @@ def fingerprints(thumbnails: npt.NDArray[np.uint8]) -> npt.NDArray[np.float16]:
 
 
 def near_groups(fingerprints: npt.NDArray[np.float16]) -> list[list[int]]:
-    """Groups of rows that are linked by a correlation of at least `NEARLY_SAME`, directly or through others.
+    """Groups of rows (N, D) that are linked by a correlation of at least `NEARLY_SAME`, directly or through others.
 
     A photograph that is saved again as JPEG, at half its size or with another contrast nearly always keeps a
     correlation above 0.998. Of 3.4 million pairs of solar cells, all much alike, 4 have it, the same cells taken twice;
@@ -59,12 +59,6 @@ def near_groups(fingerprints: npt.NDArray[np.float16]) -> list[list[int]]:
 
     Exact, and quick because near vectors have nearly the same position along every direction: a row is compared only
     with those near it along the direction of largest spread.
-
-    Args:
-        fingerprints: (N, D), each of length 1.
-
-    Returns:
-        Indices of two rows or more, a list a group.
     """
     if len(fingerprints) < 2:
         return []

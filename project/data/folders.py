@@ -10,7 +10,7 @@ from typing import Literal
 
 from project.data.images import is_image
 from project.data.splits import Row
-from project.errors import UserError
+from project.errors import UserError, some
 
 Layout = Literal["splits", "classes"]
 SPLIT_OF_FOLDER = dict.fromkeys(("train", "training"), "train")  # by normalized name
@@ -21,7 +21,7 @@ _TOOLS = """@eaDir, @tmp, @sharebin, @__thumb, @Recycle, @Recently-Snapshot, @Tr
 Network Recycle Bin*, $RECYCLE.BIN, RECYCLER, System Volume Information, found.[0-9][0-9][0-9], __MACOSX, lost+found,
 Network Trash Folder, Temporary Items, TheFindByContentFolder, TheVolumeSettingsFolder, _gsdata_, _SYNCAPP, *.ffs_tmp"""
 _TOOL_NAME = re.compile("|".join(translate(name) for name in re.split(r",\s", _TOOLS)), re.IGNORECASE)
-HIDDEN, NOT_IMAGE, NOT_SPLIT = "hidden", "not an image", "not one of train, val, test"
+HIDDEN, NOT_IMAGE, NOT_SPLIT = "hidden", "not an image", "not a folder of train, val or test with images"
 TOOL, LOOSE = "made by a NAS, a file manager or a synchroniser", "not inside a class folder"
 BROKEN = "link that leads nowhere or may not be followed"
 
@@ -60,7 +60,7 @@ def scan(root: Path, skipped: Skipped, layout: Layout | None = None) -> Iterator
     Raises:
         UserError: The root cannot be read, or in two ways; two folders are for one split, or none is for train.
     """
-    if not (splits := _splits(root, skipped, layout)):
+    if layout == "classes" or not (splits := _splits(root, skipped, layout)):
         yield from _classes(root, "", "", skipped)
         return
     for entry in entries(root):
@@ -71,22 +71,41 @@ def scan(root: Path, skipped: Skipped, layout: Layout | None = None) -> Iterator
 
 
 def _splits(root: Path, skipped: Skipped, layout: Layout | None) -> dict[str, str]:
-    """The split of each folder that is one's; nothing where the folders are classes."""
-    names = _folders(root, skipped)
-    words = {} if layout == "classes" else _words(names)
+    """The split of each folder that is one's; nothing where the folders are classes.
+
+    Folders named like splits are splits if they share a class, or if there are no others and one of them has a class.
+    Those with an affix and classes of their own, or with an affix beside others, are classes.
+    """
+    quiet, above, names = Skipped(skipped.keep), (os.path.realpath(root),), _folders(root, skipped)
+    if _words(names):  # folders without images decide nothing
+        names = [name for name in names if next(images(str(root / name), name, quiet, above), None)]
+    words = _words(names)
     if layout == "splits" and not words:
-        raise UserError(f"{root} has no folder train; --data.layout splits needs the folders train, val and test.")
-    if not words or (layout is None and not _are_splits(root, words, names, skipped)):
-        return {}
+        raise UserError(f"{root} has no folder train; the layout splits needs the folders train, val and test.")
+    inside = [set(_folders(root / _prefix(root, name, quiet), quiet)) for name in words]
+    nested, others = [*filter(None, inside)], [name for name in names if name not in words]
+    if layout is None and not (len(nested) > 1 and set.intersection(*nested)):
+        has_affix = any(normalized(name) not in SPLIT_OF_FOLDER for name in words)
+        if not words or (has_affix and (others or all(inside))):
+            return {}
+        if others or not nested:
+            classes = f"with the classes {some(sorted(set().union(*nested)))}"
+            inner = classes if nested else "without class folders"
+            without = f", leaving out {some(others)}" if others else ""
+            raise UserError(
+                f"{root} can be read in two ways: as the classes {some(names)}; or as splits, "
+                f"{', '.join(words)}, {inner}{without}. Give --data.layout classes or splits (of check: --layout), or "
+                "rename the folders."
+            )
     splits: dict[str, str] = {}
     for name in sorted(words, key=lambda name: words[name] == "eval"):  # beside test, eval is val
-        is_val = words[name] == "eval" and set(splits.values()) == {"train", "test"}
+        is_val = words[name] == "eval" and "test" in splits.values()
         split = "val" if is_val else SPLIT_OF_FOLDER[words[name]]
         if same := [other for other in splits if splits[other] == split]:
             raise UserError(f"{root} has both {same[0]} and {name}; keep one of them.")
         splits[name] = split
     if "train" not in splits.values():
-        raise UserError(f"{root} has {', '.join(sorted(splits))} but no train; rename the training folder to train.")
+        raise UserError(f"{root} has {', '.join(sorted(splits))} but no train with images; rename the training folder.")
     if any(name.casefold() != split for name, split in splits.items()):
         said = ", ".join(f"{name} is {split}" for name, split in sorted(splits.items()))
         skipped.notices.append(f"{root} is read as splits: {said}; as classes by --data.layout classes")
@@ -103,25 +122,6 @@ def _words(names: list[str]) -> dict[str, str]:
                 found[before, after][name] = word
     several = [words for words in found.values() if len({SPLIT_OF_FOLDER[word] for word in words.values()}) > 1]
     return found["", ""] or max(several, key=len, default={})
-
-
-def _are_splits(root: Path, words: dict[str, str], names: list[str], skipped: Skipped) -> bool:
-    """Whether folders with names of splits are splits, by what they hold; UserError where they may be classes, too."""
-    quiet, above = Skipped(skipped.keep), (os.path.realpath(root),)
-    full = [name for name in names if next(images(str(root / name), name, quiet, above), None)]
-    named, others = [name for name in full if name in words], [name for name in full if name not in words]
-    nested = [inner for name in named if (inner := set(_folders(root / _prefix(root, name, quiet), quiet)))]
-    is_exact = all(normalized(name) in SPLIT_OF_FOLDER for name in words)
-    if (len(nested) > 1 and all(inner & nested[0] for inner in nested)) or (is_exact and nested and not others):
-        return True  # classes that differ are an error later
-    if not named or (not is_exact and (others or len(nested) == len(named))):
-        return False
-    inside = f"with the classes {', '.join(sorted(set().union(*nested))[:10])}" if nested else "without class folders"
-    without = f", leaving out {', '.join(others[:10])}" if others else ""
-    raise UserError(
-        f"{root} can be read in two ways: as the classes {', '.join(full[:10])}; or as splits, {', '.join(named)}, "
-        f"{inside}{without}. Give --data.layout classes or splits (of check: --layout), or rename the folders."
-    )
 
 
 def _folders(folder: Path, skipped: Skipped) -> list[str]:

@@ -17,6 +17,7 @@ from typing import IO, Literal
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 Resize = Literal["stretch", "crop", "pad"]
 Pixels = npt.NDArray[np.uint8]
@@ -26,9 +27,11 @@ EXTENSIONS = tuple(f".{ending}" for ending in _ENDINGS.split())
 # Only these decoders see a file's bytes, whatever its name says: Pillow would hand PostScript to Ghostscript.
 Image.init()
 FORMATS = tuple({"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"} & set(Image.OPEN))
-PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"  # first bytes
+PNG, JPEG, TIFF = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", (b"II*\0", b"MM\0*")  # first bytes
 HEIF = tuple(b"ftyp" + brand for brand in b"heic heix heim heis hevc hevx hevm hevs mif1 msf1".split())  # bytes 4 to 12
 BITS, PHOTOMETRIC, ORIENTATION, NO_DATA = 258, 262, 274, 42113  # TIFF tags, of EXIF, too; the last is GDAL's
+PIXEL_TAGS = {*range(256, 267), 273, ORIENTATION, *range(277, 280), 284, 292, 293, 317, *range(320, 326)}
+PIXEL_TAGS |= {338, 339, 347, *range(512, 533)}
 MAX_PIXELS = 89_478_485  # Pillow's limit, at which it only warns; here an image above it is refused
 MAX_MARKERS = 100  # libtiff's limit of scans for JPEGs inside TIFFs; a usual progressive JPEG has ten
 
@@ -95,7 +98,7 @@ def opened(source: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
                 image = _open(stream, name)
             except Exception as error:  # perhaps from metadata that browsers pass over
                 stream.seek(0)
-                if isinstance(error, ImageError) or not (head := stream.read(8)).startswith((PNG, JPEG)):
+                if isinstance(error, ImageError) or not (head := stream.read(8)).startswith((PNG, JPEG, *TIFF)):
                     raise
                 image = _open(io.BytesIO(without_metadata(head + stream.read())), name)
             yield image
@@ -106,7 +109,7 @@ def opened(source: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
 
 
 def _open(stream: IO[bytes], name: str) -> Image.Image:
-    is_heif = stream.read(12)[4:] in HEIF
+    is_heif = (head := stream.read(12))[4:] in HEIF
     if is_heif and "HEIF" not in Image.OPEN:
         try:
             importlib.import_module("pillow_heif").register_heif_opener()
@@ -118,11 +121,24 @@ def _open(stream: IO[bytes], name: str) -> Image.Image:
         raise ImageError(name, f"{width}x{height} pixels, more than the {MAX_PIXELS:,} allowed")
     if image.format == "PNG":
         image.load()  # with the metadata behind the pixels
+    if isinstance(image, TiffImageFile):
+        image.getexif()
+        first = int.from_bytes(head[4:8], "little" if head.startswith(b"I") else "big")
+        if image.tag_v2.next == first:  # Pillow leaves out all tags after a damaged one, with a warning
+            raise OSError("a TIFF with a damaged tag")
     return image
 
 
 def without_metadata(content: bytes) -> bytes:
-    """A PNG or JPEG without what its pixels do not need; orientation and transparency stay. Nothing is decompressed."""
+    """A PNG, JPEG or TIFF without what its pixels do not need, but with orientation and transparency."""
+    if content.startswith(TIFF):
+        order: Literal["little", "big"] = "little" if content.startswith(b"I") else "big"
+        start = 2 + int.from_bytes(content[4:8], order)
+        end = start + 12 * int.from_bytes(content[start - 2 : start], order)
+        tags = (content[at : at + 12] for at in range(start, end, 12))
+        kept = [tag for tag in tags if int.from_bytes(tag[:2], order) in PIXEL_TAGS]
+        table = len(kept).to_bytes(2, order) + b"".join(kept)
+        return content[: start - 2] + table.ljust(end - start + 6, b"\0") + content[end + 4 :]  # and no other image
     kept, at = [content[: 8 if content.startswith(PNG) else 2]], 8 if content.startswith(PNG) else 2
     while content.startswith(PNG) and (part := content[at : at + 12 + int.from_bytes(content[at : at + 4])]):
         kind, data, at = part[4:8], part[8:-4], at + len(part)
@@ -167,9 +183,8 @@ def orientation(image: Image.Image) -> int:
 def upright(image: Image.Image) -> None:
     """Decodes an image and applies its EXIF orientation, in place."""
     image.load()
-    if orientation(image) != 1:
-        with suppress(Exception):  # after the pixels it changes the metadata, which may be damaged
-            ImageOps.exif_transpose(image, in_place=True)
+    with suppress(Exception):  # damaged metadata raises anything
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -186,10 +201,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return _scaled(image).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
-        is_blank = isinstance(
-            image.info.get("transparency"), int | tuple
-        )  # one colour is transparent, and all there is
-        if (alpha := rgba.getchannel("A").getextrema()) != (255, 255) and (is_blank or alpha != (0, 0)):
+        is_color = isinstance(image.info.get("transparency"), int | tuple)  # which is all there is, where alpha is 0
+        if (alpha := rgba.getchannel("A").getextrema()) != (255, 255) and (is_color or alpha != (0, 0)):
             rgba = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
         image = rgba
     return image.convert("RGB")
@@ -200,7 +213,6 @@ def _scaled(image: Image.Image) -> Image.Image:
     tags = getattr(image, "tag_v2", {})
     low, high = 0.0, 4095.0 if tags.get(BITS) == (12,) else 65535.0
     if not image.mode.startswith("I;16"):
-        values[~np.isfinite(values)] = np.nan
         with suppress(ValueError):
             values[values == float(str(tags.get(NO_DATA, "nan")))] = np.nan
         low, high = _range(values)
@@ -214,25 +226,25 @@ def _scaled(image: Image.Image) -> Image.Image:
 
 
 def _range(values: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """The values that become 0 and 255.
+    """The values that become 0 and 255: of the usual ranges the smallest that holds all, or else the outermost ones.
 
-    A negative lowest value is no-data if it is further from the next one than all others are from each other; so is a
-    highest one above the usual ranges, or above 255 among values from 0 to 1.
+    An outermost value is no-data if it is negative, above 65535, or above 255 among fractions, and further from the
+    next one than all others are from each other.
     """
-    low = float(np.min(values, where=~np.isnan(values), initial=np.inf))
-    high = float(np.max(values, where=~np.isnan(values), initial=-np.inf))
-    for _ in range(4):
-        second = float(np.min(values, where=values > low, initial=high))
-        last = float(np.max(values, where=values < high, initial=low))
-        if low < 0 and second - low > high - second and (second < high or low < -255):
-            low = second
-        elif (high > 65535 or last <= 1 < 255 < high) and high - last > last - low:
-            high = last
+    kept = values[np.isfinite(values)]
+    low, high = (float(kept.min()), float(kept.max())) if len(kept) else (0.0, 0.0)
+    highest = 255 if high > 255 and np.any(kept % 1) else 65535
+    while low < 0 or high > highest:
+        above, below = kept[kept > low], kept[kept < high]
+        if low < 0 and len(above) and above.min() - low > (high - above.min() or 255):
+            kept, low = above, float(above.min())
+        elif high > highest and len(below) and high - below.max() > (below.max() - low or 255):
+            kept, high = below, float(below.max())
         else:
             break
     if low < 0 or high > 65535:
         return low, high
-    if high <= 1 and not np.all((values == 0) | (values == 1)):
+    if high <= 1 and np.any(kept % 1):
         return 0.0, 1.0
     return 0.0, 255.0 if high <= 255 else 65535.0
 

@@ -51,7 +51,9 @@ def _images(name: str) -> Iterator[tuple[str, str]]:
             yield os.path.normpath(Path(name).parent / line["path"]), true
     elif os.path.lexists(name):  # a dangling link exists, and gets its error row
         yield name, ""
-    elif matches := sorted(glob.glob(name, recursive=True)):  # noqa: PTH207 (keeps the path as given)
-        yield from gather(matches)
     else:
-        raise UserError(f"There is no file or folder {name}, and no match for it.")
+        folder = next((str(folder) for folder in Path(name).parents if os.path.isdir(folder)), "")  # noqa: PTH112
+        pattern = Path(glob.escape(folder), Path(name).relative_to(folder))  # a real folder's brackets are no pattern
+        if not (matches := sorted(glob.glob(str(pattern), recursive=True))):  # noqa: PTH207 (keeps the path as given)
+            raise UserError(f"There is no file or folder {name}, and no match for it.")
+        yield from gather(matches)

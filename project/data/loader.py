@@ -1,16 +1,19 @@
 """The DataLoader and its batch sampler: which rows make which batch is a function of seed, epoch and rank count."""
 
+import multiprocessing
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from project.batch import Batch
 from project.data import workers
 from project.data.dataset import Features, ImageDataset, Key
+from project.errors import FailedRun
 
 
 class BatchSampler(Sampler[list[Key]]):
@@ -81,8 +84,32 @@ class BatchSampler(Sampler[list[Key]]):
         return self
 
 
+class LostWorker(FailedRun):
+    """Why a worker has ended; the fit can be resumed."""
+
+
+class Loader(DataLoader[Batch]):
+    """A DataLoader that tells why a worker has ended."""
+
+    workers: tuple[BaseProcess, ...] = ()
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        try:
+            batches = super().__iter__()
+            self.workers = self.workers or tuple(multiprocessing.active_children())
+            yield from batches
+        except (EOFError, OSError, RuntimeError) as error:
+            if self.num_workers and (reason := workers.why_lost(error, self.workers)):
+                raise LostWorker(reason) from error
+            raise
+
+
 def loader(
-    dataset: ImageDataset | Features, sampler: BatchSampler, num_workers: int, pin_memory: bool = False
+    dataset: ImageDataset | Features,
+    sampler: BatchSampler,
+    num_workers: int,
+    ahead: int = workers.AHEAD,
+    pin_memory: bool = False,
 ) -> DataLoader[Batch]:
     """A DataLoader whose workers live as long as it does and leave Ctrl-C and SIGTERM to the main process.
 
@@ -91,12 +118,13 @@ def loader(
     """
     if num_workers:
         workers.start_server()
-    return DataLoader(
+    return Loader(
         cast(Dataset[Batch], dataset),  # `__getitems__` returns a Batch
         batch_sampler=sampler,
         num_workers=num_workers,
-        collate_fn=_identity,
+        collate_fn=_whole_batch,
         pin_memory=pin_memory,
+        prefetch_factor=ahead if num_workers else None,
         persistent_workers=num_workers > 0,
         multiprocessing_context="forkserver" if num_workers and workers.HAS_SERVER else None,
         worker_init_fn=workers.prepare,
@@ -104,5 +132,12 @@ def loader(
     )
 
 
-def _identity(batch: Any) -> Any:
-    return batch  # `__getitems__` returns whole batches
+def _whole_batch(batch: Any) -> Any:
+    """The batch that `__getitems__` has returned, from a worker in shared memory.
+
+    The DataLoader would move it there in a thread whose errors are lost: with a full /dev/shm it would wait forever.
+    """
+    if get_worker_info() is not None:
+        for tensor in batch[:-1]:
+            tensor.share_memory_()
+    return batch

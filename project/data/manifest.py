@@ -4,6 +4,7 @@ import csv
 import os
 import posixpath
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,30 +17,20 @@ from project import files
 from project.data import folders, splits
 from project.data.folders import SPLIT_OF_FOLDER, Layout, Skipped
 from project.data.splits import SPLITS, Row
-from project.errors import UserError
+from project.errors import UserError, look_alike, some
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The rows of a data set: images with labels and splits.
+    """The rows of a data set: images with labels and splits."""
 
-    Attributes:
-        root: The folder that `paths` are relative to.
-        paths: One POSIX path a row, in order.
-        labels: (N,) int32, the row's index into `class_names`.
-        splits: (N,) int8, the row's index into `SPLITS`.
-        class_names: Sorted names of the training split's classes.
-        groups: One name a row; a group must stay in one split. Empty where there are no groups.
-        notices: Sentences about what was left out, for the user.
-    """
-
-    root: Path
-    paths: list[str]
-    labels: npt.NDArray[np.int32]
-    splits: npt.NDArray[np.int8]
-    class_names: list[str]
-    groups: list[str] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
+    root: Path  # the folder that `paths` are relative to
+    paths: list[str]  # one POSIX path a row, in order
+    labels: npt.NDArray[np.int32]  # (N,) the row's index into `class_names`
+    splits: npt.NDArray[np.int8]  # (N,) the row's index into `SPLITS`
+    class_names: list[str]  # sorted names of the training split's classes
+    groups: list[str] = field(default_factory=list)  # a row each; a group must stay in one split. Empty without groups
+    notices: list[str] = field(default_factory=list)  # sentences about what was left out, for the user
 
     def rows(self, split: str) -> npt.NDArray[np.int64]:
         """Indices of one split's rows, in order of path."""
@@ -106,6 +97,8 @@ def load(
             notices.append(f"{extra:,} images in {root} are not in {split}: left out")
         if missing := len(listed - found):
             notices.append(f"{missing:,} images of {split} are not in {root}")
+    spelling = {unicodedata.normalize("NFC", row.label): row.label for row in rows if row.split in ("train", "")}
+    rows = [row._replace(label=spelling.get(unicodedata.normalize("NFC", row.label), row.label)) for row in rows]
     if group is not None:
         rows = _grouped(rows, group, notices)
     if exclude is not None:
@@ -143,9 +136,7 @@ def scan(root: Path, skipped: Skipped, layout: Layout | None = None) -> Iterator
     elif root.suffix.lower() == ".csv" and os.path.isfile(root):  # noqa: PTH113
         yield from read_rows(root)
     else:
-        raise UserError(
-            f"There is no folder {root}; --data.root takes a folder of images, <folder>/<class>/*.jpg, or a CSV file."
-        )
+        raise UserError(f"There is no folder {root}; give a folder of images, <folder>/<class>/*.jpg, or a CSV file.")
 
 
 def folder_of(root: Path) -> Path:
@@ -185,8 +176,9 @@ def read_csv(file: Path, needed: set[str], tidy: bool) -> Iterator[dict[str, str
     Raises:
         UserError: The file cannot be read, or a needed column or value is missing.
     """
+    errors = "strict" if tidy and "label" in needed else "surrogateescape"  # programs may list paths of any bytes
     try:
-        with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
+        with file.open(newline="", encoding="utf-8-sig", errors=errors) as stream:
             lines = csv.DictReader(stream, restval="", skipinitialspace=tidy)
             names = [name.strip().casefold() for name in lines.fieldnames or []]
             lines.fieldnames = names
@@ -198,7 +190,13 @@ def read_csv(file: Path, needed: set[str], tidy: bool) -> Iterator[dict[str, str
                     raise UserError(f"{file}, line {lines.line_num}, has no {empty[0]}; fill it in.")
                 if tidy:
                     values["path"] = posixpath.normpath(values["path"].replace("\\", "/"))
+                    is_ours = {"probability", "error"} <= {*names}  # by predict, whose paths are as they were given
+                    if is_ours and not os.path.isabs(values["path"]) and os.path.lexists(values["path"]):  # noqa: PTH117
+                        values["path"] = os.path.relpath(values["path"], file.parent)
                 yield values
+    except UnicodeDecodeError as error:
+        way_out = f"save it as CSV UTF-8, or convert it: iconv -f WINDOWS-1252 -t UTF-8 {file.name} > NEW.csv"
+        raise UserError(f"The table {file} is not UTF-8; {way_out}") from error
     except (OSError, csv.Error) as error:
         raise UserError(f"Cannot read {file}: {getattr(error, 'strerror', None) or error}.") from error
 
@@ -252,8 +250,9 @@ def _manifest(root: Path, rows: list[Row], notices: list[str], skipped: Skipped)
         if classes[split] and classes[split] != names:
             missing, extra = sorted(set(names) - set(classes[split])), sorted(set(classes[split]) - set(names))
             raise UserError(
-                f"The classes of train and {split} differ in {root}: only in train: {', '.join(missing[:10]) or 'none'}"
-                f"; only in {split}: {', '.join(extra[:10]) or 'none'}. Both need the same class folders, none empty."
+                f"The classes of train and {split} differ in {root}: only in train: {some(missing) or 'none'}"
+                f"; only in {split}: {some(extra) or 'none'}. Both need the same class folders, none empty."
+                f"{look_alike(missing, extra)}"
             )
     if undecodable := [name for name in names if any("\udc80" <= letter <= "\udcff" for letter in name)]:
         raise UserError(f"The class folder {undecodable[0]!r} has a name that is not UTF-8; rename it.")

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from project.errors import UserError
+from project.errors import UserError, some
 
 SPLITS = ("train", "val", "test")
 VAL_SHARE, TEST_SHARE = 0.1, 0.2
@@ -111,7 +111,7 @@ def _by_group(rows: Sequence[Row], shares: Sequence[float], seed: int, least: in
         if not untouched:
             return part
     raise UserError(
-        f"The groups cannot be split so that every split has every class; one lacks {', '.join(sorted(untouched))}. "
+        f"The groups cannot be split so that every split has every class; one lacks {some(sorted(untouched))}. "
         "Give smaller groups, or a split of your own by --data.split."
     )
 
@@ -128,6 +128,6 @@ def _shuffled(names: Sequence[str], seed: int) -> list[str]:
 def _require(counts: Mapping[str, int], least: int, unit: str) -> None:
     if few := [f"{label} ({count})" for label, count in sorted(counts.items()) if count < least]:
         raise UserError(
-            f"Too few {unit} for a split: {', '.join(few)}; each class needs at least {least}. "
+            f"Too few {unit} for a split: {some(few)}; each class needs at least {least}. "
             "Add images, or remove the class."
         )

@@ -1,18 +1,87 @@
-"""The processes that read images: their number and how they start; without torch, for those that only count cores."""
+"""The processes that read images: number, start and end; without torch, for those that only count cores."""
 
 import atexit
+import contextlib
+import errno
 import multiprocessing.util  # the exit function that it registers runs after ours
 import os
+import shutil
 import signal
+import sys
 import threading
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 
+SHARED_MEMORY, CGROUPS, OWN_GROUPS = Path("/dev/shm"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+AHEAD, HELD = 2, 4  # batches that a worker reads ahead; that the main process holds, for all its loaders
 HAS_SERVER = "forkserver" in multiprocessing.get_all_start_methods()
 LEFT_TO_MAIN = (signal.SIGINT, signal.SIGTERM)  # terminals, systemd, timeout and SLURM send these to all processes
 
 
 def usable_cores() -> int:
-    """Number of cores that this process may use, in a container or under a scheduler fewer than the machine has."""
+    """Number of cores that this process may use: fewer than the machine has in a container or under a scheduler."""
+    cores = _cores()
+    for line in OWN_GROUPS.read_text(encoding="utf-8").splitlines() if OWN_GROUPS.exists() else []:
+        _, controllers, group = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        own, names = CGROUPS / group.strip("/"), ["cpu.max"]
+        if controllers:  # version 1
+            own, names = CGROUPS / "cpu" / group.strip("/"), ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        for folder in (own, *own.parents):  # a container may see its own group as the root
+            with contextlib.suppress(OSError, ValueError):  # no quota: no file, or the word max
+                quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+                cores = min(cores, quota // period) if quota > 0 else cores
+    return max(1, cores)
+
+
+def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def limit_threads() -> None:
+    """Keeps torch and NumPy, which count cores only, within a quota of CPU time; call it before they are imported."""
+    if (cores := usable_cores()) < _cores():
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+
+
+def that_fit(workers: int, batch_bytes: int) -> tuple[int, int]:
+    """Numbers of workers and of batches that each reads ahead for which shared memory has room; prints if it has not.
+
+    Docker gives a container 64 MB of it by default, and workers cannot hand over batches once it is full.
+    """
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.exists() else sys.maxsize
+    batches = max(0, (free - 2**20) // batch_bytes - HELD) // 2  # for training and validation each
+    if batches >= workers * AHEAD:
+        return workers, AHEAD
+    fewer, need = min(workers, batches), ((2 * workers * AHEAD + HELD) * batch_bytes >> 20) + 2
+    ahead = min(AHEAD, batches // max(1, fewer))
+    how = f"each {ahead} batches ahead" if fewer else "and the main process reads the images"
+    print(
+        f"{SHARED_MEMORY} has {free >> 20} MB free, but --data.workers {workers} with batches of "
+        f"{batch_bytes / 2**20:.1f} MB needs {need} MB: {fewer} are used, {how}. "
+        f"In a container: docker run --shm-size {need}m",
+        flush=True,
+    )
+    return fewer, ahead
+
+
+def why_lost(error: BaseException, workers: Sequence[BaseProcess] = ()) -> str:
+    """A sentence about what has ended a worker or which limit is reached; empty for all other errors."""
+    for worker in workers:
+        worker.join(0.1)
+    text, codes = str(error), [worker.exitcode for worker in workers if worker.exitcode]
+    signals = [signal.Signals(-code).name for code in codes if code < 0]
+    fewer = "give fewer --data.workers or a smaller --data.batch_size"
+    if os.strerror(errno.EMFILE) in text or "items of ancdata" in text:
+        limit = os.sysconf("SC_OPEN_MAX")
+        return f"Too many open files: the limit is {limit}; raise it (ulimit -n 1024), or give --data.workers 0."
+    if "SIGBUS" in signals or ("shared memory" in text and os.strerror(errno.ENOSPC) in text):
+        return f"{SHARED_MEMORY} is probably full: {fewer}; in a container, docker run --shm-size 1g."
+    if "SIGKILL" in signals:
+        return f"A worker was killed (SIGKILL), probably because memory ran out: {fewer}."
+    return f"A worker has ended ({[*signals, *codes][0]}); --data.workers 0 may show why." if codes else ""
 
 
 def start_server() -> None:

@@ -24,6 +24,9 @@ Method = Literal["gradcam", "ig", "occlusion"]
 AT_A_TIME = 32  # images in one forward pass, with every method
 EXPLAINED = {"gradcam": 32, "ig": 8, "occlusion": 4}  # images at a time, each of which occurs in several versions
 STEPS = 32  # of integrated gradients, from grey to the image
+# Cells on a side from which Grad-CAM's maps locate something: those of ResNets at 224 px. Localisation gets worse with
+# fewer cells (Zhou et al. 2016, arXiv:1512.04150, section 3.1, who use 13 and 14).
+ENOUGH_CELLS = 7
 
 
 def is_available() -> bool:
@@ -84,7 +87,8 @@ def attributions(network: "nn.Module", images: "Tensor", targets: Sequence[int],
         pixels = normalize(images.to(device)).detach()
         classes = torch.as_tensor(targets, dtype=torch.int64, device=device)
         if method == "gradcam":
-            cam = attr.LayerGradCam(behind, last_maps(behind, pixels[:1])).attribute(pixels.requires_grad_(), classes)
+            layer, _ = last_maps(behind, pixels[:1])
+            cam = attr.LayerGradCam(behind, layer).attribute(pixels.requires_grad_(), classes)
             return interpolate(cam.detach(), side, mode="bilinear")[:, 0]
         if method == "ig":
             integrated: Tensor = attr.IntegratedGradients(behind).attribute(
@@ -104,8 +108,18 @@ def attributions(network: "nn.Module", images: "Tensor", targets: Sequence[int],
         return drops.mean(dim=1)
 
 
-def last_maps(network: "nn.Module", pixels: "Tensor") -> "nn.Module":
-    """Finds the layer for Grad-CAM: the last one with maps (B, C, h, w) before they are pooled at the end.
+def coarseness(predictor: "TorchPredictor") -> str:
+    """Says that Grad-CAM's maps are too coarse at the predictor's image size; empty where they are not."""
+    import torch
+
+    (normalize, behind), side = split(predictor.network), predictor.image_size
+    device = next(predictor.network.parameters()).device
+    _, cells = last_maps(behind, normalize(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)))
+    return "" if cells >= ENOUGH_CELLS else f"only {cells} x {cells} cells, too coarse to locate anything"
+
+
+def last_maps(network: "nn.Module", pixels: "Tensor") -> "tuple[nn.Module, int]":
+    """Finds the layer for Grad-CAM, the last one with maps (B, C, h, w) before they are pooled at the end, and h.
 
     The network is run once. The last layer with parameters whose output is spatial gives the size of the maps; the
     last module from there on with maps of this size, which ran once, is returned: a whole block where there are blocks.
@@ -135,7 +149,7 @@ def last_maps(network: "nn.Module", pixels: "Tensor") -> "nn.Module":
         stop = next((n for n, (_, shape) in enumerate(after) if _side(shape) not in (0, side)), len(after))
         fit = [n for n, (m, shape) in enumerate(after[:stop]) if shape[2:] == (side, side) and runs[id(m)] == 1]
         if fit and not any(len(shape) == 3 and shape[1] > 1 for _, shape in after[fit[-1] :]):
-            return after[fit[-1]][0]
+            return after[fit[-1]][0], side
     raise UserError("gradcam needs a network with maps (B, C, h, w) in its last layers; give --method ig or occlusion.")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from project import runs
-from project.errors import UserError
+from project.errors import UserError, command, some
 from project.evaluation import figures, html, results, scores
 from project.evaluation.results import Results, TestPredictions
 from project.inference.load import locate
@@ -21,23 +21,24 @@ class ComparedRun:
     name: str  # on the page
     test: TestPredictions
     curves: dict[str, runs.Curve]  # what the fit logged over its epochs
+    calibration: str = "raw"  # of the probabilities in predictions.csv
 
     @classmethod
-    def of(cls, path: str, data: str | None = None) -> "ComparedRun":
+    def of(cls, path: str, data: str | None) -> "ComparedRun":
         """Reads the predictions of a tested run, or predicts with a bundle, on `data` or on the images of its run."""
         source = locate(path)
         if source.is_bundle:
             return cls.own(results.gather(source, source.load(), data))
         run = source.run
         if not (run / runs.PREDICTIONS).exists():
-            raise UserError(f"{path} has not been tested; run: python -m project.cli test --ckpt_path {source.file}")
+            raise UserError(f"{path} has not been tested; run: {command('test', source.file)}")
         return cls(_name(run), TestPredictions.read(run / runs.PREDICTIONS), runs.curves(run / runs.METRICS))
 
     @classmethod
     def own(cls, result: Results) -> "ComparedRun":
         """The run that a report is about."""
         name = _name(result.source.file if result.source.is_bundle else result.source.run)
-        return cls(name, result.test, result.curves)
+        return cls(name, result.test, result.curves, result.metadata.calibration)
 
 
 def content(result: Results, others: Sequence[ComparedRun]) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def content(result: Results, others: Sequence[ComparedRun]) -> dict[str, Any]:
     fits = {run.name: run.curves for run in compared if run.curves}
     return {
         "images": len(samples[0].true),
-        "names": [run.name for run in compared],
+        "names": [f"{run.name} ({run.calibration})" for run in compared],
         "scores": [sample.scores() for sample in samples],
         "differences": [scores.differences(samples[0], sample) for sample in samples[1:]],
         "curves": html.drawing(figures.learning_curves, fits) if fits else None,
@@ -59,7 +60,7 @@ def shared(compared: Sequence[ComparedRun], positive: int | None) -> list[scores
     own = compared[0]
     for run in compared[1:]:
         if run.test.class_names != own.test.class_names:
-            classes = " and ".join(", ".join(r.test.class_names[:10]) for r in (own, run))
+            classes = " and ".join(some(r.test.class_names) for r in (own, run))
             raise UserError(f"{own.name} and {run.name} cannot be compared: they have different classes, {classes}.")
     indices = [{path: index for index, path in enumerate(run.test.paths)} for run in compared]
     paths = [path for path in own.test.paths if all(path in index for index in indices)]

@@ -46,7 +46,7 @@ def _axes(width: float, height: float, x: str = "", y: str = "") -> tuple[Figure
 def image_grid(
     images: Pixels, titles: Sequence[str], columns: int = 8, wrong: Sequence[bool] = (), side: float = 1.0
 ) -> Figure:
-    """Images in rows, each below its title.
+    """Images in rows, each above its title.
 
     Args:
         images: (N, H, W, 3) uint8, RGB.
@@ -62,12 +62,12 @@ def image_grid(
     axes.set_axis_off()
     for index, (image, title, is_wrong) in enumerate(zip(images, titles, wrong or [False] * len(images), strict=True)):
         row, column = divmod(index, columns)
-        left, top = 1.1 * column + 0.05, height * row + height - 1.05
+        left, top = 1.1 * column + 0.05, height * row + 0.05
         axes.imshow(image, extent=(left, left + 1, top + 1, top))
         if is_wrong:
             axes.add_patch(Rectangle((left, top), 1, 1, fill=False, edgecolor="tab:red", linewidth=3))
         colour, size = "tab:red" if is_wrong else INK, 11 if lines == 1 else 8
-        axes.text(left + 0.5, top - 0.04, title, ha="center", size=size, color=colour)
+        axes.text(left + 0.5, top + 1.04, title, ha="center", va="top", size=size, color=colour)
     axes.set(xlim=(0, 1.1 * columns), ylim=(height * rows, 0))
     return figure
 
@@ -78,7 +78,7 @@ def rate_finder(rates: Array, losses: Array, chosen: float | None) -> Figure:
     axes.plot(rates, losses)
     axes.set_xscale("log")
     if len(finite := losses[np.isfinite(losses)]):
-        axes.set_ylim(0, 2 * finite[0])
+        axes.set_ylim(0, 2 * float(np.median(finite)))
     if chosen is not None:
         axes.axvline(chosen, color="tab:red", label=f"suggested: {chosen:.2g}")
         axes.legend()
@@ -171,23 +171,23 @@ def _draw_curves(
 
 
 @mpl.rc_context(STYLE)
-def reliability(predictions: ScoredPredictions, calibrated: ScoredPredictions | None = None) -> Figure:
+def reliability(scored: ScoredPredictions, calibrated: ScoredPredictions | None = None, name: str = "raw") -> Figure:
     """Accuracy over confidence; below, how many images are in each bin of confidence.
 
     A bin with fewer than `FEWEST` images is a gap in the line, for its accuracy is chance. `calibrated` are the same
-    predictions at the fitted temperature, if there is one.
+    predictions at the fitted temperature, if there is one; `name` tells whether the first are raw.
     """
     figure = Figure(figsize=(5.4, 5.4), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     above.plot((0, 1), (0, 1), **DOTTED)
     edges = np.linspace(0, 1, BINS + 1)
-    for name, scored, colour in (("as trained", predictions, "tab:blue"), ("calibrated", calibrated, "tab:orange")):
-        if scored is not None:
-            count, confidence, accuracy = scored.bins()
+    for label, drawn, colour in ((name, scored, "tab:blue"), ("calibrated", calibrated, "tab:orange")):
+        if drawn is not None:
+            count, confidence, accuracy = drawn.bins()
             accuracy[count < FEWEST] = np.nan
-            above.plot(confidence, accuracy, "o-", color=colour, ms=4, label=f"{name}: ECE {scored.ece():.3f}")
+            above.plot(confidence, accuracy, "o-", color=colour, ms=4, label=f"{label}: ECE {drawn.ece():.3f}")
             below.stairs(count, edges, color=colour)
-    count, _, _ = predictions.bins()
+    count, _, _ = scored.bins()
     bars = below.bar(edges[:-1], count, 1 / BINS, align="edge", color="tab:blue", alpha=0.2, log=True)
     below.bar_label(bars, [f"{images:,.0f}" if images else "" for images in count], fontsize=7)
     below.axhline(FEWEST, **DOTTED)
@@ -254,6 +254,7 @@ def overlay(image: Pixels, heat: Array) -> Pixels:
     return mixed
 
 
+@mpl.rc_context(STYLE)
 def explanations(
     images: Iterable[Pixels],
     heats: Iterable[Array],
@@ -261,15 +262,26 @@ def explanations(
     captions: Iterable[str],
     columns: int,
     side: float,
+    note: str = "",
 ) -> Figure:
-    """Pairs in rows: each image below its title, and beside it its `overlay` with a heat map below a caption.
+    """Pairs in rows: each image above its title, and beside it its `overlay` with a heat map above a caption.
 
-    `columns` are pairs, `side` is that of an image in inches.
+    Below are the scale of the colours and the note. `columns` are pairs, `side` is that of an image in inches.
     """
     width = round(side * 72 / 8 / 0.7)  # letters in a line: wide ones of DejaVu are 0.7 of their size, 8 points
     pairs = [pixels for image, heat in zip(images, heats, strict=True) for pixels in (image, overlay(image, heat))]
     texts = [wrapped(text, width) for pair in zip(titles, captions, strict=True) for text in pair]
-    return image_grid(np.stack(pairs), texts, 2 * columns, side=side)
+    figure = image_grid(np.stack(pairs), texts, 2 * columns, side=side)
+    (wide, high), below = figure.get_size_inches(), 0.6  # inches, for the scale
+    figure.set_size_inches(wide, high + below)
+    figure.axes[0].set_position((0, below / (high + below), 1, high / (high + below)))
+    scale = figure.add_axes((0.5 / wide, 0.3 / (high + below), 2 / wide, 0.15 / (high + below)))
+    grey = np.full((1, 256, 3), 128, np.uint8)
+    scale.imshow(overlay(grey, np.linspace(0, 1, 256)[None]), aspect="auto", extent=(0, 1, 0, 1))
+    scale.set_xticks((0, 1), ("no evidence", "most in this image"), size=8)
+    scale.set_yticks(())
+    figure.text(3.2 / wide, 0.375 / (high + below), note, size=8, va="center")
+    return figure
 
 
 def filter_grid(filters: "Tensor") -> Figure:

@@ -1,6 +1,6 @@
 """report.html: a self-contained page on how good a classifier is and how it was trained."""
 
-import platform
+import os
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +12,6 @@ import yaml
 from project import files, runs
 from project.data import check, manifest
 from project.data.images import Pixels
-from project.data.splits import SPLITS
 from project.errors import UserError
 from project.evaluation import attribution, comparison, figures, html, results, run_split, scores
 from project.evaluation.comparison import ComparedRun
@@ -51,9 +50,6 @@ def write(source: Source, out: Path | None = None, others: Sequence[ComparedRun]
 
 def _content(result: Results, predictor: Predictor, others: Sequence[ComparedRun]) -> dict[str, Any]:
     names, scored, run = result.test.class_names, result.scored, result.source.run
-    values = scored.scores() | {"ece": scored.ece()}
-    measured = {key.removeprefix("test/"): value for key, value in result.measured.items() if key.startswith("test/")}
-    values |= {name: value for name, value in measured.items() if name not in values}  # added to metrics.py
     calibrated = None if result.temperature is None else scored.at_temperature(result.temperature)
     fit = {name: curve for name, curve in result.curves.items() if name.endswith(("/loss", "/accuracy"))}
     return {
@@ -61,24 +57,21 @@ def _content(result: Results, predictor: Predictor, others: Sequence[ComparedRun
         "scores": scores,
         "name": runs.name_of(result.source.file),
         "time": f"{datetime.now().astimezone():%Y-%m-%d %H:%M}",
-        "python": platform.python_version(),
         "positive": None if scored.positive is None else names[scored.positive],
         "majority": shortened(names[result.majority], 24),
-        "values": values,
+        "values": results.all_scores(scored, result.measured),
         "intervals": scores.intervals(scored),
         "baseline": scored.constant(result.majority).scores(),
         "classes": _classes(result),
-        "confidence": float(scored.confidence.mean()),
-        "calibrated_ece": None if calibrated is None else calibrated.ece(),
+        "calibrated": calibrated,
         "confusion": html.drawing(figures.confusion_matrix, scored.confusion(), names),
         "roc": html.drawing(figures.roc, scored, names),
         "precision_recall": html.drawing(figures.precision_recall, scored, names),
-        "reliability": html.drawing(figures.reliability, scored, calibrated),
+        "reliability": html.drawing(figures.reliability, scored, calibrated, result.metadata.calibration),
         "fewest": figures.FEWEST,
         "coverage": html.drawing(figures.coverage, scored),
         "curves": html.drawing(figures.learning_curves, {run.name: fit}) if fit else None,
         "comparison": comparison.content(result, others) if others else None,
-        "splits": SPLITS,
         "findings": _findings(result),
         "configuration": yaml.safe_dump(result.metadata.config, sort_keys=False, allow_unicode=True),
         **_galleries(result, predictor),
@@ -99,23 +92,24 @@ def _classes(result: Results) -> list[dict[str, Any]]:
 def _galleries(result: Results, predictor: Predictor) -> dict[str, Any]:
     """The most confident errors and the least certain images, as far as they can be read."""
     scored, table = result.scored, result.test
+    folder = manifest.folder_of(Path(str(result.measured.get("data", ""))))
     errors, uncertain = confident_errors(scored).tolist(), least_certain(scored).tolist()
     indices = sorted({*errors, *uncertain})
     (batch,) = predictor.batches([table.paths[index] for index in indices], len(indices))
     readable = [index for number, index in enumerate(indices) if number not in batch.failed]
     heats, heat_text = _heat_maps(batch.pixels, scored.predicted[readable].tolist(), result.source, predictor)
-    items = {}
+    items: dict[int, dict[str, Any]] = {}
     for index, pixels, heat in zip(readable, batch.pixels, heats, strict=True):
-        true, predicted = (
-            {"name": table.class_names[label], "probability": float(scored.probabilities[index, label])}
-            for label in (scored.true[index], scored.predicted[index])
-        )
-        item = {"path": table.paths[index], "image": html.image(pixels), "true": true, "predicted": predicted}
-        items[index] = item | {"heat": None if heat is None else html.image(figures.overlay(pixels, heat))}
+        predicted, second = np.argsort(-scored.probabilities[index], kind="stable")[:2]
+        items[index] = {
+            name: {"name": table.class_names[label], "probability": float(scored.probabilities[index, label])}
+            for name, label in (("true", scored.true[index]), ("predicted", predicted), ("second", second))
+        }
+        items[index] |= {"path": os.path.relpath(table.paths[index], folder), "image": html.image(pixels)}
+        items[index] |= {"heat": None if heat is None else html.image(figures.overlay(pixels, heat))}
     return {
         "errors": [items[index] for index in errors if index in items],
         "uncertain": [items[index] for index in uncertain if index in items],
-        "no_errors": "The test images are missing." if errors else "All test images are classified correctly.",
         "heat_text": heat_text,
     }
 
@@ -149,15 +143,18 @@ def _heat_maps(pixels: Pixels, predicted: list[int], source: Source, predictor: 
         heats = attribution.heat_maps(network, torch.from_numpy(pixels).permute(0, 3, 1, 2), predicted)
     except UserError as error:  # a network without maps for Grad-CAM, a bundle without model.safetensors
         return nothing, f" {error}"
-    return heats, " The heat maps (Grad-CAM) show the evidence for the predicted class."
+    note = attribution.coarseness(network)
+    return heats, f" The heat maps (Grad-CAM) show the evidence for the predicted class{note and ': '}{note}."
 
 
 def _findings(result: Results) -> list[str]:
     """Problems of the data that show without decoding; `check` inspects every image."""
     run, root = result.source.run, Path(str(result.measured.get("data", "")))
+    folder = manifest.folder_of(root)
     lines = [finding.sentence for finding in check.classes(run_split.rows(run))]
     for table in (result.test, result.val):
-        lines += [f"unreadable: {path}: {reason}" for path, reason in list(table.errors.items())[:5]] if table else []
+        errors = list(table.errors.items())[:5] if table else []
+        lines += [f"unreadable: {os.path.relpath(path, folder)}: {reason}" for path, reason in errors]
     if (run / run_split.FILE).is_file() and root.exists():
         try:
             lines += manifest.load(root, run / run_split.FILE).notices

@@ -1,7 +1,7 @@
 """The results of a tested run: predictions, learning curves, temperature. Missing predictions are computed."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from project import runs
-from project.errors import UserError
+from project.errors import UserError, command
 from project.evaluation import run_split
 from project.evaluation.scores import ScoredPredictions
 from project.inference import calibration, predictions
@@ -102,6 +102,15 @@ def positive_index(metadata: Metadata) -> int | None:
     return None if len(names) != 2 else names.index(chosen) if chosen in names else 1
 
 
+def all_scores(scored: ScoredPredictions, measured: Mapping[str, Any]) -> dict[str, float]:
+    """The scores, and what the test has measured besides: metrics of one's own, a loss other than cross-entropy."""
+    values = scored.scores() | {"ece": scored.ece()}
+    own = {key.removeprefix("test/"): value for key, value in measured.items() if isinstance(value, float)}
+    if np.isclose(own.get("loss", np.nan), values["cross-entropy"], rtol=0.01):
+        del own["loss"]
+    return values | own | values  # in this order; where both have a name, that of the scores
+
+
 def gather(source: Source, predictor: Predictor, data: str | None = None) -> Results:
     """Collects the results of a tested checkpoint, or predicts the test images with a bundle.
 
@@ -124,8 +133,7 @@ def gather(source: Source, predictor: Predictor, data: str | None = None) -> Res
     else:
         test = TestPredictions.read(run / runs.PREDICTIONS)
         if test.class_names != predictor.class_names:
-            command = f"python -m project.cli test --ckpt_path {source.file}"
-            raise UserError(f"{run / runs.PREDICTIONS} has other classes than {source.file}; run: {command}")
+            raise UserError(f"{run}/{runs.PREDICTIONS} is of other classes; run: {command('test', source.file)}")
         measured = _measured(run)
         val = _validation(source.file, predictor, measured)
         temperature = _temperature(source.file, val)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from project.data import manifest
 from project.data.splits import SPLITS, Row
-from project.errors import UserError
+from project.errors import UserError, some
 from project.inference.metadata import Metadata
 
 FILE = "split.csv"
@@ -56,8 +56,8 @@ def images(run: Path, split: str, metadata: Metadata, data: str | None) -> Split
         pairs = []
     if unknown := sorted({label for _, label in pairs} - set(metadata.class_names)):
         raise UserError(
-            f"The images of {location} have classes that the network does not have ({', '.join(unknown[:10])}); give "
-            f"a folder with its classes by --data: {', '.join(metadata.class_names[:10])}."
+            f"The images of {location} have classes that the network does not have ({some(unknown)}); give "
+            f"a folder with its classes by --data: {some(metadata.class_names)}."
         )
     folder = manifest.folder_of(root)
     return SplitImages([(str(folder / path), label) for path, label in pairs], location or "no known folder", notice)

@@ -5,6 +5,7 @@ thousand bootstrap samples take about a second.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -32,10 +33,8 @@ class ScoredPredictions:
 
     @cached_property
     def predicted(self) -> npt.NDArray[np.int64]:
-        """(N,) indices of the likeliest classes; the positive class only where its probability is above 0.5."""
-        if self.positive is None:
-            return np.asarray(self.probabilities.argmax(axis=1))
-        return np.where(self.probabilities[:, self.positive] > 0.5, self.positive, 1 - self.positive)
+        """(N,) indices of the likeliest classes; of equally likely ones, the first, as in predictions.csv."""
+        return np.asarray(self.probabilities.argmax(axis=1))
 
     @property
     def confidence(self) -> Floats:
@@ -69,12 +68,11 @@ class ScoredPredictions:
         return cells.reshape(classes, classes).astype(np.float64)
 
     def per_class(self, weight: Floats | None = None) -> dict[str, Floats]:
-        """Images, predictions, precision, recall and F1 of each class, (K,); 0 where a score is undefined."""
+        """Images, precision, recall and F1 of each class, (K,); 0 where a score is undefined."""
         counts = self.confusion(weight)
         correct, support, predicted = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
         return {
             "support": support,
-            "predicted": predicted,
             "precision": correct / np.maximum(predicted, 1e-12),
             "recall": correct / np.maximum(support, 1e-12),
             "f1": 2 * correct / np.maximum(support + predicted, 1e-12),
@@ -91,13 +89,14 @@ class ScoredPredictions:
             weight: (N,) how often each image counts; by default once.
         """
         each, aurocs = self.per_class(weight), self.aurocs(weight)
-        averaged: Any = self.positive if self.positive is not None else each["support"] > 0
+        absent = np.where(each["support"] > 0, 0.0, np.nan)
+        averaged: Any = absent == 0 if self.positive is None else [self.positive]
         losses, squares = self._losses
         return {
             "accuracy": float(np.average(self.predicted == self.true, weights=weight)),
-            **{name: float(each[name][averaged].mean()) for name in ("precision", "recall", "f1")},
+            **{name: float((each[name] + absent)[averaged].mean()) for name in ("precision", "recall", "f1")},
             "auroc": float(np.nanmean(aurocs)) if np.isfinite(aurocs).any() else np.nan,
-            "loss": float(np.average(losses, weights=weight)),
+            "cross-entropy": float(np.average(losses, weights=weight)),
             "brier": float(np.average(squares, weights=weight)),
         }
 
@@ -184,8 +183,8 @@ def _interval(values: Floats) -> tuple[float, float]:
 
 
 def decimals(name: str, *values: float) -> int:
-    """How many decimals a score needs: 1 of a percentage, else 3; more where a value below 1 would read as 1."""
-    scale, count = (100, 1) if name in SHARES else (1, 3)
+    """How many decimals a score needs: 1 (percentage), 4 (loss) or 3; more where a value below 1 would read as 1."""
+    scale, count = (100, 1) if name in SHARES else (1, 4 if name == "loss" else 3)
     while any(value < 1 and round(scale * value, count) >= scale for value in values):
         count += 1
     return count
@@ -197,6 +196,12 @@ def format_score(name: str, *values: float) -> str:
         return "-"
     scale, unit = (100, " %") if name in SHARES else (1, "")
     return " to ".join(f"{scale * value:.{decimals(name, *values)}f}" for value in values) + unit
+
+
+def format_scores(values: Mapping[str, Any]) -> str:
+    """Formats scores and their names, which may begin with a split: `val/accuracy 91.2 %  val/f1 0.912`."""
+    texts = {name: format_score(name.rpartition("/")[2], float(value)) for name, value in values.items()}
+    return "  ".join(f"{NAMES.get(name, name)} {text}" for name, text in texts.items())
 
 
 def format_difference(name: str, difference: tuple[float, float, float], *values: float) -> str:

@@ -22,7 +22,6 @@ def write(file: Path, checkpoint: Path, metadata: Metadata) -> None:
         TEMPLATE,
         title=_plain(f"{runs.name_of(checkpoint)}: {metadata.model}"),
         names=[_plain(name) for name in names[:MAX_NAMES]],
-        count=len(names),
         data=_plain(Path(metadata.config["data"].get("root") or "unknown").name),
         counts=_counts(runs.folder_of(checkpoint), names),
         splits=SPLITS,
@@ -37,17 +36,14 @@ def write(file: Path, checkpoint: Path, metadata: Metadata) -> None:
 
 def _figures(checkpoint: Path, metadata: Metadata) -> dict[str, Any]:
     if not results.is_tested(checkpoint):
-        return {"measured": [], "tested": 0, "positive": None}
+        return {"tested": 0, "positive": None}
     table = results.TestPredictions.read(runs.folder_of(checkpoint) / runs.PREDICTIONS)
     positive = results.positive_index(metadata)
-    scored = table.scored(positive).at_temperature(metadata.temperature)  # which is built into model.onnx
-    intervals = scores.intervals(scored)
-    measured = [
-        (scores.NAMES.get(name, name), scores.format_score(name, value), scores.format_score(name, *intervals[name]))
-        for name, value in scored.scores().items()
-    ]
-    positive_name = None if positive is None else _plain(metadata.class_names[positive])
-    return {"measured": measured, "tested": len(table.paths), "positive": positive_name}
+    scored = table.scored(positive)
+    if metadata.calibrated:
+        scored = scored.at_temperature(metadata.temperature)  # which is built into model.onnx
+    measured = {"values": scored.scores(), "intervals": scores.intervals(scored), "scores": scores}
+    return {**measured, "tested": len(table.paths), "positive": positive}
 
 
 def _counts(run: Path, names: list[str]) -> list[tuple[str, list[int]]]:

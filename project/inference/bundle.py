@@ -48,7 +48,6 @@ class OnnxPredictor(Predictor):
         _require_match(self._session, self._file, self.metadata)
 
     def probabilities(self, image: Pixels) -> npt.NDArray[np.float32]:
-        """Maps images (B, H, W, 3) uint8, RGB, to probabilities (B, K)."""
         try:
             result: npt.NDArray[np.float32] = self._session.run(None, {"image": image})[0]
         except Exception as error:  # ONNX Runtime's exceptions share no base class
@@ -71,11 +70,6 @@ def seal(folder: Path, metadata: Metadata) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     # backslashreplace: what UTF-8 cannot encode in a path becomes an escape of JSON
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-    write_sums(folder)
-
-
-def write_sums(folder: Path) -> None:
-    """Writes SHA256SUMS of all files that are there."""
     lines = [f"{_sum(folder / name)}  {name}\n" for name in PARTS if (folder / name).exists()]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8", newline="\n")
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from project import files
-from project.errors import UserError
+from project.errors import UserError, command
 
 LOWEST, HIGHEST = 0.05, 20.0  # temperatures
 SMALLEST = 1e-30  # floor of a probability before its logarithm is taken
@@ -74,7 +74,7 @@ def read(checkpoint: Path) -> float | None:
         if not LOWEST / 2 <= temperature <= HIGHEST * 2:
             raise ValueError(temperature)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged; python -m project.cli report {checkpoint} writes it anew.") from error
+        raise UserError(f"{file} is damaged; {command('report', checkpoint)} writes it anew.") from error
     return temperature if owner == fingerprint(checkpoint) else None
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from project import runs
+from project.data.images import is_image
 from project.errors import UserError
 from project.inference import bundle
 from project.inference.predictor import Predictor
@@ -35,7 +36,7 @@ class Source:
             return self.load_network(calibrated, device)
         predictor = bundle.OnnxPredictor(self.file, threads)
         if calibrated and not predictor.metadata.calibrated:
-            raise UserError(f"{self.file} was made before a temperature was known; run report, then export again.")
+            raise UserError(f"{self.file} gives raw probabilities; make another bundle by export --calibrated.")
         return predictor
 
     def load_network(self, calibrated: bool = False, device: str | None = None) -> "TorchPredictor":
@@ -44,20 +45,11 @@ class Source:
             from project.inference import checkpoint
         except ModuleNotFoundError as error:
             raise UserError(f"{self.file} needs {error.name}; without it, predict and serve take bundles.") from error
-        if self.is_bundle:
-            return checkpoint.load_bundle(self.file, device)
-        return checkpoint.load(self.file, calibrated, device)
+        return checkpoint.load(self.file, self.is_bundle, calibrated, device)
 
 
 def locate(path: str | os.PathLike[str] | None = None) -> Source:
-    """Finds the classifier that a path means.
-
-    Args:
-        path: A checkpoint, a run folder or a bundle; None means the newest run's best.ckpt.
-
-    Raises:
-        UserError: The path is none of these.
-    """
+    """The classifier that a path means, by default the newest run's best.ckpt; UserError where it means none."""
     if path is None:
         return Source(runs.newest_checkpoint(), is_bundle=False)
     try:
@@ -67,11 +59,15 @@ def locate(path: str | os.PathLike[str] | None = None) -> Source:
         file = target / "checkpoints" / "best.ckpt" if target.is_dir() else target
         if file.name in bundle.PARTS and _is_bundle(file.parent):
             raise UserError(f"{file} is a part of a bundle; give the folder, {file.parent}.")
+        if is_image(file.name) or file.suffix.lower() == ".csv":
+            raise UserError(f"{path} can be images, but is no run; give a run before it, such as runs/latest.")
         if file.is_file():
             return Source(file, is_bundle=False)
     except OSError as error:  # a name that is too long, a folder without permission
         raise UserError(f"Cannot read {path}: {error.strerror}; give a .ckpt file or a run's folder.") from error
-    raise UserError(f"There is no checkpoint {file}; give a .ckpt file or a run's folder, runs/<name>/version_N.")
+    if (last := file.with_name("last.ckpt")).is_file():
+        raise UserError(f"There is no {file}, because its fit ended before a validation; resume it, or give {last}.")
+    raise UserError(f"There is no checkpoint {file}; give a .ckpt file, a run, runs/<name>/version_N, or runs/latest.")
 
 
 def _is_bundle(folder: Path) -> bool:
@@ -92,7 +88,8 @@ def load(path: str | os.PathLike[str] | None = None, calibrated: bool = False, d
     Args:
         path: A checkpoint, a run's folder or a bundle made by `export`; None means the newest run's best.ckpt.
         calibrated: Divide the logits by the temperature that `report` has found, so that probabilities match
-            frequencies. A bundle always uses its built-in temperature; one without a fitted temperature is refused.
+            frequencies; by default, probabilities are raw. Those of a bundle are what `export` was told to make them:
+            a raw one is refused. `metadata.calibrated` tells which they are.
         device: Where the network computes; by default the accelerator, if there is one. A bundle uses the CPU.
 
     Raises:

@@ -32,8 +32,9 @@ class Metadata:
     machine: str = ""
     git_commit: str = ""  # of the code that trained it; with "+" where it had uncommitted changes
     metrics: dict[str, float | None] = field(default_factory=dict)  # the last values that the fit logged
+    validated: bool = True  # whether the fit had measured val/loss before it saved these weights
     temperature: float = 1.0  # divisor of the logits, built into a bundle; a checkpoint's is in a file of its own
-    calibrated: bool | None = None  # whether a bundle's temperature was fitted; None in a checkpoint
+    calibrated: bool | None = None  # whether the temperature was fitted; None in a checkpoint's file
     precision: str = "float32"  # or int8
     export: dict[str, Any] = field(default_factory=dict)  # versions and git_commit of the export
     compared: dict[str, Any] = field(default_factory=dict)  # differences between a bundle and its checkpoint
@@ -57,6 +58,11 @@ class Metadata:
             if name in (*REQUIRED, *known) and not is_valid(known.get(name)):
                 raise UserError(f"{refusal}: its {name} is not {expected}.")
         return cls(**known)
+
+    @property
+    def calibration(self) -> str:
+        """What the probabilities are, in the word that stands wherever they or their scores are shown."""
+        return "calibrated" if self.calibrated else "raw"
 
 
 def _is_text(value: Any) -> bool:
@@ -92,7 +98,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "std": ("three numbers above 0", lambda std: _are_numbers(std) and min(std) > 0),
     "config": ("a configuration", _is_config),
     "temperature": ("a number from 0.01 to 100", lambda number: isinstance(number, float) and 0.01 < number < 100),
-    "calibrated": ("true or false", lambda value: isinstance(value, bool)),
+    **dict.fromkeys(("validated", "calibrated"), ("true or false", lambda value: isinstance(value, bool))),
     **dict.fromkeys(("machine", "git_commit", "precision"), ("text", _is_text)),
     **dict.fromkeys(("versions", "metrics", "export", "compared", "int8"), ("an object", lambda v: type(v) is dict)),
 }

@@ -12,6 +12,7 @@ from typing import Any
 from project.data.workers import prepare, usable_cores
 from project.errors import FailedRun, UserError
 from project.inference.load import Source
+from project.inference.metadata import Metadata
 from project.inference.predictions import Prediction
 from project.inference.predictor import Predictor
 
@@ -26,23 +27,23 @@ def predict(
     tta: bool,
     batch_size: int,
     workers: int | None,
-) -> tuple[list[str], Generator[Prediction, None, None]]:
+) -> tuple[Metadata, Generator[Prediction, None, None]]:
     """Labels images in several processes: one per accelerator, or, without one and for bundles, several on the CPU.
 
     Returns:
-        The class names, and the predictions in the order of the images.
+        The classifier's metadata, and the predictions in the order of the images.
 
     Raises:
         UserError: The checkpoint cannot be used, or there are fewer devices.
         FailedRun: A process was killed.
     """
-    class_names = source.load(calibrated, "cpu").class_names
+    metadata = source.load(calibrated, "cpu").metadata
     threads = max(1, usable_cores() // devices)
     options = {"batch_size": batch_size, "workers": workers or threads, "tta": tta}
     label = partial(_label, source, calibrated, threads, options)
     size = batch_size * max(1, min(TASK, len(paths) // (batch_size * devices)))  # images of a task
     tasks = (paths[start : start + size] for start in range(0, len(paths), size))
-    return class_names, _stream(_device_names(source, devices), label, tasks)
+    return metadata, _stream(_device_names(source, devices), label, tasks)
 
 
 def _stream(names: list[str], label: Any, tasks: Iterable[Sequence[str]]) -> Generator[Prediction, None, None]:

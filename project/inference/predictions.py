@@ -21,10 +21,10 @@ class Prediction(NamedTuple):
     true: str = ""  # the true class; empty where it is unknown
 
     @classmethod
-    def of(cls, path: str, probabilities: Sequence[float], class_names: Sequence[str], true: str = "") -> "Prediction":
+    def of(cls, path: str, probabilities: Sequence[float], class_names: Sequence[str]) -> "Prediction":
         """Makes a prediction from a row of probabilities."""
         best = max(range(len(class_names)), key=probabilities.__getitem__)
-        return cls(path, class_names[best], probabilities[best], tuple(probabilities), true=true)
+        return cls(path, class_names[best], probabilities[best], tuple(probabilities))
 
 
 def write(

@@ -66,22 +66,18 @@ class Predictor(ABC):
         """Like `predict`, one by one as they are ready; only a few batches are in memory at any time."""
         with closing(self.batches(inputs, batch_size, workers)) as batches:
             for batch in batches:
-                yield from self.predict_batch(batch, tta)
-
-    def predict_batch(self, batch: Batch, tta: bool = False) -> Iterator[Prediction]:
-        """Yields one `Prediction` per image of a batch, in its order."""
-        rows: Iterator[list[float]] = iter(())
-        if len(batch.pixels):
-            probabilities = self.probabilities(batch.pixels)
-            if tta:
-                mirrored = self.probabilities(np.ascontiguousarray(batch.pixels[:, :, ::-1]))
-                probabilities = np.mean([probabilities, mirrored], axis=0)
-            rows = iter(probabilities.tolist())
-        for index, name in enumerate(batch.names):
-            if index in batch.failed:
-                yield Prediction(name, error=batch.failed[index])
-            else:
-                yield Prediction.of(name, next(rows), self.class_names)
+                rows: Iterator[list[float]] = iter(())
+                if len(batch.pixels):
+                    probabilities = self.probabilities(batch.pixels)
+                    if tta:
+                        mirrored = self.probabilities(np.ascontiguousarray(batch.pixels[:, :, ::-1]))
+                        probabilities = np.mean([probabilities, mirrored], axis=0)
+                    rows = iter(probabilities.tolist())
+                for index, name in enumerate(batch.names):
+                    if index in batch.failed:
+                        yield Prediction(name, error=batch.failed[index])
+                    else:
+                        yield Prediction.of(name, next(rows), self.class_names)
 
     def batches(
         self, inputs: Iterable[ImageSource], batch_size: int = 64, workers: int | None = None

@@ -12,7 +12,7 @@ TIMM = "timm/"  # prefix of the names of timm's networks
 
 
 def build(
-    name: str, num_classes: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    name: str, num_classes: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, of: str = ""
 ) -> "nn.Sequential":
     """Creates a network with random weights.
 
@@ -21,6 +21,7 @@ def build(
         num_classes: K.
         mean: Of the pixels the network was trained on, a channel each, on the scale of 0 to 1; by default 0.5.
         std: Their standard deviation.
+        of: The checkpoint or bundle that names the network, for the error.
 
     Raises:
         UserError: There is no network of that name.
@@ -29,7 +30,7 @@ def build(
 
     from project.models.normalize import BATCH_NORMS, SCRATCH, Normalize
 
-    network = _network(name, num_classes)
+    network = _network(name, num_classes, of)
     for layer in network.modules():
         # At least PyTorch's default: the 0.01 of MobileNetV3, MaxViT and the largest EfficientNets and the 0.0003 of
         # MNASNet are made for 100,000s of steps; after a few hundred, the running statistics are far from the images'.
@@ -38,7 +39,7 @@ def build(
     return nn.Sequential(Normalize(mean or SCRATCH, std or SCRATCH), network)
 
 
-def _network(name: str, num_classes: int) -> "nn.Module":
+def _network(name: str, num_classes: int, of: str) -> "nn.Module":
     """An own network is one file in this folder and one line here."""
     from project.models.alexnet import AlexNet
 
@@ -50,6 +51,10 @@ def _network(name: str, num_classes: int) -> "nn.Module":
     import torchvision
 
     if name not in (names := torchvision_names()):
+        if of:
+            raise UserError(
+                f"There is no network {name}, that of {of}, in the code any more: put it into project/models/."
+            )
         raise UserError(
             f"There is no network {name}.{did_you_mean(name, names)} --model.name takes alexnet, resnet18 or another "
             "of those that python -m project.cli models lists."
@@ -69,11 +74,7 @@ def torchvision_names() -> list[str]:
 
 
 def timm_network(name: str, **options: Any) -> "nn.Module":
-    """Creates one of timm's networks.
-
-    Raises:
-        UserError: timm is not installed, or has none of that name.
-    """
+    """Creates one of timm's networks; raises a UserError where it has none of that name, or is not installed."""
     timm = import_timm()
     own = name.removeprefix(TIMM)
     if not timm.is_model(own):
@@ -104,11 +105,7 @@ def head(network: "nn.Module") -> tuple[str, "nn.Module"]:
 
 
 def require_size(network: "nn.Module", name: str, image_size: int) -> None:
-    """Checks, with one black image, that a network takes images of a size.
-
-    Raises:
-        UserError: The network does not; the sentence gives the next size that it takes.
-    """
+    """Checks, with one black image, that a network takes images of a size; the UserError has the next that it takes."""
     import torch
 
     def takes(size: int) -> bool:

@@ -14,10 +14,9 @@ class AlexNet(nn.Module):
 
     Args:
         num_classes: K.
-        dropout: Share of the activations dropped before the first two linear layers.
     """
 
-    def __init__(self, num_classes: int, dropout: float = 0.5) -> None:
+    def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.features = nn.Sequential(
             nn.Conv2d(3, 64, kernel_size=11, stride=4, padding=2),
@@ -36,10 +35,10 @@ class AlexNet(nn.Module):
         )
         self.avgpool = nn.AdaptiveAvgPool2d((6, 6))
         self.classifier = nn.Sequential(
-            nn.Dropout(dropout),
+            nn.Dropout(0.5),
             nn.Linear(256 * 6 * 6, 4096),
             nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
+            nn.Dropout(0.5),
             nn.Linear(4096, 4096),
             nn.ReLU(inplace=True),
             head := nn.Linear(4096, num_classes),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from project import models
-from project.errors import UserError
+from project.errors import UserError, some
 
 FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 DESCRIPTION = ("mean", "std", "class_names", "model")  # keys of a checkpoint's metadata, in the order of Weights
@@ -58,7 +58,7 @@ def start(name: str, class_names: Sequence[str], weights: str) -> tuple[nn.Seque
         raise UserError(
             f"{loaded.source} holds the weights of {loaded.model}, not of {name}; give --model.name {loaded.model}."
         )
-    network = models.build(name, len(class_names), loaded.mean, loaded.std)
+    network = models.build(name, len(class_names), loaded.mean, loaded.std, loaded.source if loaded.model else "")
     return network, _load(network[1], name, loaded, class_names)
 
 
@@ -74,8 +74,8 @@ def _load(network: nn.Module, name: str, weights: Weights, class_names: Sequence
     other_classes = weights.class_names is not None and list(weights.class_names) != list(class_names)
     if other_classes or any(theirs.get(key) != ours[key] for key in heads):
         rows = max((theirs[key][0] for key in heads if key in theirs), default=0)
-        classes = _shortened(weights.class_names) if weights.class_names else f"{rows} classes"
-        note = f"; the head is new: the weights have {classes}, the data {_shortened(class_names)}"
+        classes = some(weights.class_names, 4) if weights.class_names else f"{rows} classes"
+        note = f"; the head is new: the weights have {classes}, the data {some(class_names, 4)}"
         for key in heads:
             del ours[key]
             theirs.pop(key, None)
@@ -86,7 +86,7 @@ def _load(network: nn.Module, name: str, weights: Weights, class_names: Sequence
     ]
     if faults:
         raise UserError(
-            f"{weights.source} does not fit {name}: {_shortened(faults)}. Give the network that the weights are of by "
+            f"{weights.source} does not fit {name}: {some(faults, 4)}. Give the network that the weights are of by "
             "--model.name."
         )
     state = copy.copy(own)  # with the layers' versions, by which some networks convert older weights
@@ -211,7 +211,3 @@ def _renamed(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, Ten
     prefix = "" if first in tensors else min(prefixes, key=len, default="")
     old = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
     return {old.sub(r"\1", key.removeprefix(prefix)): tensor for key, tensor in tensors.items()}
-
-
-def _shortened(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "")

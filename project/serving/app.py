@@ -47,12 +47,7 @@ class Upload(NamedTuple):
 
 
 class Routes:
-    """The routes, whose docstrings are their descriptions in /openapi.json.
-
-    Args:
-        model: The classifier.
-        settings: The limits.
-    """
+    """The routes, whose docstrings are their descriptions in /openapi.json."""
 
     def __init__(self, model: Model, settings: Settings) -> None:
         self._model, self._settings = model, settings
@@ -64,6 +59,7 @@ class Routes:
             explains=str(model.unexplained is None).lower(),
             token=str(settings.token is not None).lower(),
             megabytes=settings.max_body // 1_000_000,
+            calibration=model.predictor.metadata.calibration.capitalize(),
         )
 
     async def page(self) -> Response:
@@ -72,11 +68,11 @@ class Routes:
     async def docs(self) -> Response:
         return FileResponse(STATIC / "docs.html")
 
-    async def healthz(self) -> schema.Health:
+    async def healthz(self) -> dict[str, str]:
         """Whether the server is healthy."""
         if self._batcher.busy() > self._settings.timeout:
             raise HTTPException(503, "Some work has taken longer than the timeout.", {"Retry-After": "60"})
-        return schema.Health(status="ok")
+        return {"status": "ok"}
 
     async def predict(self, request: Request) -> Response:
         """Classifies the images of a request: one as the body, or several as the files of a form."""
@@ -141,7 +137,10 @@ class Routes:
 
     async def _predictions(self, images: list[Upload]) -> Response:
         rows = await asyncio.gather(*map(self._prediction, images))
-        content = schema.Predictions(model=self._model.id, class_names=self._class_names, predictions=rows)
+        calibrated = bool(self._model.predictor.metadata.calibrated)
+        content = schema.Predictions(
+            model=self._model.id, calibrated=calibrated, class_names=self._class_names, predictions=rows
+        )
         status = 200 if any(row.error is None for row in rows) else 422
         return Response(content.model_dump_json(), status, media_type="application/json")
 
@@ -208,7 +207,7 @@ def server(model: Model, settings: Settings) -> uvicorn.Server:
     guard = [] if settings.token is None else [Depends(routes.require_token)]
     app.get("/", include_in_schema=False)(routes.page)
     app.get("/docs", include_in_schema=False)(routes.docs)
-    app.get("/healthz", **schema.HEALTHZ)(routes.healthz)
+    app.get("/healthz", responses=schema.REFUSED)(routes.healthz)
     app.post("/predict", dependencies=guard, **schema.PREDICT)(routes.predict)
     app.post("/explain", dependencies=guard, **schema.EXPLAIN)(routes.explain)
     app.mount("/static", StaticFiles(directory=STATIC))

@@ -29,14 +29,9 @@ class Predictions(BaseModel):
     """The predictions for the images of a request, in their order; probabilities are in the order of class_names."""
 
     model: str
+    calibrated: bool
     class_names: list[str]
     predictions: list[Prediction]
-
-
-class Health(BaseModel):
-    """The state of the server."""
-
-    status: str
 
 
 class Failure(BaseModel):
@@ -58,7 +53,6 @@ REFUSED: dict[int | str, dict[str, Any]] = {
     "5XX": {"model": Failure, "description": "The server cannot answer now, or not at all"},
 }
 # Arguments of the routes.
-HEALTHZ: dict[str, Any] = {"responses": REFUSED}
 PREDICT: dict[str, Any] = {
     "responses": REFUSED | {422: {"model": Predictions | Failure, "description": "No readable image"}},
     "openapi_extra": request({"type": "array", "items": IMAGE, "minItems": 1}),

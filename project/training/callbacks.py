@@ -15,9 +15,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from project import files, runs
 from project.data.datamodule import ImageData
 from project.errors import UserError
-from project.evaluation import results
+from project.evaluation import results, scores
 from project.inference import predictions
 from project.inference.predictions import Prediction
+from project.metrics import positive_index
 
 
 class StepSeed(Callback):
@@ -111,6 +112,9 @@ class PredictionWriter(Callback):
             "data": str(data.root),
         }
         files.write_json(self.run / runs.TEST_METRICS, result)
+        table = results.TestPredictions.of(rows, names, str(self.run / runs.PREDICTIONS))
+        values = results.all_scores(table.scored(positive_index(names, pl_module.hparams["positive"])), result)
+        pl_module.print(f"test, raw probabilities: {scores.format_scores(values)}")
         pl_module.print(f"written: {self.run / runs.TEST_METRICS}, {self.run / runs.PREDICTIONS}")
 
 

@@ -14,7 +14,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from project import files
-from project.errors import FailedRun
+from project.errors import FailedRun, command
 
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 # What only a resumed fit needs. Lightning's save_weights_only would leave out the averaged weights as well.
@@ -65,24 +65,21 @@ class AsyncCheckpointIO(TorchCheckpointIO):
             self._held = None  # its memory is used again
             self._held = on_cpu({key: value for key, value in checkpoint.items() if key not in TRAINING_STATE})
             return
+        with contextlib.suppress(OSError):  # which the thread reports
+            target.parent.mkdir(parents=True, exist_ok=True)  # for ModelCheckpoint's links into it
         self.wait()
         target = self._last if target.name.startswith("hpc_ckpt_") else target  # Lightning's name under SLURM
-        self._write_in_background(target, on_cpu(checkpoint, copies=not self._at_rest))
-        if self._at_rest:
-            self.wait()
-
-    def _write_in_background(self, target: Path, content: dict[str, Any] | None) -> None:
-        contents = {target: content}
-        if target == self._last:  # best.ckpt first: the state in last.ckpt refers to it
+        contents = {target: on_cpu(checkpoint, copies=not self._at_rest)}
+        if target == self._last and self._held is not None:  # best.ckpt first: the state in last.ckpt refers to it
             contents = {self._best: self._held} | contents
             self._held = None
         self._thread = threading.Thread(target=self._write, args=(contents,), name="checkpoint")
         self._thread.start()
+        if self._at_rest:
+            self.wait()
 
-    def _write(self, contents: dict[Path, dict[str, Any] | None]) -> None:
+    def _write(self, contents: dict[Path, dict[str, Any]]) -> None:
         for target, content in contents.items():
-            if content is None:
-                continue
             unfinished = files.beside(target)
             try:
                 with contextlib.closing(DirectFile(unfinished)) as stream:
@@ -120,8 +117,8 @@ class AsyncCheckpointIO(TorchCheckpointIO):
         """Writes what is still held in memory, and waits; Lightning calls it at the end of a fit, a failed one too."""
         self.wait()
         if self._held is not None:
-            self._write_in_background(self._last, None)
-            self.wait()
+            self._write({self._best: self._held})
+            self._held = None
 
     def finish(self) -> None:
         """Checks that everything is on the disk, and removes previous.ckpt, which a finished run does not need.
@@ -134,7 +131,7 @@ class AsyncCheckpointIO(TorchCheckpointIO):
             target, reason = next(iter(self._failed.items()))
             raise FailedRun(
                 f"{target} could not be written: {reason}. The checkpoints saved before are intact; make room, then: "
-                f"python -m project.cli fit --resume {target.parent.parent}"
+                f"{command('fit', '--resume', target.parent.parent)}"
             )
         self._last.with_name(PREVIOUS).unlink(missing_ok=True)
 
@@ -163,9 +160,6 @@ class DirectFile:
 
     Filling that cache takes a checkpoint of 685 MB up to 1.8 s of processor time, past it 0.3 s (2 cores, ext4), and
     would drop the images that each epoch reads from it.
-
-    Args:
-        file: Its path.
     """
 
     def __init__(self, file: Path) -> None:
@@ -184,7 +178,6 @@ class DirectFile:
                 self._file.seek(0)
 
     def write(self, content: memoryview) -> int:
-        """Appends bytes."""
         done = 0
         while done < len(content):
             part = content[done : done + len(self._buffer) - self._filled]

@@ -1,6 +1,7 @@
 """What a fit saves and when: best.ckpt and last.ckpt, from which a resumed fit continues to the same bits."""
 
 import contextlib
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,32 @@ class BestCheckpoint(ModelCheckpoint):
         super().__init__(str(folder), Path(BEST).stem, monitor="val/loss", enable_version_counter=False)
         self._resumed = resumed
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says so where the fit ends before its first validation."""
+        super().on_train_start(trainer, pl_module)
+        at, accumulated = LoopState.of(trainer, 0), trainer.accumulate_grad_batches
+        skipped = -(at.epoch + 1) % (trainer.check_val_every_n_epoch or 1)  # epochs without a validation
+        epochs, batches = divmod(skipped * at.batches + int(trainer.val_check_batch or 1) - at.batch, at.batches)
+        steps = epochs * math.ceil(at.batches / accumulated) + math.ceil(batches / accumulated)
+        never = not trainer.enable_validation or trainer.global_step + steps > trainer.estimated_stepping_batches
+        if never and not self.best_model_path:
+            pl_module.print("This fit ends before its first validation: best.ckpt will hold its last weights.")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the last weights where there was no validation."""
+        super().on_train_end(trainer, pl_module)
+        if not self.best_model_path and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(Path(str(self.dirpath), BEST))
+            pl_module.print("There was no validation: best.ckpt holds the last weights.")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["metadata"] = checkpoint["metadata"] | {"validated": bool(self.best_model_path)}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the best so far, also where the run has been moved: Lightning would forget its val/loss."""
-        if self._resumed and state_dict["best_model_path"]:
+        if not self._resumed:  # a new run has a best.ckpt of its own
+            return
+        if state_dict["best_model_path"]:
             best = str(Path(str(self.dirpath), BEST))
             state_dict = state_dict | {"dirpath": self.dirpath, "best_model_path": best, "kth_best_model_path": best}
             state_dict["best_k_models"] = {best: state_dict["best_model_score"]}

@@ -15,18 +15,19 @@ import yaml
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from project import runs
+from project import arguments, runs
 from project.classifier import Classifier
 from project.data.datamodule import ImageData
-from project.errors import FailedRun, UserError
-from project.evaluation import report
+from project.data.loader import LostWorker
+from project.errors import FailedRun, UserError, command
+from project.evaluation import report, scores
 from project.inference import metadata
 from project.inference.load import locate, locate_checkpoint
-from project.training import fit, resume, trainer
+from project.training import fit, resume, signals, trainer
 from project.training.callbacks import PredictionWriter, Unreadable
 from project.training.checkpoint_io import AsyncCheckpointIO
 from project.training.checkpointing import ResumeCheckpoint
@@ -90,7 +91,7 @@ class Cli(LightningCLI):
         if self.verb == "fit":
             if options.resume is not None and options.ckpt_path is not None:
                 raise UserError("--resume continues the run itself, --ckpt_path starts a new one; leave one out.")
-            self.run = resume.find(options.resume)
+            self.run = resume.find(options.resume, self.runs_root)
         if self.run is not None:
             try:
                 self._resume(self.run)
@@ -103,6 +104,11 @@ class Cli(LightningCLI):
             self.recorded = self._plain_options()
         # LightningCLI would put the model settings of a ckpt_path above those of the command line
         self.config[self.verb].ckpt_path = None
+
+    @property
+    def runs_root(self) -> Path:
+        """The folder of all runs, in --trainer.default_root_dir where it is given."""
+        return Path(self.config[self.verb].trainer.default_root_dir or "", runs.ROOT).expanduser()
 
     def _resume(self, run: Run) -> None:
         """The options of the run, changed by the command line where that is allowed, and its own split."""
@@ -126,7 +132,8 @@ class Cli(LightningCLI):
     def _start_from_checkpoint(self) -> None:
         """Parses once more, with the settings of the checkpoint's run below the command line."""
         chosen = self.config[self.verb]
-        path = locate_checkpoint(chosen.ckpt_path or os.environ.get(CHECKPOINT_VARIABLE))
+        given = chosen.ckpt_path or os.environ.get(CHECKPOINT_VARIABLE)
+        path = locate_checkpoint(given or runs.newest_checkpoint(self.runs_root))
         os.environ[CHECKPOINT_VARIABLE] = str(path)
         self.source = SourceCheckpoint(path)
         run_root = self.source.metadata.config["data"].get("root", "")
@@ -166,9 +173,11 @@ class Cli(LightningCLI):
                 self.source.require_same(self.model.name, self.datamodule.class_names, self.datamodule.root)
             self.trainer = self.instantiate_trainer()
             self.datamodule.require_enough_for(self.trainer.world_size, self.verb)
-        except BaseException:
+        except BaseException as error:
             if self.run is not None:
                 self.run.discard()
+            if isinstance(error, ValueError) and "Given value" in str(error):  # a class refuses its arguments
+                raise arguments.explain(str(error), []) from error
             raise
         if self.trainer.strategy.root_device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where --trainer.precision asks for no less
@@ -177,6 +186,9 @@ class Cli(LightningCLI):
         """Claims the run's folder, then makes the Trainer with callbacks and loggers that write there."""
         options = self.config_init[self.verb].trainer.as_dict()
         users = {name: listed(options[name]) for name in ("callbacks", "logger", "plugins")}
+        shows_progress = any(isinstance(callback, ProgressBar) for callback in users["callbacks"])
+        if options["barebones"]:
+            raise UserError("--trainer.barebones leaves neither metrics nor checkpoints; bench measures the speed.")
         if self.verb == "fit":
             options |= self._fit_options(options, users)
         else:
@@ -185,15 +197,14 @@ class Cli(LightningCLI):
         if options["benchmark"] is None:
             options["benchmark"] = not options["deterministic"]  # all images have one size: cuDNN's search pays
         if options["enable_progress_bar"] is None:
-            options["enable_progress_bar"] = sys.stderr.isatty()
-        if options["enable_progress_bar"]:
+            options["enable_progress_bar"] = shows_progress or sys.stderr.isatty()
+        if options["enable_progress_bar"] and not shows_progress:
             options["callbacks"].append(TQDMProgressBar(refresh_rate=5))
         try:
             return RunTrainer(**options)
-        except (MisconfigurationException, TypeError, ValueError) as error:  # how Lightning refuses some of its options
-            raise UserError(
-                f"The Trainer refuses its options (see --help trainer): {' '.join(str(error).split())}"
-            ) from error
+        except (MisconfigurationException, ImportError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"Lightning's Trainer does not accept these options: {reason}") from error
 
     def _fit_options(self, options: dict[str, Any], users: dict[str, list[Any]]) -> dict[str, Any]:
         """The Trainer's arguments for a fit: a default length, the run's loggers, callbacks and checkpoints."""
@@ -204,10 +215,11 @@ class Cli(LightningCLI):
             raise UserError("There is nothing to train: --trainer.max_epochs or --trainer.max_steps is 0.")
         if chosen.patience and options["limit_val_batches"] == 0:
             raise UserError("--patience needs validations; --trainer.limit_val_batches is 0.")
+        fit.require_usable(users["callbacks"], self.model, chosen.patience)
         self.recorded["trainer"]["max_epochs"] = chosen.trainer.max_epochs
         if self.run is None:  # the default depends on where the weights come from
             self.recorded["model"]["backbone_lr"] = self.model.hparams["backbone_lr"]
-            self.run = Run.new(chosen.name, self.datamodule, self.recorded, self.source)
+            self.run = Run.new(self.runs_root, chosen.name, self.datamodule, self.recorded, self.source)
         config = {key: value for key, value in self.recorded.items() if key not in ("name", "ckpt_path", "resume")}
         entries = {"config": config, "resize": self.datamodule.resize, **metadata.provenance()}
         io = AsyncCheckpointIO(self.run.checkpoints) if options["enable_checkpointing"] is not False else None
@@ -233,13 +245,15 @@ class Cli(LightningCLI):
         shows = self.trainer.is_global_zero and not self.trainer.fast_dev_run
         self.run.take_over(self.recorded)
         if shows:
-            runs.point_latest(self.run.folder, runs.ROOT / "latest")
+            runs.point_latest(self.run.folder, self.runs_root / "latest")
             runs.write_status(self.run.folder, state="running", reason="", job=resume.job())
             fit.introduce(self.datamodule, self.model, self.trainer, self.run)
         with fit.recorded(self.run, self.trainer):
             try:
                 self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path)
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                if str(error).startswith("Early stopping conditioned on"):
+                    raise UserError(" ".join(str(error).split())) from error
                 if not any(c.restoring for c in self.trainer.callbacks if isinstance(c, ResumeCheckpoint)):
                     raise
                 reason = " ".join(str(error).split())[:200]
@@ -249,11 +263,13 @@ class Cli(LightningCLI):
 
     def validate(self, **_: Any) -> None:
         """Measures the metrics on the validation images."""
-        self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
+        arguments = {"datamodule": self.datamodule, "ckpt_path": self.ckpt_path, "verbose": False}
+        self.trainer.validate(self.model, **arguments, weights_only=True)
+        self.model.print(f"raw probabilities: {scores.format_scores(self.trainer.callback_metrics)}")
 
     def test(self, **_: Any) -> None:
         """Measures the metrics on the test images and writes them, and the report, into the checkpoint's run."""
-        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path)
+        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path, verbose=False)
         if self.config.test.report and self.trainer.is_global_zero:
             print(f"report: {report.write(locate(self.ckpt_path))}", flush=True)
 
@@ -263,16 +279,17 @@ def run(verb: str, argv: list[str], cli: type[Cli] = Cli) -> int:
 
     Raises:
         UserError: A mistake in the options, the data or the checkpoint.
-        FailedRun: The disk is full or fails.
+        FailedRun: The disk is full or fails, or a worker has ended.
     """
     trainer.quieten()
     if rank() == 0:
         for variable in (CHECKPOINT_VARIABLE, runs.VARIABLE):
             os.environ.pop(variable, None)
     try:
-        cli(verb, argv)
+        with signals.restored():
+            cli(verb, argv)
         return 0
-    except MisconfigurationException as error:
+    except (MisconfigurationException, ModuleNotFoundError) as error:
         raise UserError(" ".join(str(error).split())) from error
     except SIGTERMException:
         code = 143
@@ -280,6 +297,8 @@ def run(verb: str, argv: list[str], cli: type[Cli] = Cli) -> int:
         if not isinstance(error.__context__, KeyboardInterrupt):  # else Lightning has cleaned up
             raise
         code = 130
+    except LostWorker as error:
+        raise FailedRun(f"{error} {_how_to_resume()}".rstrip()) from error
     except OSError as error:
         if error.errno not in trainer.DISK_ERRORS:
             raise
@@ -293,4 +312,4 @@ def run(verb: str, argv: list[str], cli: type[Cli] = Cli) -> int:
 
 def _how_to_resume() -> str:
     folder = os.environ.get(runs.VARIABLE)
-    return f"Resume with: python -m project.cli fit --resume {folder}" if folder and Path(folder).is_dir() else ""
+    return f"Resume with: {command('fit', '--resume', folder)}" if folder and Path(folder).is_dir() else ""

@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.nn.modules.module import register_module_forward_hook
 
 from project.data.workers import usable_cores
-from project.errors import FailedRun
+from project.errors import FailedRun, command, some
 from project.training.callbacks import data_of, duration, tensorboard
 from project.training.throughput import Throughput
 
@@ -119,7 +119,7 @@ class Diagnostics(Callback):
                 f"after {epochs[-1]} epochs the training loss is {train[-1]:.3f}; guessing gives {informed:.3f} "
                 f"(ln {len(frequency)} = {uniform:.3f} for equally frequent classes): "
                 f"try --model.lr {rate / 10 if rate >= 1e-4 else rate * 10:g} or a network with batch norm "
-                f"(--model.name resnet18), and run python -m project.cli check {data.root}."
+                f"(--model.name resnet18), and run {command('check', data.root)}."
             )
         rising = len(val) > 3 and val[-4] < val[-3] < val[-2] < val[-1] and train[-1] < train[-4]
         if rising and val[-1] >= 1.1 * min(val):
@@ -135,13 +135,12 @@ class Diagnostics(Callback):
             problems["baseline"] = (
                 f"validation accuracy is {accuracy:.3f}, but always predicting "
                 f"{data.class_names[int(counts.argmax())]} gives {majority:.3f}: the labels or the learning rate may "
-                f"be wrong; run python -m project.cli check {data.root} and python -m project.cli tune."
+                f"be wrong; run {command('check', data.root)} and {command('tune', data.root)}."
             )
         if predicted is not None and (never := ((counts >= 5) & (predicted.cpu().numpy() == 0)).nonzero()[0]).size:
-            listed = ", ".join(data.class_names[index] for index in never[:5])
-            more = f" and {len(never) - 5} more" if len(never) > 5 else ""
+            listed = some([data.class_names[index] for index in never], 5)
             hint = "try --data.balance sample or more epochs"
-            problems["never_predicted"] = f"never predicted on the validation set: {listed}{more}; {hint}."
+            problems["never_predicted"] = f"never predicted on the validation set: {listed}; {hint}."
         return problems
 
 

@@ -1,21 +1,25 @@
 """What surrounds one fit: its loggers and callbacks, what it prints, and how its end is recorded."""
 
 import contextlib
+import inspect
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from project import runs
 from project.classifier import Classifier
 from project.data.datamodule import ImageData
-from project.evaluation.scores import format_score
+from project.errors import UserError, command
+from project.evaluation.scores import format_scores
 from project.metrics import positive_index
 from project.training.callbacks import ProgressLines, RunMetadata, StepSeed, Unreadable
-from project.training.checkpoint_io import BEST, AsyncCheckpointIO
+from project.training.checkpoint_io import BEST, LAST, PREVIOUS, AsyncCheckpointIO
 from project.training.checkpointing import BestCheckpoint, ResumeCheckpoint
 from project.training.diagnostics import Diagnostics
 from project.training.ema import EMA
@@ -30,6 +34,7 @@ def callbacks(
 ) -> list[Callback]:
     """All callbacks of a fit, the user's own among them, in the order of their hooks; no `io` means no checkpoints."""
     throughput, folder, logs = Throughput(), run.checkpoints, options.trainer.logger is not False
+    _keep_apart(users, folder)
     return [
         ResumeCheckpoint(io, folder, float(options.save_every)),  # first: saves the state of the others between steps
         *users,
@@ -45,9 +50,33 @@ def callbacks(
         *([LearningRateMonitor("step"), ValidationPlots(), Embeddings()] if logs else []),
         *([Histograms()] if logs and options.histograms else []),
         *([EMA(float(options.average))] if options.average else []),
-        *([EarlyStopping("val/loss", patience=int(options.patience))] if options.patience else []),
+        *([EarlyStopping("val/loss", patience=int(options.patience), strict=False)] if options.patience else []),
         *([BestCheckpoint(folder, run.resumed)] if io else []),
     ]
+
+
+def _keep_apart(users: list[Callback], folder: Path) -> None:
+    """Renames the files of a user's ModelCheckpoint that would replace ours, as Lightning names a second file."""
+    for own in (own for own in users if isinstance(own, ModelCheckpoint)):
+        if own.dirpath is None or Path(own.dirpath).resolve() == folder.resolve():
+            for name in ("filename", "CHECKPOINT_NAME_LAST"):
+                if f"{getattr(own, name)}.ckpt" in (BEST, LAST, PREVIOUS):
+                    setattr(own, name, f"{getattr(own, name)}-v1")
+
+
+def require_usable(users: list[Callback], model: Classifier, patience: int | None) -> None:
+    """Raises UserError where a callback of Lightning's monitors what is not logged, or does the same as --patience."""
+    stops = (own.monitor for own in users if isinstance(own, EarlyStopping))
+    if patience and "val/loss" in stops:
+        raise UserError("--patience and the EarlyStopping of --trainer.callbacks both watch val/loss; leave one out.")
+    if not all(type(own).__module__.startswith("lightning.") for own in users):
+        return  # one's own callback may log more
+    known = ["train/loss", "train/loss_step", "train/accuracy", "val/loss", *map(str, model.val_metrics.keys())]
+    source = inspect.getsource(sys.modules[Classifier.__module__])  # where one may log more, too
+    for own in users:
+        name = str(getattr(own, "monitor", None) or "epoch")
+        if name not in ("epoch", "step", *known) and not name.startswith("lr-") and f'"{name}"' not in source:
+            raise UserError(f"{type(own).__name__} monitors {name}, but a fit logs {', '.join(known)}.")
 
 
 def introduce(data: ImageData, model: Classifier, trainer: Any, run: Run) -> None:
@@ -73,18 +102,16 @@ def summarize(trainer: Any, run: Run) -> None:
     """Prints the result of a fit, where it lies and what to do next."""
     for callback in trainer.callbacks:
         if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
-            epoch, patience = callback.stopped_epoch + 1, callback.patience
-            print(f"stopped after epoch {epoch}: no lower val/loss in {patience} epochs")
+            epoch, change = callback.stopped_epoch + 1, "lower" if callback.mode == "min" else "higher"
+            print(f"stopped after epoch {epoch}: no {change} {callback.monitor} in {callback.patience} epochs")
         if isinstance(callback, HParams) and callback.best:
             best = dict(callback.best)
             start = f"best: epoch {best.pop('epoch')}  val/loss {best.pop('val/loss'):.4f}"
-            scores = (f"{key} {format_score(key.removeprefix('val/'), value)}" for key, value in best.items())
-            print("  ".join([start, *scores]))
+            print(f"{start}  {format_scores(best)}")
     size = sum(file.stat().st_size for file in run.folder.rglob("*") if file.is_file())
     print(f"run: {run.folder} ({size / 1e6:,.0f} MB)")
     if (run.checkpoints / BEST).exists():
-        verbs = f"python -m project.cli test | python -m project.cli predict {run.folder} IMAGES..."
-        print(f"next: make board | {verbs}")
+        print(f"next: make board | {command('test')} | {command('predict', run.folder)} IMAGES...")
 
 
 @contextlib.contextmanager

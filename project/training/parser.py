@@ -9,7 +9,8 @@ from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from project import arguments
+from project import arguments, files
+from project.errors import UserError
 
 GROUPS = ("", "data", "model")  # whose options --help lists; those of Lightning's Trainer are listed on request
 
@@ -24,7 +25,17 @@ class Parser(arguments.Parser, LightningArgumentParser):
 
     def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Any:
         self._words = tuple(args or ())  # argparse does not parse what follows --help
-        return super().parse_args(args, *more, **options)
+        values = super().parse_args(args, *more, **options)
+        for key, value in list(values.items()):
+            if isinstance(value, str):  # of a YAML file; on the command line it is done already
+                values[key] = files.with_home(value)
+        return values
+
+    def parse_path(self, path: Any, *more: Any, **options: Any) -> Any:
+        try:
+            return super().parse_path(path, *more, **options)
+        except (UserError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: {error}".replace('"<unicode string>", ', "")) from error
 
     def format_help(self, *formatter: Any) -> str:
         names = [(name, action) for action in arguments.actions(self) for name in action.option_strings]
@@ -44,7 +55,8 @@ class Parser(arguments.Parser, LightningArgumentParser):
             return next(block for block in blocks if re.match(rf"  (-\w.*, )?--{re.escape(topic)}[\s,]", block)) + "\n"
         if topic:
             raise arguments.explain(f"unrecognized arguments: --{topic}", [f"--{name}" for name in options])
-        usage = self.usage or f"python -m project.cli {self.prog.split()[-1]} [options]"
+        verb = self.prog.split()[-1]
+        usage = self.usage or f"python -m project.cli {verb} [{'DIR' if verb == 'fit' else 'RUN'}] [options]"
         groups[""] = {name: action for name, action in groups[""].items() if name not in groups}
         intro = f"usage: {usage}\n\n{textwrap.fill(str(self.description), 100)}\n"
         end = "--help OPTION explains an option in full; --help trainer lists the options of Lightning's Trainer.\n"

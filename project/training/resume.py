@@ -47,20 +47,19 @@ class Run:
 
     @classmethod
     def new(
-        cls, name: str | None, data: ImageData, options: Mapping[str, Any], source: SourceCheckpoint | None
+        cls, base: Path, name: str | None, data: ImageData, options: Mapping[str, Any], source: SourceCheckpoint | None
     ) -> "Run":
-        """Makes and locks the next runs/<name>/version_N; the default name is that of the data's folder or file."""
-        root = data.root.resolve()
-        name = name or (root.stem if root.is_file() else root.name).translate({ord(","): "-", ord(":"): "-"})
+        """Makes and locks the next base/<name>/version_N; the default name is `data.run_name`."""
+        name = name or data.run_name
         if rank() != 0:
-            return cls(Path(os.environ.get(runs.VARIABLE, runs.ROOT / name / "version_0")), None, source)
+            return cls(Path(os.environ.get(runs.VARIABLE, base / name / "version_0")), None, source)
 
         def fill(folder: Path) -> None:
             write_config(folder, options)
             data.manifest.write_split(folder / "split.csv")
             runs.write_status(folder, state="running", reason="", job=job())  # a fit killed from here on is resumed
 
-        return cls(*runs.create_run(name, fill), source)
+        return cls(*runs.create_run(name, fill, base), source)
 
     def take_over(self, options: Mapping[str, Any]) -> None:
         """Makes a resumed run end at the position of its checkpoint, and records the options."""
@@ -80,7 +79,8 @@ class Run:
         if not self.resumed:
             shutil.rmtree(self.folder)
             with contextlib.suppress(OSError):  # other runs are there
-                os.removedirs(self.folder.parent)
+                for folder in self.folder.parents[:2]:
+                    folder.rmdir()
         self.lock.release()
 
     @classmethod
@@ -125,14 +125,15 @@ class Run:
         return list(lines.values())
 
 
-def find(choice: str | None) -> Run | None:
+def find(choice: str | None, runs_root: Path) -> Run | None:
     """The run that --resume names, or that this SLURM job began before it was requeued; None for a new one.
 
     Args:
         choice: A run's folder; `newest`, the newest unfinished run; `auto`, the same, or None if there is none.
+        runs_root: Where unfinished runs are looked for.
     """
     if choice is None and os.environ.get("SLURM_RESTART_COUNT", "0").strip("0"):
-        own = [run for run in runs.unfinished() if runs.read_status(run).get("job") == job()]
+        own = [run for run in runs.unfinished(runs_root) if runs.read_status(run).get("job") == job()]
         choice = str(own[0]) if own else None
     if choice is None:
         return None
@@ -141,8 +142,8 @@ def find(choice: str | None) -> Run | None:
     named = [] if choice in (NEWEST, AUTO) else [runs.resolve(Path(choice))]
     if named and not (named[0] / "config.yaml").is_file():
         raise UserError(f"There is no run {choice}; give its folder, runs/<name>/version_N, or --resume alone.")
-    reason = f"There is no unfinished run in {runs.ROOT}/; start one: python -m project.cli fit."
-    for folder in named or runs.unfinished():
+    reason = f"There is no unfinished run in {runs_root}/; start one: python -m project.cli fit."
+    for folder in named or runs.unfinished(runs_root):
         try:
             return Run.resume(folder, RunLock(folder) if rank() == 0 else None)
         except BlockingIOError:

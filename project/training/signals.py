@@ -1,8 +1,10 @@
 """How a fit is stopped: Ctrl-C, SIGTERM or SLURM's signal, between two steps and on all ranks together."""
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -12,6 +14,19 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 NONE, INTERRUPT, TERMINATE, REQUEUE = range(4)  # ordered: the highest request over all ranks wins
+
+
+@contextlib.contextmanager
+def restored() -> Iterator[None]:
+    """Restores all signal handlers at its end: an error within Lightning's clean-up, as a full disk, leaves a fit's."""
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():  # only the main thread may set a handler
+            for number, handler in handlers.items():
+                if handler not in (None, signal.getsignal(number)):  # None: not installed from Python
+                    signal.signal(number, handler)
 
 
 class Signals:
@@ -26,7 +41,7 @@ class Signals:
         self._slurm: Any = None
 
     def listen(self, trainer: Trainer) -> None:
-        """Installs the handlers; Lightning restores the previous ones at the end of the fit."""
+        """Installs the handlers; `restored` restores the previous ones."""
         if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
             return
         requests = {signal.SIGINT: INTERRUPT, signal.SIGTERM: TERMINATE}

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from project import runs
-from project.errors import UserError
+from project.errors import UserError, look_alike, some
 from project.inference import checkpoint
 from project.training.loop_state import LoopState, epochs_done
 
@@ -69,6 +69,6 @@ class SourceCheckpoint:
             raise UserError(f"{self.path} holds the weights of {name}, not of {model}; leave --model.name out.")
         if (trained := self.metadata.class_names) != class_names:
             raise UserError(
-                f"{self.path} and {root} have different classes: the checkpoint has {', '.join(trained)}; "
-                f"the data has {', '.join(class_names)}. Give its own data by --data.root."
+                f"{self.path} and {root} have different classes: the checkpoint has {some(trained)}; the data has "
+                f"{some(class_names)}. Give its own data by --data.root.{look_alike(trained, class_names)}"
             )

@@ -207,9 +207,8 @@ def class_tags(true: npt.NDArray[np.integer[Any]], class_names: Sequence[str]) -
 def principal_components(features: npt.NDArray[np.floating[Any]], components: int) -> npt.NDArray[np.float64]:
     """Features (N, F) along their first principal components, (N, C) with C at most `components`."""
     centred = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)  # squares may overflow float32
-    values, vectors = np.linalg.eigh(centred @ centred.T)  # N is small, F may be thousands
-    first = np.argsort(-values)[: min(components, features.shape[1])]
-    return np.asarray(vectors[:, first] * np.sqrt(np.maximum(values[first], 0)))
+    values, vectors = np.linalg.eigh(centred @ centred.T)  # ascending; N is small, F may be thousands
+    return np.asarray((vectors * np.sqrt(np.maximum(values, 0)))[:, ::-1][:, :components])
 
 
 def _draw(trainer: Trainer, step: int, rows: npt.NDArray[Any], scored: ScoredPredictions) -> None:

@@ -25,6 +25,7 @@ HARMLESS = (
     ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
     ".*resuming from a checkpoint that ended before the epoch ended.*",  # the loader starts at the batch
     ".*dirpath has changed.*",  # --ckpt_path: a new run has a folder of its own, and its own best
+    r".*ModelCheckpoint\(monitor='val/loss'\)` could not find.*",  # BestCheckpoint says that there is no validation
     ".*smaller than the logging interval.*",  # a small folder; every epoch is logged all the same
     ".*module.s. in eval mode at the start of training.*",  # frozen layers
     ".*isinstance.treespec, LeafSpec.*",  # Lightning's own use of torch
@@ -49,7 +50,7 @@ class RunTrainer(Trainer):
 
         Args:
             *args: As for Lightning's Trainer.
-            name: Folder in runs/; by default the data folder's name.
+            name: Folder in runs/; by default the data folder's name, with the fold.
             average: Validate and save a moving average of the weights with this decay, e.g. 0.99.
             resume: Continue an unfinished run: its folder; no value for the newest; auto starts one if there is none.
             save_every: Minutes of training that a killed process may lose.

@@ -10,7 +10,9 @@ from PIL import Image
 from project import cli
 from project.data.check import check_dataset
 from project.data.duplicates import near_groups
-from tests.conftest import SMALL, make_images, read_csv
+from project.data.images import RESIZERS
+from project.evaluation import figures
+from tests.conftest import COLOURS, SMALL, make_images, read_csv
 
 
 def scenery(seed, size=(96, 128)):
@@ -103,21 +105,42 @@ def test_clean_folder_has_no_findings_and_a_preview_shows_what_training_and_vali
     assert found["std"] == pytest.approx(np.std(pixels, axis=(0, 1, 2)) / 255, abs=0.005)
     out = capsys.readouterr().out
     assert "problems:\n  none" in out
+    assert "\n  The mean of the pixels is 0." in out
     assert "green         28          4          8" in out
-    with Image.open("preview.png") as image:  # three draws of each way to resize, then validation images as they are
-        assert image.size == (1188, round(1.3 * 7 * 120))
+    with Image.open("preview.png") as image:  # six training images three times, then six validation images
+        assert image.size == (1188, round((1.1 * 1.5 + 0.6) * 4 * 120))
         assert len(image.convert("RGB").getcolors(10**7)) > 1000
+
+
+def test_preview_names_each_image_and_its_class_and_shows_other_ways_to_resize_on_request(photos, monkeypatch):
+    photos.joinpath("red").rename(photos / ("red " * 20).strip())
+    shown, draw = [], figures.image_grid
+    monkeypatch.setattr(figures, "image_grid", lambda *args, **named: shown.append(args[1]) or draw(*args, **named))
+    for resize, ways in ((["--resize", "crop"], {"crop"}), ([], {"stretch"}), (["--resize", "all"], set(RESIZERS))):
+        assert cli.main(["check", str(photos), "--preview", f"{len(shown)}.png", *resize]) == 0
+        titles = [title.split("\n") for title in shown[-1]]
+        assert {lines[-1] for lines in titles} == {f"{split}, {way}" for split in ("train", "val") for way in ways}
+        assert {lines[0] for lines in titles} == {"blue", "green", "red red red red"}
+        assert all((photos / lines[0] / lines[1]).is_file() for lines in titles if lines[0] in COLOURS)
 
 
 def test_small_unequal_and_differing_classes_are_findings(workplace):
     found = kinds(check_dataset(make_images(Path("p"), {"many": 200, "few": 6})))
     assert found["small-class"].paths == [["few: 4"]]
-    assert "many has 35 times the images of few" in found["imbalance"].sentence
+    assert found["small-class"].sentence == "There is 1 class with fewer than 10 training images."
+    assert "many has 35 times as many images as few" in found["imbalance"].sentence
     make_images(Path("q/train"), {"cat": 12, "dog": 12})
     make_images(Path("q/val"), {"cat": 4, "owl": 4}, seed=1)
     finding = kinds(check_dataset(Path("q")))["refused"]
     assert finding.problem
     assert "only in train: dog; only in val: owl" in finding.sentence
+
+
+def test_a_line_break_in_the_name_of_a_class_does_not_break_the_table(workplace, capsys):
+    make_images(Path("p"), {"a\n|b\t": 6, "plain": 20})
+    assert cli.main(["check", "p"]) == 1
+    assert "\na\\n|b\\t " in (out := capsys.readouterr().out)
+    assert "    a\\n|b\\t: 4\n" in out
 
 
 def test_layout_bad_links_and_passed_over_folders_are_reported_as_fit_reads_them(workplace, refused):
@@ -129,7 +152,7 @@ def test_layout_bad_links_and_passed_over_folders_are_reported_as_fit_reads_them
     found = json.loads(Path("all.json").read_text())
     assert list(found["classes"]) == ["cat", "test"]
     left_out = {f["sentence"]: f["problem"] for f in found["findings"] if f["kind"] == "skipped"}
-    assert left_out.pop("1 left out, link to a folder above it")
+    assert left_out.pop("There is 1 path left out: link to a folder above it.")
     assert list(left_out.values()) == [False]
     Path("p/cat/loop").unlink()
     assert cli.main([*report, "kept.json", "--keep", "#recycle"]) == 0
@@ -177,6 +200,6 @@ def test_a_class_without_a_readable_image_comes_first_and_no_data_values_are_tol
     Image.fromarray(values).save(photos / "red" / "heights.tif")
     assert cli.main(["check", str(photos)]) == 1
     lines = capsys.readouterr().out.split("problems:\n")[1].splitlines()
-    assert lines[0].strip() == "3 splits of a class have no readable image"
+    assert lines[0].strip() == "There are 3 splits in which a class has no readable image."
     assert lines[1].strip().startswith("phone (test): phone/0")
     assert kinds(check_dataset(photos))["no-data"].paths == [["red/heights.tif"]]

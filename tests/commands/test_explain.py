@@ -25,6 +25,14 @@ def explained(at_trained, tmp_path):
     return run
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """The arguments of each drawing."""
+    calls, draw = [], figures.explanations
+    monkeypatch.setattr(figures, "explanations", lambda *args: calls.append(args) or draw(*args))
+    return calls
+
+
 def test_folder_holds_one_image_each_contact_sheets_and_the_filters_and_unreadable_ones_are_listed(
     explained, tmp_path, capsys
 ):
@@ -43,16 +51,31 @@ def test_folder_holds_one_image_each_contact_sheets_and_the_filters_and_unreadab
 
 
 def test_target_is_explained_instead_of_the_predicted_class_by_the_method_of_choice(
-    explained, at_trained, monkeypatch, capsys
+    explained, at_trained, drawn, capsys
 ):
-    captions, draw = [], figures.explanations
-    monkeypatch.setattr(figures, "explanations", lambda *args: captions.extend(args[3]) or draw(*args))
     (prediction,) = load(at_trained).predict([IMAGE])
     other = next(name for name in COLOURS if name != prediction.label)
     explained(IMAGE, "--target", other, "--method", "ig")
-    assert "1 image explained by ig, 0 unreadable" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 image explained by ig, 0 unreadable" in out
+    assert "cells" not in out
     share = prediction.probabilities[sorted(COLOURS).index(other)]
-    assert captions[0].startswith(f"{other}\n{share:.1%}, predicted: {prediction.label}")
+    predicted = f"predicted: {prediction.label}, {prediction.probability:.1%}"
+    assert drawn[0][3][0].startswith(f"{predicted}\nexplained: {other}, {share:.1%}")
+
+
+def test_sheet_tells_the_true_class_where_it_is_known_and_where_the_map_is_too_coarse(
+    explained, drawn, tmp_path, capsys
+):
+    shutil.copy(IMAGE, tmp_path / "loose.png")
+    (tmp_path / "given.csv").write_text("path,label\nloose.png,green\n")
+    explained(IMAGE, tmp_path / "given.csv")
+    assert drawn[-1][2] == ["000.png\ntrue: red", "loose.png\ntrue: green"]
+    assert drawn[-1][-1] == "only 3 x 3 cells, too coarse to locate anything"
+    assert f"gradcam: {drawn[-1][-1]}" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "why")
+    explained(tmp_path / "loose.png")
+    assert drawn[-1][2] == ["loose.png"]
 
 
 def test_missing_captum_and_a_full_disk_are_told_in_a_sentence_and_nothing_is_left(

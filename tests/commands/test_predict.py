@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from project import cli, load
+from project.data import manifest
 from project.data.inputs import gather
 from project.inference import calibration, predictions
 from tests.conftest import read_csv
@@ -118,6 +119,18 @@ def test_hidden_images_are_left_out_and_patterns_csv_files_and_standard_input_me
     assert [path for path, _ in gather(["p", "p/[a]*", "p/**/f.*", "lists/h.csv", "-"])] == expected
 
 
+def test_brackets_of_a_real_folder_are_no_pattern(workplace):
+    for name in ("set1/a.png", "set[1]/a.png", "set[1]/b.png", "set[1]/[x]/c.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(b"")
+    assert gather(["set[1]/[a]*.png"]) == [("set[1]/a.png", "")]
+    assert gather(["set[1]/[x]/*"]) == [("set[1]/[x]/c.png", "")]
+    assert gather(["./set[12]/a.png", f"{workplace}/set[1]/b*"]) == [
+        ("set1/a.png", ""),
+        (f"{workplace}/set[1]/b.png", ""),
+    ]
+
+
 def test_csv_files_hold_true_classes_and_may_name_missing_files(predict, tmp_path):
     photos = Path("photos").resolve()
     (tmp_path / "l.csv").write_text(f"label,path,split\nred,{photos}/red/000.png,holdout\n,{photos}/red/001.png,\n")
@@ -162,6 +175,40 @@ def test_predictions_below_the_confidence_are_marked_and_keep_their_label(predic
     assert rows == plain
 
 
+def test_single_image_is_answered_without_a_file_and_more_get_the_first_default_file_that_is_free(
+    trained, lively, workplace, capsys
+):
+    def run(*words):
+        code = cli.main(["predict", str(lively), *map(str, words)])
+        return code, capsys.readouterr().out
+
+    photos = trained / "photos"
+    Path("bad.png").touch()
+    assert run(photos / "red" / "000.png")[1].startswith(f"{photos}/red/000.png: red 0.")
+    assert run(photos / "red" / "000.png", "--min-confidence", "1")[1].endswith("; abstained\n")
+    assert run("bad.png") == (1, "bad.png: not an image, or of an unknown format\n")
+    assert os.listdir() == ["bad.png"]
+    for name in ("predictions.csv", "predictions-2.csv", "predictions-3.csv"):
+        assert run(photos / "red") == (0, f"40 images labelled, 0 unreadable: {name} (raw probabilities)\n")
+        assert len(read_csv(name)) == 40
+    run(photos / "blue", "--overwrite")
+    assert read_csv("predictions.csv")[0]["label"] == "blue"
+    run("bad.png", "--out", "asked.csv")
+    assert Path("asked.csv").exists()
+
+
+def test_own_output_is_read_back_from_any_folder(predict, lively, tmp_path):
+    (tmp_path / "deep").mkdir()
+    images = ["photos/red/000.png", str(Path("photos/blue/001.png").absolute())]
+    first = predict(*images, source=lively, out="deep/first.csv")
+    file = tmp_path / "deep" / "first.csv"
+    again = predict(file, source=lively)
+    assert [(Path(row["path"]).resolve(), row["label"]) for row in again] == [
+        (Path(row["path"]).resolve(), row["label"]) for row in first
+    ]
+    assert all((file.parent / row.path).exists() for row in manifest.read_rows(file))
+
+
 def test_options_of_the_predictor_reach_it(predict, lively, tmp_path):
     checkpoint, image = tmp_path / "best.ckpt", "photos/red/000.png"
     checkpoint.write_bytes((lively / "checkpoints" / "best.ckpt").read_bytes())
@@ -170,7 +217,7 @@ def test_options_of_the_predictor_reach_it(predict, lively, tmp_path):
     (row,) = predict(image, "--tta", "--calibrated", source=checkpoint)
     assert [float(row[f"p:{name}"]) for name in CLASSES] == pytest.approx(expected, rel=1e-6)
     for plain in (load(checkpoint), load(checkpoint, calibrated=True)):
-        (other,) = plain.predict([image], tta=plain.temperature == 1)
+        (other,) = plain.predict([image], tta=plain.metadata.temperature == 1)
         assert other.probabilities != pytest.approx(expected, rel=1e-3)
 
 

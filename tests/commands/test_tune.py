@@ -41,10 +41,20 @@ def test_small_set_gets_no_batch_size_and_the_networks_weights_are_as_before(pho
     seen = []
     for hook in ("before_fit", "after_fit"):
         monkeypatch.setattr(tune.Tuning, hook, keep, raising=False)
-    assert cli.main([*TUNE, "--steps", "30"]) == 0
-    assert "training images are too few to compare any" in capsys.readouterr().out
+    make_images(Path("runs"), {"photos": 1})
+    mine = Path("runs/photos/000.png").rename("runs/photos/lr-finder.png").read_bytes()
+    assert cli.main([*TUNE, "--data.batch_size", "42"]) == 0
+    out, err = capsys.readouterr()
+    assert "training images are too few to compare any" in out
+    assert "learning rate finder: 48 steps, as many as a fit of the default length has" in out
+    assert "see runs/photos/lr-finder-2.png\n" in out
+    assert Path("runs/photos/lr-finder.png").read_bytes() == mine
+    assert Path("runs/photos/lr-finder-2.png").read_bytes().startswith(b"\x89PNG")
+    assert not err  # no progress bar: it is no terminal
     before, after = seen
     assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+    assert cli.main([*TUNE, "--data.batch_size", "84"]) == 0
+    assert "cannot tell: 24 losses are too few" in capsys.readouterr().out
 
 
 def curve(*points, noise=0.01):
@@ -57,7 +67,8 @@ def curve(*points, noise=0.01):
 def test_a_tenth_of_the_rate_with_the_lowest_loss_is_suggested():
     rate, reason = tune.suggest(*curve((-7, 2.3), (-4, 2.2), (-2, 1.0), (-1, 5.0)))
     assert 5e-4 < rate < 2e-3
-    assert re.match(r"a tenth of [\d.e-]+, where the loss is lowest: it falls from 2\.[23]\d+ to 1\.", reason)
+    lowest = r"\de-0\d, a tenth of [\d.e-]+, where the loss is lowest, rounded to one digit"
+    assert re.match(lowest + r"; the loss falls from 2\.[23]\d+ to 1\.", reason)
 
 
 def test_noise_a_loss_that_only_rises_and_too_few_finite_losses_give_no_suggestion():

@@ -1,9 +1,11 @@
 """dataset.py, transforms.py, digits.py, loader.py and datamodule.py."""
 
 import multiprocessing
+import os
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -61,7 +63,9 @@ def test_a_class_without_a_readable_training_image_ends_the_fit_and_is_left_out_
         else:
             data.setup("fit")
             data.setup("fit")  # as Lightning does
-            assert capsys.readouterr().out.count(f"None of the {count} val images of blue can be read") == 1
+            out = capsys.readouterr().out
+            assert out.count(f"None of the {count} val images of blue can be read") == 1
+            assert "Precision, recall and AUROC of such a class cannot be measured" in out
 
 
 def test_training_images_are_flipped_half_of_the_time(photos):
@@ -193,3 +197,39 @@ def test_signals_for_all_processes_do_not_end_a_worker_that_is_still_starting():
         blocked = pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, ()).result()
     assert {signal.SIGINT, signal.SIGTERM} <= blocked
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "cores"),
+    [
+        ("0::/", {"cpu.max": "200000 100000"}, 2),
+        ("0::/a/b", {"cpu.max": "max 100000", "a/cpu.max": "300000 100000"}, 3),
+        (
+            "9:name=systemd:/\n4:cpuacct,cpu:/docker/1",
+            {"cpu/cpu.cfs_quota_us": 50000, "cpu/cpu.cfs_period_us": 100000},
+            1,
+        ),
+        ("4:cpu:/", {"cpu/cpu.cfs_quota_us": -1, "cpu/cpu.cfs_period_us": 100000}, 64),
+        ("4:memory:/a", {"cpu/a/cpu.cfs_quota_us": 50000, "cpu/a/cpu.cfs_period_us": 100000}, 64),
+    ],
+)
+def test_a_cpu_quota_counts_as_cores_do(group, files, cores, tmp_path, monkeypatch):
+    (tmp_path / "own").write_text(f"{group}\n")
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    monkeypatch.setattr(workers, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(workers, "CGROUPS", tmp_path)
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: range(64), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    workers.limit_threads()
+    assert workers.usable_cores() == cores
+    assert os.environ.get("OMP_NUM_THREADS", "64") == str(cores)
+
+
+@pytest.mark.parametrize(("megabytes", "expected"), [(1000, (8, 2)), (64, (1, 1)), (160, (6, 1)), (32, (0, 0))])
+def test_workers_read_no_more_ahead_than_shared_memory_holds(megabytes, expected, monkeypatch, capsys, photos):
+    monkeypatch.setattr(workers.shutil, "disk_usage", lambda _: Mock(free=megabytes << 20))
+    assert ImageData("photos", batch_size=64, workers=8).reading == expected
+    out = capsys.readouterr().out
+    assert ("docker run --shm-size" in out and f"{megabytes} MB free" in out) == (expected != (8, 2))

@@ -7,9 +7,9 @@ import struct
 import sys
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image
 
@@ -103,7 +103,9 @@ def test_white_is_zero_is_obeyed_at_every_depth(kind, high):
     assert (pixels[0], pixels[-1]) == (255, 0)
 
 
-@pytest.mark.parametrize("holes", [[-9999], [-32768], [-3.4028235e38], [1e20], [-9999, 1e38], [9999], [np.nan, -9999]])
+@pytest.mark.parametrize(
+    "holes", [[-9999], [-32768], [-3.4028235e38], [1e20], [-9999, 1e38], [9999], [np.nan, -9999], [np.inf]]
+)
 @pytest.mark.parametrize("rows", [1, 40])
 def test_no_data_values_do_not_take_the_contrast_from_the_others(holes, rows):
     values = ramp(np.float32, 1)
@@ -124,6 +126,13 @@ def test_declared_no_data_and_integers_with_no_data_values_are_read():
         assert (read(encoded(Image.fromarray(content), "TIFF"), 64)[1:] == expected[1:]).all()
     mask = np.where(ramp(np.float32, 1) > 0.5, 1, -1).astype(np.float32)
     assert set(np.unique(read(encoded(Image.fromarray(mask), "TIFF"), 64))) == {0, 255}
+    flat = np.full((64, 64), 128, np.int32)
+    flat[0, 0] = -9999
+    assert (read(encoded(Image.fromarray(flat), "TIFF"), 64)[1:] == 128).all()
+    bright = ramp(np.float32, 100)
+    expected = read(encoded(Image.fromarray(bright), "TIFF"), 64)
+    bright[0, 0] = 9999  # which is not beyond 16 bits
+    assert (read(encoded(Image.fromarray(bright), "TIFF"), 64)[1:] == expected[1:]).all()
 
 
 def test_cmyk_jpeg_becomes_rgb_and_a_bilevel_image_black_and_white():
@@ -217,20 +226,37 @@ def test_jpeg_with_metadata_that_cannot_be_read_is_read_without(odd):
         assert (read(plain[:2] + exif + odd + plain[2:], 16) == read(plain[:2] + exif + plain[2:], 16)).all()
 
 
+@pytest.mark.filterwarnings("ignore")  # as Pillow's warning does not end a fit
+@pytest.mark.parametrize("depth", ["u1", "f4"])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_tiff_with_tags_that_cannot_be_read_is_read_without(depth, compression):
+    image = noise((20, 30, 3)) if depth == "u1" else Image.fromarray(ramp(depth, 1))
+    tags = {270: "a long description", 274: 1, 305: "a long name", 42113: "-9999", 700: b"<xmp>", 33432: "somebody"}
+    plain = encoded(image, "TIFF", compression=compression, tiffinfo=tags)
+    table = int.from_bytes(plain[4:8], "little")
+    entries = range(table + 2, table + 2 + 12 * int.from_bytes(plain[table : table + 2], "little"), 12)
+    damaged = 0
+    for at in entries:
+        if int.from_bytes(plain[at : at + 2], "little") in tags.keys() - {274}:
+            for place, odd in ((2, bytes([2])), (2, bytes([5])), (4, b"\xff\xff\xff\x7f"), (8, b"\xff\xff\xff\x7f")):
+                content = plain[: at + place] + odd + plain[at + place + len(odd) :]
+                assert (read(content, 16) == read(plain, 16)).all()
+                damaged += 1
+    assert damaged == 20
+    with pytest.raises(ImageError):  # what the pixels need
+        read(plain[: entries[0] + 2] + b"\0" + plain[entries[0] + 3 :], 16)
+
+
 def test_heif_is_read_by_pillows_plug_in_and_otherwise_the_extra_is_named(monkeypatch, tmp_path):
-    content = b"\0\0\0\x18ftypheic" + encoded(noise((20, 30, 3)))
-    (tmp_path / "phone.jpg").write_bytes(content)
+    image = noise((20, 30, 3)).resize((300, 200))
+    pillow_heif.from_pillow(image).save(tmp_path / "phone.jpg", quality=95)
     monkeypatch.setattr(Image, "OPEN", {name: entry for name, entry in Image.OPEN.items() if name != "HEIF"})
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(ImageError, match=r"HEIF.*pip install -e \.\[heif\]"):
         read(tmp_path / "phone.jpg", 16)
 
-    def open_heif(stream, name):
-        return Image.open(io.BytesIO(stream.read()[12:]))
-
-    plug_in = SimpleNamespace(register_heif_opener=lambda: Image.OPEN.update(HEIF=(open_heif, None)))
-    monkeypatch.setitem(sys.modules, "pillow_heif", plug_in)
-    assert (read(tmp_path / "phone.jpg", 16) == read(content[12:], 16)).all()
+    monkeypatch.undo()
+    assert np.abs(read(tmp_path / "phone.jpg", 64).astype(int) - read(encoded(image), 64)).mean() < 4
     assert is_image("IMG_0001.HEIC")
 
 

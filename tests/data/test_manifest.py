@@ -1,5 +1,6 @@
 import hashlib
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,29 @@ def test_layout_decides_whether_folders_are_splits_or_classes(tmp_path):
     assert "no folder train" in refusal(folder_of(tmp_path / "pets", "cat", "dog"), layout="splits")
 
 
+def test_an_empty_folder_called_like_a_split_does_not_hide_those_with_images(tmp_path):
+    root = folder_of(tmp_path, "seg_train/a", "seg_train/b", "seg_test/a", "seg_test/b")
+    (root / "val").mkdir()
+    assert load(root).class_names == ["a", "b"]
+
+
+def test_class_names_that_look_alike_are_one_class_or_shown_as_different(tmp_path):
+    names = {form: unicodedata.normalize(form, "café") for form in ("NFC", "NFD")}
+    root = folder_of(tmp_path, f"train/{names['NFD']}", "train/tea", f"val/{names['NFC']}", "val/tea")
+    rows = load(root)
+    assert (rows.class_names, np.bincount(rows.labels).tolist()) == ([names["NFD"], "tea"], [6, 6])
+    lines = [
+        f"{split}/{name}/000.png,{name},{split}" for split, name in (("train", names["NFD"]), ("val", names["NFC"]))
+    ]
+    lines += [f"{split}/tea/000.png,tea,{split}" for split in ("train", "val")]
+    (root / "list.csv").write_text("\n".join(["path,label,split", *lines]))
+    assert load(root / "list.csv").class_names == [names["NFD"], "tea"]
+    for other, shown in (("Tea", "'tea' and 'Tea'"), ("tea ", "'tea' and 'tea '"), ("t\u200bea", r"'t\u200bea'")):
+        (root / "val" / "tea").rename(root / "val" / other)
+        assert f"{shown} look alike" in refusal(root)
+        (root / "val" / other).rename(root / "val" / "tea")
+
+
 def test_links_lead_to_no_folder_above_and_a_folder_is_read_once_per_class(tmp_path):
     root = folder_of(tmp_path, "cat/young", "dog", "cat")
     folder_of(tmp_path / "elsewhere", "sub")
@@ -255,6 +279,12 @@ def test_csv_file_is_read_like_a_folder(tmp_path, lines, encoding, expected):
 def test_unusable_csv_file_is_refused_with_the_reason(tmp_path, text, expected):
     (tmp_path / "list.csv").write_text(text)
     assert expected in refusal(tmp_path / "list.csv")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+def test_a_table_that_is_not_utf8_is_called_one(tmp_path, encoding):
+    (tmp_path / "list.csv").write_text("path,label\na.png,café\nb.png,tea\n", encoding=encoding)
+    assert "list.csv is not UTF-8; save it as CSV UTF-8" in refusal(tmp_path / "list.csv")
 
 
 def test_groups_stay_in_one_split_but_a_given_one_and_shares_are_nearly_kept(tmp_path):

@@ -121,7 +121,7 @@ LAST_MAPS |= {"timm/resnet10t": "layer4", "timm/convnext_atto": "norm_pre"}
 def test_gradcam_takes_the_last_maps_before_the_final_pooling(name, layer):
     torch.manual_seed(0)
     network, images = models.build(name, 3).eval(), noise(2, 64)
-    assert attribution.last_maps(network[1], network[0](images)) is network[1].get_submodule(layer)
+    assert attribution.last_maps(network[1], network[0](images))[0] is network[1].get_submodule(layer)
     evidence = attribution.attributions(network, images, [0, 2], "gradcam")
     assert evidence.isfinite().all()
     assert (evidence[0] != evidence[1]).any()
@@ -130,7 +130,7 @@ def test_gradcam_takes_the_last_maps_before_the_final_pooling(name, layer):
 def test_gradcam_takes_no_layer_that_runs_more_than_once():
     relu, last = nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), relu, last, relu, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    assert attribution.last_maps(network, torch.zeros(1, 3, 16, 16)) is last
+    assert attribution.last_maps(network, torch.zeros(1, 3, 16, 16)) == (last, 12)
 
 
 def test_transformers_are_explained_without_gradcam():

@@ -83,10 +83,16 @@ def test_long_and_strange_texts_are_drawn_in_their_lines():
     strange = "猫\u200d$\udcff$\x07 \\frac{$ " + 300 * "long name " + "\n" + 200 * "猫"
     for text in (strange, "name " * 60 + "\n12.3%, predicted: " + "other " * 60):
         for columns, side in ((1, 3.0), (3, 1.5)):
-            figure = figures.explanations([image], [heat], [text], [text], columns, side)
+            note = "only 3 x 3 cells, too coarse to locate anything"
+            figure = figures.explanations([image], [heat], [text], [text], columns, side, note)
             figure.draw_without_rendering()
-            boxes = [text.get_window_extent() for text in figure.axes[0].texts]
-            assert max(box.y1 for box in boxes) <= figure.bbox.height
+            grid, scale = figure.axes
+            boxes = [text.get_window_extent() for text in grid.texts]
+            assert min(box.y0 for box in boxes) >= grid.bbox.y0 >= scale.bbox.y1
+            assert scale.get_tightbbox().x0 >= 0
+            assert scale.get_tightbbox().y0 >= 0
+            assert scale.get_tightbbox().x1 < (box := figure.texts[0].get_window_extent()).x0
+            assert box.x1 < figure.bbox.width
             assert max(box.width for box in boxes) < side * figure.dpi * 1.05
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.nn import functional
 
 from project import cli, files, load
 from project.evaluation import report, results, scores
@@ -27,9 +28,9 @@ class Page:
 
     def __init__(self, file=RUN / "report.html"):
         self.source = file.read_text(encoding="utf-8")
-        tags = [tag for tag in re.findall(r"<(/?\w+)", self.source) if tag not in ("meta", "img", "br")]
+        tags = [tag for tag in re.findall(r"<(/?\w+)", self.source) if tag not in ("meta", "img", "br", "wbr")]
         assert Counter(tag for tag in tags if tag[0] != "/") == Counter(tag[1:] for tag in tags if tag[0] == "/")
-        text = re.sub(r"<style>.*?</style>|<[^>]*>", " ", self.source, flags=re.DOTALL)
+        text = re.sub(r"<style>.*?</style>|<[^>]*>", " ", self.source.replace("<wbr>", ""), flags=re.DOTALL)
         self.text = " ".join(html.unescape(text).split())
         self.images = re.findall(r'<img [^>]*alt="([^"]*)"', self.source)
         self.addresses = re.findall(r'(?:src|href)="([^"]*)"', self.source)
@@ -78,13 +79,71 @@ def test_page_is_self_contained_has_the_metrics_of_the_test_describes_the_run_an
     assert len(errors)
     assert (scored.predicted[errors] != scored.true[errors]).all()
     assert (np.diff(scored.confidence[errors]) <= 0).all()
-    positions = [page.source.index(table.paths[index]) for index in errors]
+    positions = [page.source.index(table.paths[index].removeprefix("photos/")) for index in errors]
     assert positions == sorted(positions)
+    index = report.least_certain(scored)[0]
+    _, second, first = np.sort(scored.probabilities[index])
+    shown = page.source[page.source.index('id="uncertain"') :].partition("</li>")[0]
+    assert re.findall(r"(?:predicted:|runner-up:) .*?\((.*?)\)", shown) == [f"{first:.3f}", f"{second:.3f}"]
     val = read(run / "val_predictions.csv")
     expected = {f"photos/{row['path']}": row["label"] for row in rows if row["split"] == "val"}
     assert dict(zip(val.paths, [val.class_names[label] for label in val.true], strict=True)) == expected
     kept = json.loads((run / "checkpoints" / "best.temperature.json").read_text())
     assert kept["temperature"] == pytest.approx(calibration.fit_temperature(val.true, val.probabilities))
+
+
+def test_figures_have_one_name_each_and_few_decimals_and_a_loss_of_ones_own_is_beside_the_cross_entropy(
+    run, monkeypatch, capsys
+):
+    figure = f"{read().scored(None).scores()['cross-entropy']:.3f}"
+    assert f"cross-entropy {figure} " in Page().text
+    assert "computed from them, are raw." in Page().text
+    assert not re.search(r"\bloss \d", Page().text)
+    cross_entropy = functional.cross_entropy
+    monkeypatch.setattr(functional, "cross_entropy", lambda *args, **options: 10 * cross_entropy(*args, **options))
+    assert cli.main(["test"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("test, raw probabilities: "))
+    measured = json.loads((run / "test_metrics.json").read_text())
+    own = f"{measured['test/loss']:.4f}"
+    assert float(own) == pytest.approx(10 * float(figure), abs=0.01)
+    for shown in (line, Page().text):
+        assert re.search(rf"\bcross-entropy {figure}\b", shown)
+        assert re.search(rf"\bloss {own}(\s|$)", shown)
+    assert f"  AUROC {measured['test/auroc']:.3f}  " in line
+    assert cli.main(["validate"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^raw probabilities: val/loss \d+\.\d{4}  val/accuracy \d+\.\d %  ", said, re.MULTILINE)
+    assert not re.search(r"\d\.\d{5}", line + said)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "sentence"),
+    [
+        ({0.9: 60}, {0.9: 30}, "It is not recommended: it was fitted on only 90 images."),
+        ({0.9: 126}, {0.9: 14, 0.99999: 12}, "fitted on, it makes the ECE worse, 0.395 instead of 0.079."),
+        ({0.9: 100}, {0.9: 50}, "predict, serve and export apply it with --calibrated."),
+    ],
+)
+def test_temperature_is_recommended_unless_few_images_gave_it_or_it_makes_the_calibration_worse(
+    run, right, wrong, sentence
+):
+    rows, names = [], sorted(COLOURS)
+    for true, counts in (("blue", right), ("red", wrong)):
+        for sure, count in counts.items():
+            row = predictions.Prediction.of("", [sure, (1 - sure) / 2, (1 - sure) / 2], names)
+            rows += [row._replace(true=true)] * count
+    predictions.write(run / "val_predictions.csv", rows, names)
+    assert cli.main(["report"]) == 0
+    assert sentence in Page().text
+    assert ("not recommended" in Page().text) != ("apply" in sentence)
+
+
+def test_images_are_named_by_their_paths_in_the_data_set_which_break_between_folders(run):
+    assert cli.main(["test", "--data.root", str(Path("photos").resolve())]) == 0
+    page = Page()
+    assert f"{Path.cwd()}/photos/" not in page.source
+    assert re.search(r'alt="(blue|green|red)/\d+\.png: ', page.source)
+    assert re.search(r"<p class=\"soft\">(blue|green|red)/<wbr>\d+\.png</p>", page.source)
 
 
 def test_untested_or_newer_checkpoint_is_tested_first_and_a_tested_one_is_reported_without_lightning(run):
@@ -108,8 +167,8 @@ def test_untested_or_newer_checkpoint_is_tested_first_and_a_tested_one_is_report
 
 
 def test_missing_and_unreadable_images_are_named_and_metrics_added_to_training_are_shown(run):
-    victim = read().paths[0]
-    Path(victim).write_bytes(b"")
+    victim = read().paths[0].removeprefix("photos/")
+    Path("photos", victim).write_bytes(b"")
     assert cli.main(["test"]) == 0
     assert "1 test images could not be read" in Page().text
     assert f"unreadable: {victim}" in Page().text
@@ -166,7 +225,7 @@ def test_bundle_is_reported_by_its_own_predictions(run, bundle, refused):
     assert "Measured on 24 test images." in text
     assert "trained on some" not in text
     assert "heat maps (Grad-CAM) show" in text
-    assert ("The temperature" if predictor.metadata.calibrated else "No temperature is built in") in text
+    assert "No temperature is built in" in text
     assert "No test image of" in refused("report", str(bundle), "--data", "nowhere")
     assert "--data is for bundles" in refused("report", str(run), "--data", "photos")
     bundle.rename("moved")  # without split.csv beside it
@@ -188,8 +247,8 @@ def test_bundle_is_compared_with_its_run_which_cannot_be_written(run, bundle, mo
     monkeypatch.setattr(files, "replacing", refuse)
     assert cli.main(["report", str(run), "--compare", str(bundle), "--out", "both.html"]) == 0
     text = Page(Path("both.html")).text
-    assert "photos/version_0" in text
-    assert "version_0/bundle" in text
+    assert "photos/version_0 (raw)" in text
+    assert "version_0/bundle (raw)" in text
     assert re.search(r"accuracy ([\d.]+ %) \1 \+0\.0 \[\+0\.0, \+0\.0\]", text)
     assert "a temperature fitted on the validation images" in text
     assert not (run / "val_predictions.csv").exists()

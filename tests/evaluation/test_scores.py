@@ -27,7 +27,7 @@ def test_scores_are_those_of_scikit_learn_and_of_training(classes, absent, posit
     labels, predicted = true, probabilities.argmax(axis=1)
     average = {"average": "macro", "zero_division": 0, "labels": np.unique(true)}
     if positive is not None:
-        labels, predicted, average = true == positive, probabilities[:, positive] > 0.5, {}
+        labels, predicted, average = true == positive, predicted == positive, {}
     ranked = np.unique(true) if positive is None else [positive]
     expected = {
         "accuracy": reference.accuracy_score(labels, predicted),
@@ -35,7 +35,7 @@ def test_scores_are_those_of_scikit_learn_and_of_training(classes, absent, posit
         "recall": reference.recall_score(labels, predicted, **average),
         "f1": reference.f1_score(labels, predicted, **average),
         "auroc": np.mean([reference.roc_auc_score(true == c, probabilities[:, c]) for c in ranked]),
-        "loss": reference.log_loss(true, probabilities, labels=range(classes)),
+        "cross-entropy": reference.log_loss(true, probabilities, labels=range(classes)),
         "brier": ((probabilities - np.eye(classes)[true]) ** 2).sum(axis=1).mean(),
     }
     assert values == pytest.approx(expected, abs=1e-6)
@@ -89,10 +89,10 @@ def test_intervals_of_paired_differences_are_narrower_than_those_of_single_runs(
     better = probabilities + 0.02 * np.eye(3)[true]
     better /= better.sum(axis=1, keepdims=True)
     first, second = ScoredPredictions(true, probabilities), ScoredPredictions(true, better)
-    difference, low, high = scores.differences(first, second)["loss"]
-    assert difference == pytest.approx(second.scores()["loss"] - first.scores()["loss"])
+    difference, low, high = scores.differences(first, second)["cross-entropy"]
+    assert difference == pytest.approx(second.scores()["cross-entropy"] - first.scores()["cross-entropy"])
     assert low < difference < high < 0
-    alone = scores.intervals(first)["loss"]
+    alone = scores.intervals(first)["cross-entropy"]
     assert high - low < (alone[1] - alone[0]) / 3
 
 
@@ -111,7 +111,7 @@ def test_a_score_below_1_is_never_written_as_1_and_differences_have_the_decimals
         ("0.9998 to 1.0000", "auroc", 0.99984, 1.0),
         ("99.97 to 100.00 %", "recall", 0.99968, 1.0),
         ("1.000", "auroc", 1.0),
-        ("1.235", "loss", 1.23456),
+        ("1.235", "cross-entropy", 1.23456),
         ("-", "auroc", np.nan, np.nan),
     ):
         assert scores.format_score(name, *values) == expected

@@ -265,31 +265,56 @@ def test_cards_snippet_gives_the_same_answer_without_torch(changed, tmp_path, re
     assert float(probability) == pytest.approx(expected.probability, abs=1e-5)
 
 
-def test_temperature_of_the_run_is_built_in_and_the_card_has_its_figures_with_intervals(
-    tested, packed, tmp_path, monkeypatch
-):
+@pytest.fixture
+def at_tested(tested, tmp_path, monkeypatch):
+    """The current folder holds a copy of the tested run, for which a temperature is known."""
     monkeypatch.chdir(shutil.copytree(tested, tmp_path / "tested", symlinks=True))
-    run = Path("runs", "photos", "version_0")
-    assert cli.main(["export"]) == 0
+    return Path("runs", "photos", "version_0")
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_bundle_is_raw_unless_calibrated_and_card_page_and_summary_say_so_and_have_its_figures(
+    at_tested, calibrated, capsys
+):
+    run, options, word = at_tested, ["--calibrated"] * calibrated, "calibrated" if calibrated else "raw"
+    temperature = calibration.read(run / "checkpoints" / "best.ckpt")
+    export(run, run / "bundle", *options)
+    assert f"MB, {word} probabilities)" in capsys.readouterr().out
+    assert load_network(run / "bundle").metadata.temperature == (temperature if calibrated else 1)
+    assert temperature != 1
+    expected, made = probabilities(load(run, calibrated)), probabilities(run / "bundle")
+    assert np.abs(made - expected).max() < 1e-5
+
     text, measured = (run / "bundle" / "README.md").read_text(), json.loads((run / "test_metrics.json").read_text())
     assert f"| accuracy | {100 * measured['test/accuracy']:.1f} % |" in text
-    # test has fitted a temperature, which is in the bundle, in the loss, and in the ranking of different images
-    temperature = calibration.read(run / "checkpoints" / "best.ckpt")
-    assert load_network(run / "bundle").temperature == temperature != 1
-    assert f"divided by {temperature:.3f}" in text
-    expected, made = (probabilities(load(path, calibrated=True)) for path in (run, run / "bundle"))
-    assert np.abs(made - expected).max() < 1e-5
-    with pytest.raises(UserError, match="before a temperature was known"):
-        load(packed, calibrated=True)
+    assert f"by {word} probabilities" in text
+    assert (f"divided by {temperature:.3f}" if calibrated else "raw, not calibrated") in text
     images, labels = zip(*((f"photos/{path}", Path(path).parent.name) for path in in_split(run, "test")), strict=True)
     rows = np.array([prediction.probabilities for prediction in load(run / "bundle").predict(images)], dtype=np.float64)
     own = rows[np.arange(len(rows)), [["blue", "green", "red"].index(label) for label in labels]]
-    assert f"| loss | {-np.mean(np.log(own)):.3f} |" in text
     area = reference.roc_auc_score(labels, rows / rows.sum(axis=1, keepdims=True), multi_class="ovr")
-    assert f"| AUROC | {area:.3f} |" in text
+    figures = {"cross-entropy": f"{-np.mean(np.log(own)):.3f}", "AUROC": f"{area:.3f}"}
     assert re.search(r"\| accuracy \| [\d.]+ % \| [\d.]+ to [\d.]+ % \|", text)
     for line in ("On 24 test images", "| red | 28 | 4 | 8 |", "| all classes | 84 | 12 | 24 |"):
         assert line in text
+
+    assert cli.main(["report", str(run / "bundle"), "--data", "photos", "--out", "page.html"]) == 0
+    page = re.sub(r"<[^>]*>|\s+", " ", Path("page.html").read_text())
+    assert f"computed from them, are {word}." in page
+    assert ("No temperature is built in" in page) != calibrated
+    for name, value in figures.items():
+        assert f"| {name} | {value} |" in text
+        assert re.search(rf" {name} +{value} ", page), name
+    assert cli.main(["predict", str(run / "bundle"), "photos", "--out", "labels.csv"]) == 0
+    assert f"labels.csv ({word} probabilities)" in capsys.readouterr().out
+
+
+def test_calibrated_probabilities_of_what_has_no_temperature_are_refused(lively, packed, at_trained, tmp_path, refused):
+    with pytest.raises(UserError, match="gives raw probabilities; make another bundle by export --calibrated"):
+        load(packed, calibrated=True)
+    message = refused("export", str(lively), "--calibrated", "--out", str(tmp_path / "b"))
+    assert "No temperature is known for" in message
+    assert not (tmp_path / "b").exists()
 
 
 def test_card_without_a_test_says_so_and_names_that_markdown_would_interpret_stay_names(changed, tmp_path):

@@ -45,6 +45,14 @@ def refusal(path, reader=checkpoint.read):
     return str(caught.value)
 
 
+def test_run_whose_network_is_no_longer_in_the_code_is_told_so(at_trained, tmp_path, refused):
+    content = torch.load(at_trained / "checkpoints" / "best.ckpt", weights_only=True)
+    content["metadata"]["model"] = content["metadata"]["config"]["model"]["name"] = "mine"
+    torch.save(content, file := tmp_path / "old.ckpt")
+    for words in (["predict", str(file), "photos"], ["validate", str(file), "--data.root", "photos"]):
+        assert refused(*words).startswith(f"There is no network mine, that of {file}, in the code any more")
+
+
 def test_files_that_hold_code_or_are_not_checkpoints_are_refused(workplace):
     torch.save({"metadata": {}, "trap": Trap()}, "new.ckpt")
     torch.save({"trap": Trap()}, "old.ckpt", _use_new_zipfile_serialization=False)

@@ -34,7 +34,7 @@ def test_two_processes_give_the_file_of_one(model, tmp_path, capfd):
     assert cli.main([*predict, str(one)]) == 0
     capfd.readouterr()
     assert cli.main([*predict, str(two), "--devices", "2"]) == 0
-    assert capfd.readouterr() == (f"121 images labelled, 3 unreadable: {two}\n", "")
+    assert capfd.readouterr() == (f"121 images labelled, 3 unreadable: {two} (raw probabilities)\n", "")
     single, double = map(read_csv, (one, two))
     assert len(double) == 124
     for expected, row in zip(single, double, strict=True):
@@ -56,7 +56,6 @@ def test_more_processes_than_batches(packed, at_trained, tmp_path, refused):
 @pytest.fixture
 def long_prediction(packed, at_trained, tmp_path):
     """A command with two processes, started and at work; its two processes."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, as would its child
     words = ["predict", str(packed), *["photos"] * 500, "--devices", "2", "--out", str(tmp_path / "o.csv")]
     command = [sys.executable, "-m", "project.cli", *words]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:

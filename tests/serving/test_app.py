@@ -24,9 +24,11 @@ import pytest
 from PIL import Image
 
 from project import load
+from project.commands.serve import LogFormatter
 from project.data import images
 from project.errors import UserError
 from project.evaluation import attribution
+from project.inference import calibration
 from project.serving import app
 from project.serving.app import listen, server
 from project.serving.batching import Batcher
@@ -181,6 +183,18 @@ def test_concurrent_explanations_use_the_network_one_at_a_time(packed, image, mo
     with serving(Model(str(packed), False, 2, 2), parallel=2, threads=2) as number, ThreadPoolExecutor(4) as pool:
         assert {status for status, _ in pool.map(lambda _: post(number, "/explain", image), range(4))} == {200}
     assert counts == [1] * 4
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_page_and_predictions_say_whether_probabilities_are_calibrated(lively, tmp_path, image, calibrated):
+    path = Path(shutil.copy(lively / "checkpoints" / "best.ckpt", tmp_path))
+    calibration.write(path, 2.0)
+    with serving(Model(str(path), calibrated, 1)) as number:
+        assert f"{'Calibrated' if calibrated else 'Raw'} probabilities" in ask(number, "GET", "/")[2].decode()
+        answer = post(number, "/predict", image)[1]
+    assert answer["calibrated"] == calibrated
+    (expected,) = load(path, calibrated).predict([image])
+    assert answer["predictions"][0]["probability"] == pytest.approx(expected.probability, abs=1e-6)
 
 
 def test_class_whose_folder_is_no_text_is_named_by_its_bytes(model, uploads, monkeypatch):
@@ -364,6 +378,8 @@ def test_log_has_a_line_for_each_request_without_the_names_of_files(port, image,
         ask(port, "GET", "/a%0apath")
     lines = [record.getMessage().split(" ", 1)[1] for record in caplog.records]
     assert lines == ['- "POST /predict HTTP/1.1" 200', '- "GET /a%0Apath HTTP/1.1" 404']
+    shown = LogFormatter("%(asctime)s %(message)s").format(caplog.records[1])
+    assert re.search(r"\d GET /a%0Apath: status 404, client 127\.0\.0\.1:\d+$", shown)
 
 
 class Recorder:

@@ -1,5 +1,6 @@
 """What a fit saves, averaged weights among it; and how it reaches the disk: complete, without holding up the fit."""
 
+import errno
 import mmap
 import os
 import re
@@ -8,6 +9,7 @@ import tempfile
 import threading
 from collections import OrderedDict
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from project.training import checkpoint_io
 from project.training.callbacks import ProgressLines
 from project.training.checkpoint_io import AsyncCheckpointIO
 from project.training.ema import EMA
+from project.training.loggers import MetricsFile
 from tests.conftest import ALIVE, SMALL, full_disk
 from tests.same_run import checkpoint, differences, logged
 
@@ -68,6 +71,9 @@ def test_fit_leaves_no_signal_handler_and_no_thread_behind_and_a_failed_one_its_
         cli.main([*FIT, "--trainer.max_epochs", "3"])  # in the second
     assert left() == before
     assert os.listdir("runs/photos/version_1/checkpoints") == ["best.ckpt"]
+    monkeypatch.setattr(MetricsFile, "finalize", Mock(side_effect=OSError(errno.ENOSPC, "full")))  # before the teardown
+    assert cli.main([*FIT, "--trainer.max_epochs", "3"]) == 1
+    assert left()[0] == before[0]
 
 
 def test_validation_that_fails_does_not_mix_up_weights_and_average(photos, monkeypatch):
@@ -209,3 +215,46 @@ def test_direct_file_holds_the_bytes_that_were_written(workplace, monkeypatch, f
             stream.finish()
             stream.close()
             assert Path(place, "file").read_bytes() == b"".join(parts)
+
+
+NEVER = ["--trainer.limit_val_batches", "0"]
+
+
+@pytest.mark.parametrize("options", [[*NEVER, "--average", "0.9"], ["--trainer.max_steps", "3", "--patience", "1"]])
+def test_fit_without_a_validation_says_so_and_its_last_weights_are_the_best(photos, capsys, options):
+    assert cli.main([*FIT, "--trainer.max_epochs", "1", *options]) == 0
+    out = capsys.readouterr().out
+    assert "ends before its first validation" in out
+    assert "There was no validation: best.ckpt holds the last weights." in out
+    best, last = (checkpoint(RUN, name) for name in ("best", "last"))
+    assert best["metadata"]["validated"] is False
+    assert not differences(best["state_dict"], last["state_dict"])
+    assert cli.main(["predict", str(RUN), str(photos / "red"), "--out", "red.csv"]) == 0
+    (RUN / "checkpoints" / "best.ckpt").unlink()
+    assert cli.main(["predict", str(RUN), str(photos / "red"), "--out", "other.csv"]) == 2
+    assert "ended before a validation" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "never"),
+    [
+        (["--trainer.max_steps", "3", "--trainer.accumulate_grad_batches", "4"], False),  # ten batches, all of them
+        (["--trainer.max_steps", "2", "--trainer.accumulate_grad_batches", "4"], True),
+        (["--trainer.max_steps", "3", "--trainer.val_check_interval", "3"], False),
+        (["--trainer.max_epochs", "2", "--trainer.check_val_every_n_epoch", "3"], True),
+    ],
+)
+def test_only_a_fit_without_a_validation_is_said_to_have_none(photos, capsys, options, never):
+    assert cli.main([*FIT, *options]) == 0
+    assert ("ends before its first validation" in capsys.readouterr().out) == never
+    assert checkpoint(RUN, "best")["metadata"]["validated"] is not never
+
+
+def test_run_that_goes_on_to_validate_has_a_validated_best_and_report_and_card_name_one_that_never_did(photos, capsys):
+    assert cli.main([*FIT, "--trainer.max_steps", "3"]) == cli.main(["test"]) == cli.main(["export"]) == 0
+    for file in (RUN / "report.html", RUN / "bundle" / "README.md"):
+        assert "never been validated" in file.read_text("utf-8")
+    assert cli.main([*FIT, "--resume", str(RUN), "--trainer.max_steps", "12"]) == 0  # of ten steps an epoch
+    assert capsys.readouterr().out.count("ends before its first validation") == 2
+    assert cli.main([*FIT, "--resume", str(RUN), "--trainer.max_steps", "22"]) == 0
+    assert checkpoint(RUN, "best")["metadata"]["validated"] is True

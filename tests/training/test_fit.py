@@ -1,5 +1,6 @@
 """fit, validate and test as a user runs them, in process, on a small network."""
 
+import inspect
 import json
 import shutil
 import sys
@@ -155,19 +156,19 @@ def test_test_uses_the_runs_own_split_unless_the_data_is_another_folder(photos, 
         return {f"{root}/{rows.paths[row]}" for row in rows.rows("test")}
 
     assert cli.main([*FIT, "--data.folds", "3", "--data.fold", "1", "--data.group", r"(\d)\.png"]) == 0
-    own = held_out(photos)
+    own, run = held_out(photos), Path("runs/photos-fold1/version_0")
     make_images(photos, dict.fromkeys(COLOURS, 50))  # the folder has grown since
     for root in (None, "./photos", str(photos.resolve())):
         assert cli.main([*TEST, *(["--data.root", root] if root else [])]) == 0
-        assert {str(Path(path).resolve().relative_to(Path.cwd())) for path in predicted()} == own
+        assert {str(Path(path).resolve().relative_to(Path.cwd())) for path in predicted(run)} == own
     photos.rename("moved")
     capsys.readouterr()
     assert cli.main([*TEST, "--data.root", "moved"]) == 0
     assert "so the run's split.csv is not used" in capsys.readouterr().out
-    assert json.loads((RUN / "test_metrics.json").read_text())["data"] == "moved"
-    assert predicted().keys() == held_out("moved")  # by the same fold and groups
-    assert cli.main([*TEST, "--data.root", "moved", "--data.split", str(RUN / "split.csv")]) == 0
-    assert predicted().keys() == {path.replace("photos/", "moved/") for path in own}
+    assert json.loads((run / "test_metrics.json").read_text())["data"] == "moved"
+    assert predicted(run).keys() == held_out("moved")  # by the same fold and groups
+    assert cli.main([*TEST, "--data.root", "moved", "--data.split", str(run / "split.csv")]) == 0
+    assert predicted(run).keys() == {path.replace("photos/", "moved/") for path in own}
 
 
 def test_fit_prints_what_came_of_it_and_test_writes_into_the_run_of_its_checkpoint(photos, capsys):
@@ -219,7 +220,8 @@ def test_last_checkpoint_is_truly_last_and_the_first_batch_is_drawn_once(photos,
     assert last["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["completed"] == 10 * epochs
     validated = "check_val_every_n_epoch" not in options[0] or epochs > 1
     out = capsys.readouterr().out
-    assert ("best: epoch" in out) == ("next: make board" in out) == validated
+    assert ("best: epoch" in out) == ("There was no validation" not in out) == validated
+    assert "next: make board" in out
     if "logger" in options[0]:
         assert not [*RUN.glob("events*"), *RUN.glob("projector*")]
     else:
@@ -239,6 +241,76 @@ def test_a_users_own_checkpoints_and_loggers_come_beside_ours(photos):
     assert {p.name for p in (RUN / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "mine.ckpt"}
     assert (RUN / "metrics.csv").exists()
     assert list(Path("mine").rglob("metrics.csv"))
+
+
+def own(name, **options):
+    """The words that put one of Lightning's callbacks, with these options, into a fit."""
+    return ["--trainer.callbacks", name, *(w for k, v in options.items() for w in (f"--trainer.callbacks.{k}", v))]
+
+
+@pytest.mark.parametrize("options", [own("RichProgressBar"), own("TQDMProgressBar", refresh_rate="2")])
+@pytest.mark.parametrize("shown", [[], ["--trainer.enable_progress_bar", "true"]])
+def test_own_progress_bar_replaces_ours(photos, options, shown):
+    assert cli.main([*FIT, *options, *shown]) == 0
+
+
+@pytest.mark.parametrize("name", ["best", "last", "previous"])
+def test_own_checkpoint_in_the_same_folder_does_not_replace_ours(photos, name):
+    options = own("ModelCheckpoint", filename=name, save_last="link", dirpath=str(RUN.absolute() / "checkpoints"))
+    assert cli.main([*FIT, *options]) == 0
+    files = {"best.ckpt", "last.ckpt", "last-v1.ckpt"} | ({f"{name}-v1.ckpt"} if name != "last" else set())
+    assert {path.name for path in (RUN / "checkpoints").iterdir()} >= files
+    assert "optimizer_states" not in checkpoint(RUN, "best")
+    assert "loop_state" in checkpoint(RUN, "last")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (own("EarlyStopping", monitor="val_loss"), ["val_loss", "val/loss, val/accuracy"]),
+        (own("ModelCheckpoint", monitor="val_acc"), ["val_acc", "val/loss, val/accuracy"]),
+        ([*own("EarlyStopping", monitor="val/loss"), "--patience", "3"], ["--patience", "leave one out"]),
+        (own("no.such.Thing"), ["--trainer.callbacks no.such.Thing", "No module named 'no'"]),
+        (own("json.Thing"), ["json.Thing", "has no attribute 'Thing'"]),
+        (own("Thing"), ["Thing", "give package.module.Class"]),
+        (own("EarlyStopping", moniter="x"), ["Option 'moniter' is not accepted"]),
+        (own("EarlyStopping", monitor="val/loss", mode="up"), ["EarlyStopping", "`mode` can be min, max"]),
+        (["--trainer.logger", "CSVLogger"], ["CSVLogger", "it needs save_dir"]),
+        (["--trainer.logger", "CometLogger"], ["CometLogger", "pip install -U 'comet-ml"]),
+        (["--trainer.profiler", "xla"], ["pip install -U 'torch_xla"]),
+        (["--trainer.barebones", "true"], ["--trainer.barebones", "bench"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Lightning's XLAProfiler
+def test_own_objects_that_cannot_be_used_are_refused_in_a_sentence_before_training(photos, refused, options, words):
+    message = refused(*FIT, *options)
+    assert all(word in message for word in words), message
+    assert "Namespace" not in message
+    assert not Path("runs").exists()
+
+
+def test_callback_may_monitor_what_an_edited_classifier_logs(photos, monkeypatch, refused):
+    stop = own("EarlyStopping", monitor="val/own")
+    assert "val/own" in refused(*FIT, *stop)
+    monkeypatch.setattr(inspect, "getsource", lambda _: 'self.log("val/own", loss)')
+    assert "not available" in refused(*FIT, *stop)  # found after the first epoch
+
+
+def test_default_root_dir_contains_the_runs(photos, refused):
+    at = ["--trainer.default_root_dir", "deep/er"]
+    Path("deep").mkdir()
+    assert cli.main([*FIT, *at, "--trainer.fast_dev_run", "1"]) == 0
+    assert not [*Path("deep").rglob("runs")]
+    assert Path("deep").is_dir()
+    assert cli.main([*FIT, *at]) == cli.main([*TEST, *at]) == 0
+    run = Path("deep/er/runs/photos/version_0")
+    assert (run / "test_metrics.json").exists()
+    assert Path("deep/er/runs/latest").resolve() == run.resolve()
+    assert not Path("runs").exists()
+    assert "No run in runs/" in refused(*TEST)
+    (run / "status.json").write_text('{"state": "stopped"}')
+    assert cli.main(["fit", *at, "--resume", "--trainer.max_epochs", "2"]) == 0
+    assert checkpoint(run)["epoch"] == 1
 
 
 def test_network_with_batch_norm_takes_batches_of_one_and_of_none(photos):
@@ -311,7 +383,7 @@ def test_test_without_a_run_or_a_test_split_and_runs_that_cannot_be_written(work
         (["--data.root", "one"], ["one class, cat"]),
         pytest.param(
             ["--trainer.accelerator", "gpu"],
-            ["refuses its options (see --help trainer)", "gpu"],
+            ["Trainer does not accept these options", "gpu"],
             marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator"),
         ),
     ],

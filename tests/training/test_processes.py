@@ -90,7 +90,6 @@ def started(*command, until):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_signal_leaves_no_worker_and_what_can_be_caught_saves_the_step_in_progress(photos, number, code):
-    before = set(os.listdir("/dev/shm"))
     fit = [*FIT, "--trainer.max_epochs", "500", "--data.workers", "2", "--save_every", "1000"]
     process = started(*CLI, *fit, until=METRICS.exists)
     children = process.children(recursive=True)
@@ -111,7 +110,58 @@ def test_signal_leaves_no_worker_and_what_can_be_caught_saves_the_step_in_progre
         assert LAST.exists()
         assert runs.read_status(RUN)["state"] == "stopped"
     assert not psutil.wait_procs(children, timeout=20)[1]
-    assert set(os.listdir("/dev/shm")) <= before
+    batches = tuple(f"torch_{child.pid}_" for child in children)  # other processes of this machine have theirs
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith(batches)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "cause"), [(signal.SIGKILL, "memory ran out"), (signal.SIGBUS, "/dev/shm")])
+def test_a_killed_worker_ends_the_fit_in_a_sentence_and_the_fit_can_be_resumed(photos, number, cause):
+    fit = [*FIT, "--trainer.max_epochs", "500", "--data.workers", "2", "--save_every", "0.001"]
+    process = started(*CLI, *fit, until=LAST.exists)
+    children = process.children(recursive=True)
+    next(child for child in children if child.ppid() != process.pid).send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, out
+    last = out.splitlines()[-1]
+    assert "failed: " in last  # after the zero byte of PyTorch's own message about SIGBUS
+    assert cause in last
+    assert last.endswith(f"fit --resume {RUN}")
+    assert "Traceback" not in out
+    assert runs.read_status(RUN)["state"] == "failed"
+    assert not psutil.wait_procs(children, timeout=20)[1]
+    run(*CLI, *FIT, "--resume", str(RUN), "--trainer.max_epochs", "1000", "--trainer.max_time", "00:00:00:01")
+
+
+FULL_LATER = "import sys; from project import cli; from project.data import workers; workers.HELD = -99; "
+FULL_LATER += "sys.exit(cli.main(sys.argv[1:]))"  # as if another program had filled it in the meantime
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("limit", "command", "code", "sentence"),
+    [
+        ("mount -t tmpfs -o size=1264k tmpfs /dev/shm", CLI, 0, "1 are used, each 1 batches ahead"),
+        ("mount -t tmpfs -o size=1100k tmpfs /dev/shm", CLI, 0, "the main process reads the images"),
+        (
+            "mount -t tmpfs -o size=100k tmpfs /dev/shm",
+            [sys.executable, "-c", FULL_LATER],
+            1,
+            "/dev/shm is probably full",
+        ),
+        ("ulimit -n 24", CLI, 1, "Too many open files: the limit is 24"),
+    ],
+)
+def test_small_shared_memory_takes_fewer_workers_and_a_limit_is_named(photos, limit, command, code, sentence):
+    inside = [] if limit.startswith("ulimit") else ["unshare", "-rm"]
+    if inside and subprocess.run([*inside, "sh", "-c", limit], capture_output=True, check=False).returncode:
+        pytest.skip("this machine lets no process mount a file system of its own")
+    fit = [*FIT, "--data.workers", "2"]
+    shell = [*inside, "sh", "-c", f'{limit} && exec "$@"', "sh"]
+    done = subprocess.run([*shell, *command, *fit], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert sentence in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
 
 
 LEFT = """

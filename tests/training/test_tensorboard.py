@@ -27,7 +27,7 @@ RUN, PROJECTOR = Path("runs/photos/version_0"), Path("projector", "validation")
 DRAWN = ("confusion_matrix", "precision_recall", "reliability", "roc", "samples")
 
 
-def test_image_grid_has_a_title_over_each_image():
+def test_image_grid_has_a_title_under_each_image():
     images = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
     titles = [f"class $_{n}" for n in range(10)]
     figure = figures.image_grid(images, titles, columns=4, wrong=[n == 3 for n in range(10)])
@@ -38,7 +38,7 @@ def test_image_grid_has_a_title_over_each_image():
         assert (shown.get_array() == image).all()
         left, right, bottom, top = shown.get_extent()
         assert left < text.get_position()[0] < right
-        assert top - 0.1 < text.get_position()[1] < top < bottom
+        assert top < bottom < text.get_position()[1] < bottom + 0.1
     (mark,) = axes.patches
     assert mark.get_xy() == (axes.images[3].get_extent()[0], axes.images[3].get_extent()[3])
 
