@@ -10,10 +10,12 @@ from typing import Any, NoReturn, get_args, get_origin
 import docstring_parser
 import jsonargparse
 
-from project.errors import UserError, did_you_mean, some
+from project.errors import UserError, did_you_mean
 
 # of options, by their names in other programs
 OTHER_NAMES = {"learning_rate": "lr", "num_workers": "workers", "gpus": "devices", "seed": "seed_everything"}
+OTHER_NAMES |= {"epoch": "max_epochs", "pretrained": "weights", "device": "accelerator", "bs": "batch_size"}
+OTHER_NAMES |= dict.fromkeys(("imgsz", "img_size", "size"), "image_size")
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -60,6 +62,8 @@ def call(function: Callable[..., int | None], verb: str, argv: list[str]) -> int
     split = [word.partition("=") for word in argv]
     values = parser.parse_args(["".join((spellings.get(name, name), *value)) for name, *value in split]).as_dict()
     for name, value in values.items():  # some libraries refuse a PositiveInt, a subclass of int
+        if name in words and (value == "" or (isinstance(value, list) and "" in value)):
+            raise UserError(f"An empty word is given for {name}; a dot means the current folder.")
         if isinstance(value, int | float) and not isinstance(value, bool):
             values[name] = int(value) if isinstance(value, int) else float(value)
     return function(*[values.pop(name) for name in unnamed], **values) or 0
@@ -70,9 +74,11 @@ def named(argv: list[str], option: str) -> list[str]:
     words = []
     for before, word in itertools.pairwise(["", *argv]):
         belongs = word.startswith("-") or (re.match("--?[a-zA-Z]", before) and "=" not in before)
+        if not word and not belongs:
+            raise UserError(f"An empty word is given for {option}; a dot means the current folder.")
         words.append(word if belongs else f"{option}={word}")
-    if words != argv and (several := [word for word in words if word.partition("=")[0] == option])[1:]:
-        raise UserError(f"{option} takes one value, not {some(several)}.")
+    if words != argv and sum(word.partition("=")[0] == option for word in words) > 1:
+        raise UserError(f"{option} takes one value, with or without its name; leave the others out.")
     return words
 
 

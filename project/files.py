@@ -63,16 +63,7 @@ def with_home(word: str) -> str:
 
 
 def require_new(file: Path, option: str, overwrite: bool | None = None) -> None:
-    """Checks that an output file can be created and does not exist yet.
-
-    Args:
-        file: The output.
-        option: Its name on the command line.
-        overwrite: Whether an existing file may be replaced; None if the verb has no such option.
-
-    Raises:
-        UserError: The file exists or cannot be created.
-    """
+    """Raises UserError where an output exists or cannot be created; `overwrite` is None where no option allows that."""
     folder = file.absolute().parent
     if not os.access(f"{folder}/.", os.W_OK):  # with the dot, a file is no folder
         raise UserError(f"Cannot write --{option} {file}: {folder} is no folder, or not writable; give another path.")

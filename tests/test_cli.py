@@ -1,5 +1,6 @@
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,12 @@ MISTAKES = [
     ("fit --data.rot x", "no option --data.rot. Did you mean --data.root?"),
     ("fit --trainer.max_epoch=3", "Did you mean --trainer.max_epochs?"),
     ("fit stray", "no folder stray; give a folder"),
+    ("fit file", "file is neither a folder nor a CSV file"),
+    ("fit ''", "An empty word is given for --data.root"),
+    ("fit --data.root=", "An empty word is given for --data.root"),
+    ("predict run ''", "An empty word is given for images"),
+    ("fit --pretrained", "Did you mean --model.weights?"),
+    ("fit --trainer.limit_train_batches 0", "nothing to train"),
     ("fit stray --data.root photos", "--data.root takes one value"),
     ("validate stray", "no checkpoint stray"),
     ("test --trainer.devices 1 stray", "no checkpoint stray"),
@@ -142,7 +149,7 @@ def test_mistake_gets_one_sentence_and_changes_nothing(trained, workplace, refus
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_bytes(content)
     before = files()
-    assert sentence in refused(*words.split())
+    assert sentence in refused(*shlex.split(words))
     assert files() == before
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.tuner.tuning import Tuner
 
-from project import files, runs
+from project import files
 from project.errors import UserError, command
 from project.evaluation import figures
 from project.optim import make_optimizer
@@ -90,7 +90,7 @@ class Tuning(trainer_cli.Cli):
         rate, reason = suggest(rates, losses)
         if rate is not None:
             words += ["--model.lr", f"{rate:.0e}"]
-        plot = Path(options.plot or files.unused(runs.ROOT / data.run_name / "lr-finder.png"))
+        plot = Path(options.plot or files.unused(self.runs_root / data.run_name / "lr-finder.png"))
         with files.replacing(plot, "wb") as stream:
             figures.rate_finder(rates, losses, rate).savefig(stream, dpi=120, format="png")
         print(f"learning rate: {reason}; see {plot}\nnext: {command('fit', *words)}")

@@ -79,6 +79,8 @@ class ImageData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if not str(root):
+            raise UserError("An empty word is given for --data.root; a dot means the current folder.")
         self.root = Path(root)
         self._query: dict[str, Any] = {"split": Path(split) if split else None, "seed": split_seed, "group": group}
         self._query |= {"folds": folds, "fold": fold, "exclude": Path(exclude) if exclude else None}
@@ -185,7 +187,7 @@ class ImageData(LightningDataModule):
         first = "; ".join(f"{dataset.path(row)}: {reason}" for row, reason in failed[:3])
         text = f"None of the {len(failed):,} {split} images{of} can be read; the first: {first}"
         if split == "train" or not of:
-            raise UserError(f"{text}. Replace them, or leave the class out.")
+            raise UserError(f"{text}. Replace them{', or leave the class out' * bool(of)}.")
         text += ". Precision, recall and AUROC of such a class cannot be measured; averages leave it out."
         rank_zero_only(print)(text, flush=True)
 

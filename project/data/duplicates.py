@@ -50,7 +50,7 @@ def fingerprints(thumbnails: npt.NDArray[np.uint8]) -> npt.NDArray[np.float16]:
 
 
 def near_groups(fingerprints: npt.NDArray[np.float16]) -> list[list[int]]:
-    """Groups of rows that are linked by a correlation of at least `NEARLY_SAME`, directly or through others.
+    """Groups of rows (N, D) that are linked by a correlation of at least `NEARLY_SAME`, directly or through others.
 
     A photograph that is saved again as JPEG, at half its size or with another contrast nearly always keeps a
     correlation above 0.998. Of 3.4 million pairs of solar cells, all much alike, 4 have it, the same cells taken twice;
@@ -59,12 +59,6 @@ def near_groups(fingerprints: npt.NDArray[np.float16]) -> list[list[int]]:
 
     Exact, and quick because near vectors have nearly the same position along every direction: a row is compared only
     with those near it along the direction of largest spread.
-
-    Args:
-        fingerprints: (N, D), each of length 1.
-
-    Returns:
-        Indices of two rows or more, a list a group.
     """
     if len(fingerprints) < 2:
         return []

@@ -16,13 +16,16 @@ Layout = Literal["splits", "classes"]
 SPLIT_OF_FOLDER = dict.fromkeys(("train", "training"), "train")  # by normalized name
 SPLIT_OF_FOLDER |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
 SPLIT_OF_FOLDER |= dict.fromkeys(("test", "testing", "holdout", "eval"), "test")
-# Folders of Synology, QNAP and NetApp; Windows; macOS and netatalk; ext4; GoodSync, Allway Sync and FreeFileSync
+# Folders of Synology, QNAP and NetApp; Windows; macOS and netatalk; ext4; synchronisers; Lightroom
 _TOOLS = """@eaDir, @tmp, @sharebin, @__thumb, @Recycle, @Recently-Snapshot, @Transcode, #recycle, #snapshot, ~snapshot,
 Network Recycle Bin*, $RECYCLE.BIN, RECYCLER, System Volume Information, found.[0-9][0-9][0-9], __MACOSX, lost+found,
-Network Trash Folder, Temporary Items, TheFindByContentFolder, TheVolumeSettingsFolder, _gsdata_, _SYNCAPP, *.ffs_tmp"""
+Network Trash Folder, Temporary Items, TheFindByContentFolder, TheVolumeSettingsFolder, _gsdata_, _SYNCAPP, *.ffs_tmp,
+@SynologyDrive, @sharesnap, @S2S, @quarantine, $WinREAgent, $SysReset, Config.Msi, MSOCache, *.lrdata"""
 _TOOL_NAME = re.compile("|".join(translate(name) for name in re.split(r",\s", _TOOLS)), re.IGNORECASE)
 HIDDEN, NOT_IMAGE, NOT_SPLIT = "hidden", "not an image", "not a folder of train, val or test with images"
 TOOL, LOOSE = "made by a NAS, a file manager or a synchroniser", "not inside a class folder"
+OURS = "made by fit or explain"
+_RESULTS = {"runs": ("latest",), "explanations": ("contact-sheet.png", "filters.png")}  # folders by what is in them
 BROKEN = "link that leads nowhere or may not be followed"
 
 
@@ -32,6 +35,7 @@ class Skipped(defaultdict[str, list[str]]):
     def __init__(self, keep: str = "") -> None:
         super().__init__(list)
         self.keep, self.notices = keep, list[str]()  # sentences about how the rest is read
+        self.first, self.again = dict[str, str](), list[str]()  # real folders by first path; what is read once more
 
     def kind(self, entry: os.DirEntry[str], path: str) -> Literal["folder", "image", ""]:
         """What an entry is; the path of anything else is noted."""
@@ -41,6 +45,8 @@ class Skipped(defaultdict[str, list[str]]):
         except OSError:  # a link to itself, or through a folder without permission
             is_folder = False
         reason = HIDDEN if name.startswith(".") else TOOL if is_folder and _TOOL_NAME.match(name) else ""
+        if is_folder and any(os.path.lexists(f"{entry.path}/{file}") for file in _RESULTS.get(name.split("-")[0], ())):
+            reason = OURS
         if not reason or fnmatch(name.casefold(), self.keep.casefold()):
             if is_folder or is_image(name):
                 return "folder" if is_folder else "image"
@@ -87,6 +93,12 @@ def _splits(root: Path, skipped: Skipped, layout: Layout | None) -> dict[str, st
     if layout is None and not (len(nested) > 1 and set.intersection(*nested)):
         has_affix = any(normalized(name) not in SPLIT_OF_FOLDER for name in words)
         if not words or (has_affix and (others or all(inside))):
+            every = [set(_folders(root / name, quiet)) for name in names]
+            if len(names) > 1 and len(shared := set.intersection(*every)) > 1:  # perhaps a or b, with the splits inside
+                skipped.notices.append(
+                    f"{root} is read as the classes {some(names)}, each of which has the folders "
+                    f"{some(sorted(shared))}; if either are splits, move the images to train/<class> and so on"
+                )
             return {}
         if others or not nested:
             classes = f"with the classes {some(sorted(set().union(*nested)))}"
@@ -165,6 +177,8 @@ def images(folder: str, name: str, skipped: Skipped, above: tuple[str, ...] = ()
             skipped["link to a folder " + ("above it" if is_above else "that is read already")].append(name)
             continue
         read.add(real)
+        if (first := skipped.first.setdefault(real, name)) != name:
+            skipped.again.append(f"{name} is {first}")
         for entry in entries(folder, skipped if above else None, name):
             path = f"{name}/{entry.name}"
             kind = skipped.kind(entry, path)

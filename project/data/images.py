@@ -29,7 +29,8 @@ Image.init()
 FORMATS = tuple({"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"} & set(Image.OPEN))
 PNG, JPEG, TIFF = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", (b"II*\0", b"MM\0*")  # first bytes
 HEIF = tuple(b"ftyp" + brand for brand in b"heic heix heim heis hevc hevx hevm hevs mif1 msf1".split())  # bytes 4 to 12
-BITS, PHOTOMETRIC, ORIENTATION, NO_DATA = 258, 262, 274, 42113  # TIFF tags, of EXIF, too; the last is GDAL's
+# TIFF tags, of EXIF, too; the last is GDAL's
+BITS, PHOTOMETRIC, ORIENTATION, SAMPLE_FORMAT, NO_DATA = 258, 262, 274, 339, 42113
 PIXEL_TAGS = {*range(256, 267), 273, ORIENTATION, *range(277, 280), 284, 292, 293, 317, *range(320, 326)}
 PIXEL_TAGS |= {338, 339, 347, *range(512, 533)}
 MAX_PIXELS = 89_478_485  # Pillow's limit, at which it only warns; here an image above it is refused
@@ -37,6 +38,7 @@ MAX_MARKERS = 100  # libtiff's limit of scans for JPEGs inside TIFFs; a usual pr
 
 # Pillow warns between MAX_PIXELS and twice that; `opened` checks the same header and refuses.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # about metadata, without the file's name
 assert not ImageFile.LOAD_TRUNCATED_IMAGES, "a truncated image must raise, not turn grey"
 
 
@@ -211,6 +213,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _scaled(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float64)  # changed in place: 8 bytes a pixel are enough
     tags = getattr(image, "tag_v2", {})
+    if image.mode == "I" and tags and tags.get(SAMPLE_FORMAT, (1,)) == (1,):  # unsigned, which Pillow reads as signed
+        values %= 2.0**32
     low, high = 0.0, 4095.0 if tags.get(BITS) == (12,) else 65535.0
     if not image.mode.startswith("I;16"):
         with suppress(ValueError):

@@ -98,6 +98,10 @@ def load(
         if missing := len(listed - found):
             notices.append(f"{missing:,} images of {split} are not in {root}")
     spelling = {unicodedata.normalize("NFC", row.label): row.label for row in rows if row.split in ("train", "")}
+    again = sorted({row.label for row in rows if row.split in ("train", "")} - {*spelling.values()})
+    notices += [
+        f"{name!a} is read as {spelling[unicodedata.normalize('NFC', name)]!a}, which looks alike" for name in again
+    ]
     rows = [row._replace(label=spelling.get(unicodedata.normalize("NFC", row.label), row.label)) for row in rows]
     if group is not None:
         rows = _grouped(rows, group, notices)
@@ -118,6 +122,8 @@ def load(
             f"{len(several):,} groups lie on both sides of a split ({', '.join(several[:3])}): the figures of val and "
             "test will be better than on new groups"
         )
+    if skipped.again:
+        notices.append(f"through links, the same images are read twice: {some(skipped.again)}")
     for kind, paths in skipped.items():
         more = f" and {len(paths) - 3:,} more" if len(paths) > 3 else ""
         hint = "; --data.keep NAME reads folders of that name" if kind == folders.TOOL else ""
@@ -136,7 +142,8 @@ def scan(root: Path, skipped: Skipped, layout: Layout | None = None) -> Iterator
     elif root.suffix.lower() == ".csv" and os.path.isfile(root):  # noqa: PTH113
         yield from read_rows(root)
     else:
-        raise UserError(f"There is no folder {root}; give a folder of images, <folder>/<class>/*.jpg, or a CSV file.")
+        what = f"{root} is neither a folder nor a CSV file" if os.path.isfile(root) else f"There is no folder {root}"  # noqa: PTH113
+        raise UserError(f"{what}; give a folder of images, <folder>/<class>/*.jpg, or a CSV file.")
 
 
 def folder_of(root: Path) -> Path:
@@ -257,7 +264,10 @@ def _manifest(root: Path, rows: list[Row], notices: list[str], skipped: Skipped)
     if undecodable := [name for name in names if any("\udc80" <= letter <= "\udcff" for letter in name)]:
         raise UserError(f"The class folder {undecodable[0]!r} has a name that is not UTF-8; rename it.")
     if len(names) < 2:
-        raise UserError(f"{root} has one class, {names[0]}; a classifier needs at least two class folders.")
+        hint = f" If its folders are the classes or splits, give {root / names[0]}." if root.is_dir() else ""
+        if loose := skipped[folders.LOOSE]:
+            hint = f" {len(loose):,} images lie directly in {root}, without a class folder."
+        raise UserError(f"{root} has one class, {names[0]}; a classifier needs at least two class folders.{hint}")
     index = {name: number for number, name in enumerate(names)}
     return Manifest(
         root=folder_of(root),

@@ -49,14 +49,7 @@ class Source:
 
 
 def locate(path: str | os.PathLike[str] | None = None) -> Source:
-    """Finds the classifier that a path means.
-
-    Args:
-        path: A checkpoint, a run folder or a bundle; None means the newest run's best.ckpt.
-
-    Raises:
-        UserError: The path is none of these.
-    """
+    """The classifier that a path means, by default the newest run's best.ckpt; UserError where it means none."""
     if path is None:
         return Source(runs.newest_checkpoint(), is_bundle=False)
     try:

@@ -74,11 +74,7 @@ def torchvision_names() -> list[str]:
 
 
 def timm_network(name: str, **options: Any) -> "nn.Module":
-    """Creates one of timm's networks.
-
-    Raises:
-        UserError: timm is not installed, or has none of that name.
-    """
+    """Creates one of timm's networks; raises a UserError where it has none of that name, or is not installed."""
     timm = import_timm()
     own = name.removeprefix(TIMM)
     if not timm.is_model(own):
@@ -109,11 +105,7 @@ def head(network: "nn.Module") -> tuple[str, "nn.Module"]:
 
 
 def require_size(network: "nn.Module", name: str, image_size: int) -> None:
-    """Checks, with one black image, that a network takes images of a size.
-
-    Raises:
-        UserError: The network does not; the sentence gives the next size that it takes.
-    """
+    """Checks, with one black image, that a network takes images of a size; the UserError has the next that it takes."""
     import torch
 
     def takes(size: int) -> bool:

@@ -173,6 +173,7 @@ class Cli(LightningCLI):
                 self.source.require_same(self.model.name, self.datamodule.class_names, self.datamodule.root)
             self.trainer = self.instantiate_trainer()
             self.datamodule.require_enough_for(self.trainer.world_size, self.verb)
+            trainer.require_batches(self.trainer, self.datamodule, self.verb)
         except BaseException as error:
             if self.run is not None:
                 self.run.discard()
@@ -211,8 +212,8 @@ class Cli(LightningCLI):
         chosen = self.config.fit
         if [options[limit] for limit in ("max_epochs", "max_steps", "max_time")] == [None, -1, None]:
             options["max_epochs"] = chosen.trainer.max_epochs = self.datamodule.epochs
-        if 0 in (options["max_epochs"], options["max_steps"]):
-            raise UserError("There is nothing to train: --trainer.max_epochs or --trainer.max_steps is 0.")
+        if none := [name for name in ("max_epochs", "max_steps", "limit_train_batches") if options[name] == 0]:
+            raise UserError(f"There is nothing to train: --trainer.{none[0]} is 0.")
         if chosen.patience and options["limit_val_batches"] == 0:
             raise UserError("--patience needs validations; --trainer.limit_val_batches is 0.")
         fit.require_usable(users["callbacks"], self.model, chosen.patience)

@@ -99,9 +99,14 @@ class Diagnostics(Callback):
         # an accelerator keeps working while this process waits, so that the share means nothing
         on_cpu = trainer.strategy.root_device.type == "cpu"
         if on_cpu and share >= 0.3 and waited >= 1 and (is_last or len(epochs) >= 2):
+            workers, more = usable_cores(), ""
+            if data.workers < workers:
+                more = f"--data.workers {workers} (now {data.workers}), "
+            if data.image_cache(data.augment)[0] is None:
+                more += "--data.cache on, "
             problems["waiting"] = (
-                f"{share:.0%} of the epoch was spent waiting for images ({duration(waited)}): try --data.workers "
-                f"{usable_cores()} (now {data.workers}), --data.cache on, smaller images or a cheaper --data.augment."
+                f"{share:.0%} of the epoch was spent waiting for images ({duration(waited)}): try {more}smaller images "
+                "or a cheaper --data.augment."
             )
         if trainer.global_step < self.MIN_STEPS or not (is_last or len(epochs) >= self.MIN_EPOCHS):
             return problems

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,7 +112,9 @@ def summarize(trainer: Any, run: Run) -> None:
     size = sum(file.stat().st_size for file in run.folder.rglob("*") if file.is_file())
     print(f"run: {run.folder} ({size / 1e6:,.0f} MB)")
     if (run.checkpoints / BEST).exists():
-        print(f"next: make board | {command('test')} | {command('predict', run.folder)} IMAGES...")
+        base = run.folder.parent.parent
+        board = "make board" + (f" RUNS={shlex.quote(str(base))}" if base != runs.ROOT else "")
+        print(f"next: {board} | {command('test', run.folder)} | {command('predict', run.folder)} IMAGES...")
 
 
 @contextlib.contextmanager

@@ -139,7 +139,8 @@ def find(choice: str | None, runs_root: Path) -> Run | None:
         return None
     if rank() != 0 and (chosen := os.environ.get(runs.VARIABLE)):  # the first rank's choice
         return Run.resume(Path(chosen), None)
-    named = [] if choice in (NEWEST, AUTO) else [runs.resolve(Path(choice))]
+    path = runs.resolve(Path(choice))
+    named = [] if choice in (NEWEST, AUTO) else [runs.folder_of(path) if path.suffix == ".ckpt" else path]
     if named and not (named[0] / "config.yaml").is_file():
         raise UserError(f"There is no run {choice}; give its folder, runs/<name>/version_N, or --resume alone.")
     reason = f"There is no unfinished run in {runs_root}/; start one: python -m project.cli fit."

@@ -11,6 +11,9 @@ from typing import Any
 from jsonargparse.typing import OpenUnitInterval, PositiveFloat, PositiveInt
 from lightning.pytorch import Trainer
 
+from project.data.datamodule import STAGE_SPLITS, ImageData
+from project.errors import UserError
+
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of glibc's malloc.h
 SAVE_EVERY = PositiveFloat(5.0)  # minutes
@@ -69,6 +72,17 @@ class RunTrainer(Trainer):
             **kwargs: As for Lightning's Trainer.
         """
         return super().test(*args, **kwargs, weights_only=True)  # type: ignore[misc]
+
+
+def require_batches(trainer: Any, data: ImageData, stage: str) -> None:
+    """Raises UserError where a share of the batches, like --trainer.limit_val_batches 0.1, is less than one."""
+    for split in STAGE_SPLITS[stage]:
+        rows, option = len(data.dataset(split)), f"limit_{split}_batches"
+        count = rows // data.batch_size if split == "train" else -(-rows // data.batch_size)
+        share = getattr(trainer, option)
+        if isinstance(share, float) and 0 < share * count < 1:
+            option = "overfit_batches" if trainer.overfit_batches else option
+            raise UserError(f"--trainer.{option} {share} is less than one of {count} {split} batches; give 1.")
 
 
 def quieten() -> None:

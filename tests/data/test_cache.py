@@ -143,7 +143,8 @@ def test_auto_decides_by_free_space_and_explains(photos, monkeypatch):
         with monkeypatch.context() as edited:
             edited.setattr(cache, "SOURCE", [Path(file.name) if file == source else file for file in cache.SOURCE])
             assert choose("on", folder, *options)[0].file != before
-    assert {Path(images.__file__), Path(cache.__file__)} < set(cache.SOURCE)
+    names = {"__init__", "cache", "dataset", "images"}  # a module that a fork adds comes by itself
+    assert {source.stem for source in cache.SOURCE} == names
     for index, other in enumerate((photos / "red", ["red/001.png"], SIZE + 1, "pad")):  # each has its own cache
         changed = [*options[:index], other, *options[index + 1 :]]
         assert choose("on", folder, *changed)[0].file != choose("on", folder, *options)[0].file

@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import struct
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -114,6 +115,26 @@ def test_no_data_values_do_not_take_the_contrast_from_the_others(holes, rows):
     pixels = read(encoded(Image.fromarray(values), "TIFF"), 64)
     assert (pixels[:, len(holes) :] == expected[:, len(holes) :]).all()
     assert set(np.unique(pixels[:rows, : len(holes)])) <= {0, 255}
+
+
+def test_damaged_metadata_prints_no_warning_of_pillows_own(tmp_path):
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12"  # announces five tags, and ends
+    content = encoded(Image.new("RGB", (8, 8)), "JPEG")
+    (tmp_path / "a.jpg").write_bytes(content[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + content[2:])
+    program = "from project.data.images import read; print(read('a.jpg', 8).shape)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("(8, 8, 3)\n", "")
+
+
+def test_unsigned_32_bits_above_half_of_their_range_are_not_read_as_negative():
+    content = encoded(Image.fromarray(ramp("f8", 2**32 - 1).astype("u4").view("i4")), "TIFF")
+    tag = struct.pack("<HHIH", 339, 3, 1, 2)  # SampleFormat, signed
+    assert tag in content
+    pixels = read(content.replace(tag, tag[:-2] + b"\1\0"), 64)[0, :, 0].astype(int)
+    assert (np.diff(pixels) >= 0).all()
+    assert (pixels[0], pixels[-1]) == (0, 255)
 
 
 def test_declared_no_data_and_integers_with_no_data_values_are_read():

@@ -104,6 +104,8 @@ TRAIN_TEST = {"train": "a b", "test": "a b"}
         (TRAIN_TEST | {"unlabelled": "x"}, "a b", "unlabelled"),
         ({"": "test_tube latest flask"}, "flask latest test_tube", ""),
         ({"road_train": "diesel steam", "road_test": "wet dry"}, "road_test road_train", ""),
+        ({"01_train": "a b", "02_test": "a b"}, "01_train 02_test", "each of which has the folders a, b"),
+        ({"cat": "train test", "dog": "train test"}, "cat dog", "each of which has the folders test, train"),
         ({"": "cat dog owl test"}, "as the classes cat, dog, owl, test; or as splits, test, without class", None),
         ({"": "bus car", "train": "diesel steam"}, "as splits, train, with the classes diesel, steam, leaving", None),
         ({"": "train test"}, "--data.layout classes or splits", None),
@@ -149,6 +151,8 @@ def test_class_names_that_look_alike_are_one_class_or_shown_as_different(tmp_pat
     lines += [f"{split}/tea/000.png,tea,{split}" for split in ("train", "val")]
     (root / "list.csv").write_text("\n".join(["path,label,split", *lines]))
     assert load(root / "list.csv").class_names == [names["NFD"], "tea"]
+    folder_of(tmp_path, f"train/{names['NFC']}")
+    assert r"'cafe\u0301' is read as 'caf\xe9', which looks alike" in load(root).notices
     for other, shown in (("Tea", "'tea' and 'Tea'"), ("tea ", "'tea' and 'tea '"), ("t\u200bea", r"'t\u200bea'")):
         (root / "val" / "tea").rename(root / "val" / other)
         assert f"{shown} look alike" in refusal(root)
@@ -170,6 +174,15 @@ def test_links_lead_to_no_folder_above_and_a_folder_is_read_once_per_class(tmp_p
     assert "link to a folder above it: all, cat/far, cat/loop and 1 more" in notices
     assert "read already: cat/a link, cat/some" in notices
     assert "nowhere or may not be followed: cat/self" in notices
+    assert "through links, the same images are read twice: kitten is dog" in notices
+
+
+def test_a_link_from_one_split_or_class_to_another_is_said(tmp_path):
+    root = folder_of(tmp_path, "train/cat", "train/dog", "test/cat", "test/dog")
+    (root / "test" / "cat" / "again").symlink_to("../../train/cat")
+    (root / "test" / "dog" / "cats").symlink_to("../cat")
+    said = "read twice: test/dog/cats is test/cat, test/dog/cats/again is test/cat/again, train/cat is test/cat/again"
+    assert any(said in notice for notice in load(root).notices)
 
 
 def test_folders_of_a_nas_or_file_manager_are_passed_over_at_any_depth_unless_kept(tmp_path):
@@ -179,6 +192,15 @@ def test_folders_of_a_nas_or_file_manager_are_passed_over_at_any_depth_unless_ke
     assert (rows.class_names, len(rows.paths)) == (["cat", "dog"], 6)
     assert "synchroniser: #recycle, $Recycle.Bin, @eaDir and 11 more; --data.keep" in rows.notices[-1]
     assert load(root, keep="@EADIR").class_names == ["@eaDir", "cat", "dog"]
+
+
+def test_results_of_this_project_are_passed_over(tmp_path):
+    root = folder_of(tmp_path, "cat", "dog", "runs/pets", "explanations-2", "explanations-of-cats")
+    (root / "runs" / "latest").symlink_to("pets")
+    (root / "explanations-2" / "contact-sheet.png").touch()
+    rows = load(root)
+    assert rows.class_names == ["cat", "dog", "explanations-of-cats"]
+    assert "left out, made by fit or explain: explanations-2, runs" in rows.notices
 
 
 def test_what_may_not_be_entered_is_named_and_the_rest_is_used_but_not_the_root(workplace, capsys):

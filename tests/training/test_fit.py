@@ -377,10 +377,14 @@ def test_test_without_a_run_or_a_test_split_and_runs_that_cannot_be_written(work
         (["--data.batch_size", "2", *RANKS, "3"], ["3 processes", "2 images in a batch", "give --trainer.devices 2"]),
         (["--data.batch_size", "40", *RANKS, "13"], ["12 val images", "give --trainer.devices 12"]),
         *((["--name", name], ["--name"]) for name in ("latest", "a/b", "..", "a,b")),
+        *(
+            ([f"--trainer.{limit}", "0.01"], [f"--trainer.{limit} 0.01 is less than one of", "batches; give 1"])
+            for limit in ("overfit_batches", "limit_train_batches", "limit_val_batches")
+        ),
         (["--data.root", "nowhere"], ["no folder nowhere"]),
         (["--data.root", "empty"], ["No images in empty"]),
-        (["--data.root", "a.jpg"], ["no folder a.jpg"]),
-        (["--data.root", "one"], ["one class, cat"]),
+        (["--data.root", "a.jpg"], ["a.jpg is neither a folder nor a CSV file"]),
+        (["--data.root", "one"], ["one class, cat", "give one/cat"]),
         pytest.param(
             ["--trainer.accelerator", "gpu"],
             ["Trainer does not accept these options", "gpu"],

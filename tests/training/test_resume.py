@@ -187,7 +187,7 @@ def test_newest_unfinished_run_is_meant_and_what_cannot_be_resumed_is_said(photo
     assert cli.main(["fit", "--resume"]) == 0
     assert str(run) in capsys.readouterr().out
     assert Path("runs/latest").resolve() == run.resolve()
-    for epochs, name in (("2", "runs/latest"), ("3", str(run.resolve()))):
+    for epochs, name in (("2", "runs/latest/checkpoints/last.ckpt"), ("3", str(run.resolve()))):
         assert cli.main(["fit", "--resume", name, "--trainer.max_epochs", epochs]) == 0
         assert Path("runs/latest").readlink() == Path("one/version_0")
     assert checkpoint(run)["epoch"] == 2
