@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from project.data import duplicates, images, manifest
-from project.data.folders import HIDDEN, NOT_IMAGE, NOT_SPLIT, TOOL, Layout, Skipped, nothing_in
+from project.data.folders import HIDDEN, NOT_IMAGE, NOT_SPLIT, OURS, TOOL, Layout, Skipped, nothing_in
 from project.data.splits import SPLITS, Row
 from project.data.workers import usable_cores
 from project.errors import UserError
@@ -176,7 +176,7 @@ def _report(
         add(kind, problem, what, [[rows[index].path] for index in np.flatnonzero(condition & readable)])
     findings += classes(rows)
     for kind, names in skipped.items():
-        problem = kind not in (HIDDEN, NOT_IMAGE, NOT_SPLIT, TOOL)
+        problem = kind not in (HIDDEN, NOT_IMAGE, NOT_SPLIT, OURS, TOOL)
         add("skipped", problem, f"left out: {kind}", [[name] for name in names], "path")
     findings.sort(key=lambda finding: (not finding.problem, finding.kind != "unreadable-class"))
     mean = good["mean"].mean(axis=0)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from project.data.check import check_dataset
 from project.data.inputs import gather
 from project.data.manifest import SPLITS, load
 from project.errors import UserError
@@ -201,6 +202,7 @@ def test_results_of_this_project_are_passed_over(tmp_path):
     rows = load(root)
     assert rows.class_names == ["cat", "dog", "explanations-of-cats"]
     assert "left out, made by fit or explain: explanations-2, runs" in rows.notices
+    assert not [finding for finding in check_dataset(root).findings if finding.kind == "skipped" and finding.problem]
 
 
 def test_what_may_not_be_entered_is_named_and_the_rest_is_used_but_not_the_root(workplace, capsys):
