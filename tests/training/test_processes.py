@@ -104,8 +104,8 @@ def test_signal_leaves_no_worker_and_what_can_be_caught_saves_the_step_in_progre
         os.killpg(process.pid, number)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == code, out
-    assert "Traceback" not in out
-    if number != signal.SIGKILL:
+    if number != signal.SIGKILL:  # after it, Python's fork server reports a worker whose start was cut off
+        assert "Traceback" not in out
         assert f"fit --resume {RUN}" in out
         assert LAST.exists()
         assert runs.read_status(RUN)["state"] == "stopped"
