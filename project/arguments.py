@@ -70,16 +70,16 @@ def call(function: Callable[..., int | None], verb: str, argv: list[str]) -> int
 
 
 def named(argv: list[str], option: str) -> list[str]:
-    """The words of a command line, with `option` before the one that belongs to no option; UserError if it is there."""
+    """The words of a command line without --, with `option` before the one of no option; UserError if it is there."""
     words = []
     for before, word in itertools.pairwise(["", *argv]):
-        belongs = word.startswith("-") or (re.match("--?[a-zA-Z]", before) and "=" not in before)
+        belongs = before != "--" and (word.startswith("-") or re.match("--?(?!print_)[a-z][^=]*$", before))
         if not word and not belongs:
             raise UserError(f"An empty word is given for {option}; a dot means the current folder.")
         words.append(word if belongs else f"{option}={word}")
     if words != argv and sum(word.partition("=")[0] == option for word in words) > 1:
         raise UserError(f"{option} takes one value, with or without its name; leave the others out.")
-    return words
+    return [word for word in words if word != "--"]
 
 
 def explain(message: str, options: Collection[str]) -> UserError:
@@ -93,8 +93,12 @@ def explain(message: str, options: Collection[str]) -> UserError:
         forms = (rf"[-.]{word}$", rf"[-._]{word}(_|$)")  # in another group, or a part of the name
         same = (name for form in forms for name in known if re.search(form, name))
         return UserError(f"There is no option {option}.{did_you_mean(next(same, option), known)} See --help.")
+    if missing := re.match(r"argument (-\S+): expected one argument", message):
+        return UserError(f"{missing[1]} needs a value, after it or after =; see --help.")
+    if flag := re.search(r"argument (-\S+): ignored explicit|arguments: (true|false)$", message, re.IGNORECASE):
+        return UserError(f"{flag[1] or 'A flag'} is given without a value; leave {flag[2] or 'it'} out.")
     if re.search("required: .*images$", message):
-        return UserError("A run and images are needed, in this order, such as runs/latest photos/.")
+        return UserError("A run and images are needed, in this order; type a run first, as in: runs/latest photos/")
     message = re.sub(r'^Parser key "([^"]+)"', r"--\1", message).replace("NoneType", "null")
     if group := re.match(r"--(data|model|trainer):\s+Unable to load config '(.*?)'", message):
         return UserError(f"--{group[1]} takes a YAML file, not {group[2]}; one setting is --data.root or --model.name.")
@@ -126,5 +130,5 @@ def _class_error(message: str) -> str:
     error = re.sub("the following arguments are required:", "it needs", error)
     option = re.match(r"--[\w.]+", message)
     name = re.search(r"class_path(?:=|': | )'([\w.]+)'|Given value: ([\w.]+)$", message)
-    words = [*([option[0]] if option else []), *([name[1] or name[2]] if name else [])]
-    return f"{' '.join(words)} cannot be used: {' '.join(error.split())}"
+    what = " ".join(match[match.lastindex or 0] for match in (option, name) if match)
+    return f"{what} cannot be used: {' '.join(error.split())}"

@@ -34,9 +34,11 @@ def replacing(file: Path, mode: Literal["w", "wb"] = "w") -> Iterator[Any]:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Writes a JSON file; objects are written as their attributes by name."""
-    with replacing(file) as stream:
-        json.dump(content, stream, indent=2, default=vars)
+    """Writes a JSON file; objects are written as their attributes by name, NaN and infinity as null."""
+    plain = json.loads(json.dumps(content, default=vars), parse_constant=lambda _: None)  # JSON has no NaN
+    text = json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
+    with replacing(file, "wb") as stream:  # what UTF-8 cannot encode in a path becomes an escape of JSON
+        stream.write(text.encode("utf-8", "backslashreplace"))
 
 
 @contextmanager

@@ -70,9 +70,7 @@ def create_run(name: str, fill: Callable[[Path], None], root: Path = ROOT) -> tu
                 if not run.exists():  # else another fit, started at the same time, has this number
                     raise
     except OSError as error:
-        raise UserError(
-            f"Cannot write into {root}/: {error.strerror} ({error.filename}); check its permissions."
-        ) from error
+        raise UserError(f"Cannot write into {root}/: {error.strerror}; check its permissions.") from error
     os.environ[VARIABLE] = str(run)
     return run, lock
 
@@ -130,10 +128,12 @@ def newest_checkpoint(root: Path = ROOT) -> Path:
 
 
 def resolve_latest(path: Path) -> Path:
-    """The run that runs/latest names where it is a file (see `point_latest`); any other path unchanged."""
-    if path.name == "latest" and path.is_file():
-        return path.parent / path.read_text(encoding="utf-8")
-    return path
+    """The run that the file runs/latest names (see `point_latest`), or the path; UserError if a link names nothing."""
+    is_name = path.name == "latest" and path.is_file()
+    target = path.parent / path.read_text(encoding="utf-8") if is_name else path
+    if os.path.lexists(path) and not target.exists():
+        raise UserError(f"{path} names {os.path.realpath(target)}, which is gone; give a run, runs/<name>/version_N.")
+    return target
 
 
 def resolve(path: Path) -> Path:

@@ -17,6 +17,8 @@ FILES = {
     "bad.yaml": b"data: [1\n model: {",
     "home.yaml": b"data:\n  root: ~/none\n",
     "unknown.yaml": b"data:\n  rooot: photos\n",
+    "binary": b"\x89PNG\r\n",
+    "zip": b"PK\x03\x04",
     "nothing.csv": b"",
     "other.csv": b"file,label\na.png,x\n",
     "hole.csv": b"path,label\na.png,x\n,y\n",
@@ -30,6 +32,8 @@ MISTAKES = [
     ("fit --data.rot x", "no option --data.rot. Did you mean --data.root?"),
     ("fit --trainer.max_epoch=3", "Did you mean --trainer.max_epochs?"),
     ("fit stray", "no folder stray; give a folder"),
+    ("fit -- stray", "no folder stray; give a folder"),
+    ("fit --print_config stray --data.root photos", "--data.root takes one value"),
     ("fit file", "file is neither a folder nor a CSV file"),
     ("fit ''", "An empty word is given for --data.root"),
     ("fit --data.root=", "An empty word is given for --data.root"),
@@ -62,6 +66,7 @@ MISTAKES = [
     ("fit --config bad.yaml", "bad.yaml: "),
     ("fit --config bad.yaml", "line 2"),
     ("fit --config bytes.csv", "bytes.csv: "),
+    *((f"fit --config {name}", f"{name}: this is no YAML file") for name in ("nothing.csv", "file", "binary", "zip")),
     ("fit --config unknown.yaml", "no option --data.rooot. Did you mean --data.root?"),
     ("fit --data.root", "--data.root"),
     ("fit --data.root photos --model.name alexnot", "alexnet"),
@@ -74,6 +79,9 @@ MISTAKES = [
         "does not accept these options: You selected an invalid strategy",
     ),
     ("fit --help --model.lrr", "There is no option --model.lrr. Did you mean --model.lr?"),
+    ("fit --histograms", "--histograms needs a value, after it or after =; see --help."),
+    ("predict runs/latest photos --tta true", "A flag is given without a value; leave true out."),
+    ("predict runs/latest photos --tta=true", "--tta is given without a value; leave it out."),
     ("predict run nowhere", "no file or folder nowhere"),
     ("predict run empty", "no images in empty"),
     ("predict run nothing.csv", "has no column path; it has nothing"),
@@ -82,7 +90,11 @@ MISTAKES = [
     ("predict run bytes.csv", "Cannot read"),
     ("predict run heads.csv", "no images in"),
     ("predict run", "A run and images are needed, in this order"),
-    ("predict photos/red/000.png", "A run and images are needed"),
+    ("predict photos/red/000.png", "type a run first, as in: runs/latest photos/"),
+    (
+        "test photos",
+        "is no run; put a run before it, such as runs/latest, or: python -m project.cli test runs/latest --d",
+    ),
     ("predict photos/red/000.png photos", "photos/red/000.png can be images, but is no run"),
     ("explain nothing.csv photos", "nothing.csv can be images, but is no run"),
     ("predict run photos --batch_size 0", "--batch_size is 0; it must be above 0"),
@@ -169,7 +181,7 @@ def test_help_has_one_line_for_each_own_option(verb, capsys, monkeypatch):
     assert "--help trainer" in lines[-1]
 
 
-def test_help_explains_an_option_in_full_and_lists_the_trainers_on_request(capsys):
+def test_help_explains_an_option_in_full_and_lists_the_trainers_on_request(capsys, tmp_path):
     def help_on(*words):
         assert cli.main(["fit", *words]) == 0
         return capsys.readouterr().out
@@ -177,6 +189,7 @@ def test_help_explains_an_option_in_full_and_lists_the_trainers_on_request(capsy
     assert " ".join(help_on("--help", "--model.lr").split()).endswith("(type: PositiveFloat | null, default: null)")
     assert "To enable infinite training" in " ".join(help_on("--help", "--trainer.max_epochs").split())
     assert "--trainer.callbacks.patience" in help_on("--trainer.callbacks.help", "EarlyStopping")
+    assert help_on("--help", str(tmp_path)).startswith("usage: ")
     for group in ("trainer", "--trainer"):
         lines = help_on("--help", group).splitlines()
         assert {"--trainer.max_epochs", "--trainer.devices"} < {line.split()[0] for line in lines}

@@ -106,7 +106,7 @@ def _draw(file: Path, root: Path, report: Report, augment: Augment, size: int, r
     for split, draws in (("train", 4 - len(ways)), ("val", 1)):
         augmentation = AUGMENTATIONS[augment if split == "train" else "none"]
         rows = [row for row in report.rows if row.split == split and row.path not in report.leave_out]
-        for number, row in enumerate(rows[:: max(1, len(rows) // SHOWN)][:SHOWN]):
+        for number, row in enumerate(rows[:: -(-len(rows) // SHOWN) or 1]):
             for way, draw in product(ways, range(draws)):
                 square = read(base / row.path, round(size * augmentation.margin), way)
                 images.append(augmentation.apply(square, np.random.default_rng((0, draw, number)), size))

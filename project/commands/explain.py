@@ -63,11 +63,10 @@ def explain(
         raise UserError(f"--target {target} is not one of the classes {some(names)}.{did_you_mean(target, names)}")
     unreadable: dict[str, str] = {}
     explanations = _explain(predictor, given, method, None if target is None else names.index(target), unreadable)
-    note = attribution.coarseness(predictor) if method == "gradcam" else ""
     try:
         with files.new_folder(folder) as unfinished:
             progress = track(explanations, "explain", len(given), console=Console(stderr=True), transient=True)
-            count = _draw(progress, unfinished, len(given), note)
+            count, note = _draw(progress, unfinished, len(given))
             for path, reason in unreadable.items():
                 print(f"left out, unreadable: {path}: {reason}")
             if not count:
@@ -88,6 +87,7 @@ class _Explanation(NamedTuple):
     heat: "npt.NDArray[np.float32]"  # (H, W)
     true: str  # a line with the true class, or nothing
     caption: str
+    note: str  # that the heat map is too coarse, or nothing
 
 
 def _explain(
@@ -104,7 +104,8 @@ def _explain(
         probabilities = predictor.probabilities(batch.pixels)
         predicted = probabilities.argmax(axis=1).tolist()
         targets = predicted if target is None else [target] * len(predicted)
-        heats = attribution.heat_maps(predictor, torch.from_numpy(batch.pixels).permute(0, 3, 1, 2), targets, method)
+        pixels = torch.from_numpy(batch.pixels).permute(0, 3, 1, 2)
+        heats, note = attribution.heat_maps(predictor, pixels, targets, method)
         for index, path in enumerate(name for name in batch.names if name not in unreadable):
             labels = {"predicted": predicted[index]}
             labels |= {} if target in (None, predicted[index]) else {"explained": target}
@@ -112,27 +113,27 @@ def _explain(
             caption += [] if heats[index].any() else ["no evidence for it"]
             folders = {*Path(path).parts[:-1]}.intersection(names)
             true = given[path] or (folders.pop() if len(folders) == 1 else "")
-            lines = f"\ntrue: {true}" if true else "", "\n".join(caption)
+            lines = f"\ntrue: {true}" if true else "", "\n".join(caption), note
             yield _Explanation(path, batch.pixels[index], heats[index], *lines)
 
 
-def _draw(explanations: Iterable[_Explanation], folder: Path, total: int, note: str) -> int:
-    """Writes the images and the contact sheets; returns how many images there were."""
+def _draw(explanations: Iterable[_Explanation], folder: Path, total: int) -> tuple[int, str]:
+    """Writes the images and the contact sheets; returns how many images there were, and the note on their maps."""
     from project.evaluation import figures
 
     def write(name: str, shown: list[_Explanation], titles: list[str], columns: int, side: float) -> None:
-        _, images, heats, _, captions = zip(*shown, strict=True)
-        figures.explanations(images, heats, titles, captions, columns, side, note).savefig(folder / name, dpi=120)
+        _, images, heats, _, captions, notes = zip(*shown, strict=True)
+        figures.explanations(images, heats, titles, captions, columns, side, notes[0]).savefig(folder / name, dpi=120)
 
-    count, explanations = 0, iter(explanations)
+    count, note, explanations = 0, "", iter(explanations)
     while sheet := list(islice(explanations, SHEET)):
         for entry in sheet:
-            count += 1
+            count, note = count + 1, entry.note
             stem = re.sub(r"[^\w.-]+", "_", Path(entry.path).stem)[:50]  # at most 200 bytes of a file name's 255
             write(f"{count:0{len(str(total))}}-{stem}.png", [entry], [entry.path + entry.true], 1, 3.0)
         name = "contact-sheet.png" if count <= SHEET else f"contact-sheet-{-(-count // SHEET)}.png"
         write(name, sheet, [Path(entry.path).name + entry.true for entry in sheet], COLUMNS, 1.9)
-    return count
+    return count, note
 
 
 def _draw_filters(network: "nn.Module", folder: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 from project import files, runs
 from project.errors import UserError, command
 from project.inference import bundle
-from project.inference.load import load_network, locate_checkpoint
+from project.inference.load import Source, locate_checkpoint
 
 
 def export(
@@ -45,7 +45,7 @@ def export(
     from project.inference.metadata import provenance
 
     versions = onnx.library_versions()
-    network = load_network(file, calibrated, device="cpu")
+    network = Source(file, is_bundle=False).load_network(calibrated, device="cpu")
     metadata = replace(network.metadata, export={"versions": versions, "git_commit": provenance()["git_commit"]})
     images = verify.draw_images(run, "val", verify.MAX_IMAGES, metadata, data)
     samples = verify.training_samples(run, network, data) if quantize is not None else []

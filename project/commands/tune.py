@@ -1,9 +1,6 @@
 """Finds a learning rate and a batch size for a fit: python -m project.cli tune --data.root photos."""
 
-import contextlib
-import io
 import itertools
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ from project.training.throughput import seconds_per_step
 
 STEPS = 100  # of the learning rate finder, at most
 LOWEST, HIGHEST = 1e-7, 1.0  # learning rates
-ENOUGH = 30  # finite losses; fewer are too few to tell a fall from noise
+ENOUGH = 30  # steps; with less than two thirds as many finite losses, a fall cannot be told from noise
 BATCH_SIZES = (16, 32, 64, 128, 256)
 EPOCH_STEPS = 16  # that an epoch should have, whatever the speed: few large steps learn less
 DESCRIPTION = "Finds a learning rate and a batch size for a fit with the same --model.* and --data.* options."
@@ -39,7 +36,7 @@ class Tuning(trainer_cli.Cli):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
-        steps = f"Training steps of the learning rate finder; by default {STEPS}, or those of a fit if it has fewer."
+        steps = f"Steps of the learning rate finder; by default {STEPS}, or those of three epochs, at least {ENOUGH}."
         plot = "Its plot; must not exist. By default lr-finder.png in runs/NAME, or lr-finder-2.png, and so on."
         parser.add_argument("--steps", type=Steps | None, default=None, help=steps)
         parser.add_argument("--plot", type=str | None, default=None, help=plot)
@@ -76,15 +73,12 @@ class Tuning(trainer_cli.Cli):
         if batch := self._batch_size():
             data.batch_size = batch  # for the learning rate finder
             words += ["--data.batch_size", str(batch)]
-        length = data.epochs * (len(data.dataset("train")) // data.batch_size)
-        steps = int(options.steps or min(STEPS, length))
-        why = ", as many as a fit of the default length has" if steps == length else ""
-        print(f"learning rate finder: {steps} steps{why}", flush=True)
-        hidden = contextlib.redirect_stderr(io.StringIO())  # its progress bar, where no terminal shows it
-        with contextlib.nullcontext() if sys.stderr.isatty() else hidden:
-            finder = Tuner(self.trainer).lr_find(
-                self.model, datamodule=data, min_lr=LOWEST, max_lr=HIGHEST, num_training=steps
-            )
+        epochs = 3 * (len(data.dataset("train")) // data.batch_size)
+        steps = int(options.steps or max(ENOUGH, min(STEPS, epochs)))
+        print(f"learning rate finder: {steps} steps{', three epochs' * (steps == epochs)}", flush=True)
+        finder = Tuner(self.trainer).lr_find(
+            self.model, datamodule=data, min_lr=LOWEST, max_lr=HIGHEST, num_training=steps
+        )
         assert finder is not None  # only with fast_dev_run
         rates, losses = np.array(finder.results["lr"]), np.array(finder.results["loss"])
         rate, reason = suggest(rates, losses)
@@ -131,15 +125,14 @@ def suggest(rates: np.ndarray[Any, Any], losses: np.ndarray[Any, Any]) -> tuple[
     """
     finite = np.isfinite(losses)
     rates, losses = rates[finite], losses[finite]
-    if len(losses) < ENOUGH:
+    if len(losses) < ENOUGH * 2 / 3:
         return None, f"cannot tell: {len(losses)} losses are too few; give more --steps"
     third = len(losses) // 3  # at these rates nothing is learned yet
     early = losses[third // 3 : third]  # the first few are not smoothed yet
     start, noise = np.median(early), early.std()
     lowest = third + losses[third:].argmin()
-    fall = f"from {start:.3f} to {losses[lowest]:.3f}"
     if start - losses[lowest] < max(4 * noise, 0.03 * abs(start)):
-        return None, f"cannot tell: the loss falls {fall} at best, maybe by chance; keep the default or add --steps"
+        return None, "cannot tell: the loss falls by no more than chance; keep the default or add --steps"
     rate = float(f"{rates[lowest] / 10:.0e}")
-    where = f"{rates[lowest]:.1e}, where the loss is lowest"
-    return rate, f"{rate:.0e}, a tenth of {where}, rounded to one digit; the loss falls {fall}"
+    where = f"{rates[lowest]:.1e}, where the loss is lowest ({losses[lowest]:.3f}, {start:.3f} before)"
+    return rate, f"{rate:.0e}, a tenth of {where}, rounded to one digit"

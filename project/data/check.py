@@ -7,13 +7,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from project.data import duplicates, images, manifest
-from project.data.folders import HIDDEN, NOT_IMAGE, NOT_SPLIT, OURS, TOOL, Layout, Skipped, nothing_in
+from project.data.folders import HIDDEN, NOT_IMAGE, NOT_SPLIT, OURS, TOOL, UNREAD, Layout, Skipped, nothing_in
 from project.data.splits import SPLITS, Row
 from project.data.workers import usable_cores
 from project.errors import UserError
@@ -106,7 +107,7 @@ def check_dataset(
         UserError: There is no image.
     """
     skipped = Skipped(keep)
-    rows = sorted(manifest.scan(root, skipped, layout))
+    rows = sorted(row._replace(label=normalize("NFC", row.label)) for row in manifest.scan(root, skipped, layout))
     if not rows:
         raise nothing_in(root, skipped)
     findings: list[Finding] = []
@@ -176,7 +177,7 @@ def _report(
         add(kind, problem, what, [[rows[index].path] for index in np.flatnonzero(condition & readable)])
     findings += classes(rows)
     for kind, names in skipped.items():
-        problem = kind not in (HIDDEN, NOT_IMAGE, NOT_SPLIT, OURS, TOOL)
+        problem = kind not in (HIDDEN, NOT_IMAGE, NOT_SPLIT, OURS, TOOL, UNREAD)
         add("skipped", problem, f"left out: {kind}", [[name] for name in names], "path")
     findings.sort(key=lambda finding: (not finding.problem, finding.kind != "unreadable-class"))
     mean = good["mean"].mean(axis=0)
@@ -186,9 +187,8 @@ def _report(
 
 def there_are(count: int, noun: str, what: str) -> str:
     """A sentence about a number of images, classes or other things."""
-    return (
-        f"There is 1 {noun} {what}." if count == 1 else f"There are {count:,} {noun}{'e' * (noun == 'class')}s {what}."
-    )
+    plural = "classes" if noun == "class" else f"{noun}s"
+    return f"There is 1 {noun} {what}." if count == 1 else f"There are {count:,} {plural} {what}."
 
 
 def classes(rows: list[Row]) -> Iterator[Finding]:

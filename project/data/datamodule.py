@@ -184,7 +184,7 @@ class ImageData(LightningDataModule):
             return
         names = [self.class_names[label] for label in np.unique(dataset.labels[[row for row, _ in failed]])]
         of = f" of {some(names)}" * (len(failed) < len(dataset))
-        first = "; ".join(f"{dataset.path(row)}: {reason}" for row, reason in failed[:3])
+        first = some([f"{dataset.path(row)} ({reason})" for row, reason in failed], 3)
         text = f"None of the {len(failed):,} {split} images{of} can be read; the first: {first}"
         if split == "train" or not of:
             raise UserError(f"{text}. Replace them{', or leave the class out' * bool(of)}.")

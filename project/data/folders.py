@@ -8,7 +8,7 @@ from fnmatch import fnmatch, translate
 from pathlib import Path
 from typing import Literal
 
-from project.data.images import is_image
+from project.data.images import UNREAD_EXTENSIONS, is_image
 from project.data.splits import Row
 from project.errors import UserError, some
 
@@ -24,7 +24,7 @@ Network Trash Folder, Temporary Items, TheFindByContentFolder, TheVolumeSettings
 _TOOL_NAME = re.compile("|".join(translate(name) for name in re.split(r",\s", _TOOLS)), re.IGNORECASE)
 HIDDEN, NOT_IMAGE, NOT_SPLIT = "hidden", "not an image", "not a folder of train, val or test with images"
 TOOL, LOOSE = "made by a NAS, a file manager or a synchroniser", "not inside a class folder"
-OURS = "made by fit or explain"
+OURS, EMPTY, UNREAD = "made by fit or explain", "folder without images", "image of a format that is not read"
 _RESULTS = {"runs": ("latest",), "explanations": ("contact-sheet.png", "filters.png")}  # folders by what is in them
 BROKEN = "link that leads nowhere or may not be followed"
 
@@ -50,7 +50,8 @@ class Skipped(defaultdict[str, list[str]]):
         if not reason or fnmatch(name.casefold(), self.keep.casefold()):
             if is_folder or is_image(name):
                 return "folder" if is_folder else "image"
-            reason = BROKEN if entry.is_symlink() and not os.path.exists(entry) else NOT_IMAGE  # noqa: PTH110
+            reason = UNREAD if name.lower().endswith(UNREAD_EXTENSIONS) else NOT_IMAGE
+            reason = BROKEN if entry.is_symlink() and not os.path.exists(entry) else reason  # noqa: PTH110
         self[reason].append(path)
         return ""
 
@@ -88,26 +89,25 @@ def _splits(root: Path, skipped: Skipped, layout: Layout | None) -> dict[str, st
     words = _words(names)
     if layout == "splits" and not words:
         raise UserError(f"{root} has no folder train; the layout splits needs the folders train, val and test.")
-    inside = [set(_folders(root / _prefix(root, name, quiet), quiet)) for name in words]
-    nested, others = [*filter(None, inside)], [name for name in names if name not in words]
+    inside = {name: set(_folders(root / _prefix(root, name, quiet), quiet)) for name in names}
+    nested, others = [inside[name] for name in words if inside[name]], [name for name in names if name not in words]
     if layout is None and not (len(nested) > 1 and set.intersection(*nested)):
         has_affix = any(normalized(name) not in SPLIT_OF_FOLDER for name in words)
-        if not words or (has_affix and (others or all(inside))):
-            every = [set(_folders(root / name, quiet)) for name in names]
-            if len(names) > 1 and len(shared := set.intersection(*every)) > 1:  # perhaps a or b, with the splits inside
+        if not words or (has_affix and (others or len(nested) == len(words))):
+            shared = set.intersection(*inside.values()) if len(names) > 1 else set()
+            if len(shared) > 1:  # perhaps these are the classes or splits
                 skipped.notices.append(
                     f"{root} is read as the classes {some(names)}, each of which has the folders "
                     f"{some(sorted(shared))}; if either are splits, move the images to train/<class> and so on"
                 )
             return {}
         if others or not nested:
-            classes = f"with the classes {some(sorted(set().union(*nested)))}"
-            inner = classes if nested else "without class folders"
+            classes = some(sorted(set().union(*nested)))
+            inner = f"with the classes {classes}" if nested else "without class folders"
             without = f", leaving out {some(others)}" if others else ""
             raise UserError(
-                f"{root} can be read in two ways: as the classes {some(names)}; or as splits, "
-                f"{', '.join(words)}, {inner}{without}. Give --data.layout classes or splits (of check: --layout), or "
-                "rename the folders."
+                f"{root} can be read in two ways: as the classes {some(names)}; or as splits, {', '.join(words)}, "
+                f"{inner}{without}. Give --data.layout classes or splits (of check: --layout)."
             )
     splits: dict[str, str] = {}
     for name in sorted(words, key=lambda name: words[name] == "eval"):  # beside test, eval is val
@@ -126,12 +126,11 @@ def _splits(root: Path, skipped: Skipped, layout: Layout | None) -> dict[str, st
 
 def _words(names: list[str]) -> dict[str, str]:
     """The names that are those of splits, alone or with one affix that all of them share; and the word in each."""
-    found: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    found: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
     for name in names:
         for word in SPLIT_OF_FOLDER:
-            before, is_there, after = normalized(name).partition(word)
-            if is_there and not (before and after):
-                found[before, after][name] = word
+            if word in (plain := normalized(name)):
+                found[tuple(plain.split(word, 1))][name] = word
     several = [words for words in found.values() if len({SPLIT_OF_FOLDER[word] for word in words.values()}) > 1]
     return found["", ""] or max(several, key=len, default={})
 
@@ -157,7 +156,7 @@ def _classes(root: Path, prefix: str, split: str, skipped: Skipped) -> Iterator[
         elif kind and (found := list(images(entry.path, path, skipped, above))):
             yield from (Row(image, entry.name, split) for image in found)
         elif kind and not any(paths[-1:] == [path] for paths in skipped.values()):  # the folder itself is not left out
-            skipped["folder without images"].append(path)
+            skipped[EMPTY].append(path)
 
 
 def images(folder: str, name: str, skipped: Skipped, above: tuple[str, ...] = ()) -> Iterator[str]:
@@ -195,7 +194,7 @@ def nothing_in(root: Path, skipped: Skipped, what: str = "images") -> UserError:
             f"{len(loose):,} images lie directly in {(root / loose[0]).parent}, without class folders; move each into "
             "the folder of its class, <class>/*.jpg, or list them in a CSV file with the columns path and label."
         )
-    kinds = "; ".join(f"{kind}: {', '.join(paths[:3])}" for kind, paths in skipped.items() if paths)
+    kinds = "; ".join(f"{kind}: {some(paths, 3)}" for kind, paths in skipped.items() if paths)
     left_out = f" Left out, {kinds}." if kinds else ""
     return UserError(f"No {what} in {root}; expected {root}/<class>/*.jpg or {root}/train/<class>/*.jpg.{left_out}")
 

@@ -3,6 +3,7 @@
 Only Pillow and NumPy, so that whoever consumes an exported model without torch gets the same pixels.
 """
 
+import errno
 import importlib
 import io
 import os
@@ -23,7 +24,8 @@ Resize = Literal["stretch", "crop", "pad"]
 Pixels = npt.NDArray[np.uint8]
 
 _ENDINGS = "avif bmp gif heic heif hif jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp"
-EXTENSIONS = tuple(f".{ending}" for ending in _ENDINGS.split())
+_UNREAD = "3fr arw cr2 cr3 crw dcm dng exr fits iiq jxl kdc nef nrw orf pef psd raf raw rw2 sr2 srw tga x3f"
+EXTENSIONS, UNREAD_EXTENSIONS = (tuple(f".{ending}" for ending in text.split()) for text in (_ENDINGS, _UNREAD))
 # Only these decoders see a file's bytes, whatever its name says: Pillow would hand PostScript to Ghostscript.
 Image.init()
 FORMATS = tuple({"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"} & set(Image.OPEN))
@@ -89,7 +91,7 @@ def opened(source: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
     """Opens an image whose header is in order; it may not be decoded yet.
 
     Raises:
-        ImageError: As `read`; an exception inside the `with` block becomes one, too.
+        ImageError: As `read`; an exception inside the `with` block becomes one, too, unless too many files are open.
     """
     name = "<bytes>" if isinstance(source, bytes) else os.fspath(source)
     try:
@@ -104,9 +106,9 @@ def opened(source: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
                     raise
                 image = _open(io.BytesIO(without_metadata(head + stream.read())), name)
             yield image
-    except ImageError:
-        raise
     except Exception as error:  # hostile bytes make decoders raise anything: OSError, SyntaxError, struct.error, ...
+        if isinstance(error, ImageError) or getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE):
+            raise  # the second is no fault of the image: too many files are open
         raise ImageError(name, _reason(error)) from error
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from project.data import folders, manifest
 from project.data.folders import Skipped
-from project.errors import UserError
+from project.errors import UserError, some
 
 STREAM = "-"  # standard input
 
@@ -29,10 +29,9 @@ def gather(arguments: Iterable[str]) -> list[tuple[str, str]]:
     """
     pairs = list[tuple[str, str]]()
     for name in arguments:
-        before = len(pairs)
-        pairs += _images(name)
-        if len(pairs) == before:
+        if not (found := list(_images(name))):
             raise UserError(f"There are no images in {name}.")
+        pairs += found
     return pairs
 
 
@@ -44,7 +43,7 @@ def _images(name: str) -> Iterator[tuple[str, str]]:
         paths = sorted(folders.images(name, name.rstrip("/"), skipped), key=lambda path: path.split("/"))
         yield from ((str(Path(path)), "") for path in paths)
         for kind in sorted(skipped.keys() - {folders.HIDDEN, folders.NOT_IMAGE}):
-            print(f"left out, {kind}: {', '.join(skipped[kind][:3])}, {len(skipped[kind]):,} in all", file=sys.stderr)
+            print(f"left out, {kind}: {some(skipped[kind], 3)}", file=sys.stderr)
     elif name.lower().endswith(".csv") and os.path.exists(name):  # noqa: PTH110
         for line in manifest.read_csv(Path(name), {"path"}, tidy=True):
             true = line.get("true", line.get("label", ""))  # beside true, label is a prediction

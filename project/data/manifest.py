@@ -97,6 +97,9 @@ def load(
             notices.append(f"{extra:,} images in {root} are not in {split}: left out")
         if missing := len(listed - found):
             notices.append(f"{missing:,} images of {split} are not in {root}")
+    for folder in skipped.get(folders.EMPTY, ()):
+        if unread := [path for path in skipped.get(folders.UNREAD, ()) if path.startswith(f"{folder}/")]:
+            raise UserError(f"No image in {folder} has a format that is read: {some(unread, 3)}; convert them to JPEG.")
     spelling = {unicodedata.normalize("NFC", row.label): row.label for row in rows if row.split in ("train", "")}
     again = sorted({row.label for row in rows if row.split in ("train", "")} - {*spelling.values()})
     notices += [
@@ -119,15 +122,14 @@ def load(
         sides[row.group].add(row.split)
     if several := [name for name in sides if name and len(sides[name]) > 1]:
         notices.append(
-            f"{len(several):,} groups lie on both sides of a split ({', '.join(several[:3])}): the figures of val and "
+            f"{len(several):,} groups lie on both sides of a split ({some(several, 3)}): the figures of val and "
             "test will be better than on new groups"
         )
     if skipped.again:
         notices.append(f"through links, the same images are read twice: {some(skipped.again)}")
     for kind, paths in skipped.items():
-        more = f" and {len(paths) - 3:,} more" if len(paths) > 3 else ""
         hint = "; --data.keep NAME reads folders of that name" if kind == folders.TOOL else ""
-        notices.append(f"left out, {kind}: {', '.join(paths[:3])}{more}{hint}")
+        notices.append(f"left out, {kind}: {some(paths, 3)}{hint}")
     return _manifest(root, sorted(rows), skipped.notices + notices, skipped)
 
 
@@ -181,16 +183,18 @@ def read_csv(file: Path, needed: set[str], tidy: bool) -> Iterator[dict[str, str
         tidy: Strip blanks, read a backslash as a slash (a table from Windows) and shorten `a/./b` and `a/../b`.
 
     Raises:
-        UserError: The file cannot be read, or a needed column or value is missing.
+        UserError: The file cannot be read or is not UTF-8, or a needed column or value is missing.
     """
-    errors = "strict" if tidy and "label" in needed else "surrogateescape"  # programs may list paths of any bytes
     try:
-        with file.open(newline="", encoding="utf-8-sig", errors=errors) as stream:
+        with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
             lines = csv.DictReader(stream, restval="", skipinitialspace=tidy)
             names = [name.strip().casefold() for name in lines.fieldnames or []]
             lines.fieldnames = names
+            if "\0" in "".join(names):
+                raise UnicodeError("UTF-16")
             if missing := sorted(needed - set(names)):
-                raise UserError(f"{file} has no column {', '.join(missing)}; it has {', '.join(names) or 'nothing'}.")
+                what = f"{file} has no column {some(missing)}; it has {some(names) or 'nothing'}"
+                raise UserError(f"{what}. Its first line must name the columns, with commas between: path,label")
             for line in lines:
                 values = {name: line[name].strip() if tidy else line[name] for name in names}
                 if empty := [name for name in sorted(needed) if not values[name]]:
@@ -200,9 +204,13 @@ def read_csv(file: Path, needed: set[str], tidy: bool) -> Iterator[dict[str, str
                     is_ours = {"probability", "error"} <= {*names}  # by predict, whose paths are as they were given
                     if is_ours and not os.path.isabs(values["path"]) and os.path.lexists(values["path"]):  # noqa: PTH117
                         values["path"] = os.path.relpath(values["path"], file.parent)
+                used = {"path", "label", "true"} & {*names} if tidy else ()
+                bad = {name for name in used if re.search("[\udc80-\udcff]", values[name])}
+                if bad - {"path"} or (bad and not os.path.lexists(file.parent / values["path"])):
+                    raise UnicodeError("WINDOWS-1252")  # unless a program has listed paths of any bytes
                 yield values
-    except UnicodeDecodeError as error:
-        way_out = f"save it as CSV UTF-8, or convert it: iconv -f WINDOWS-1252 -t UTF-8 {file.name} > NEW.csv"
+    except UnicodeError as error:
+        way_out = f"save it as CSV UTF-8, or convert it: iconv -f {error} -t UTF-8 {file.name!r} > NEW.csv"
         raise UserError(f"The table {file} is not UTF-8; {way_out}") from error
     except (OSError, csv.Error) as error:
         raise UserError(f"Cannot read {file}: {getattr(error, 'strerror', None) or error}.") from error
@@ -226,7 +234,8 @@ def _grouped(rows: list[Row], pattern: str, notices: list[str]) -> list[Row]:
 
 def _without(rows: list[Row], exclude: Path, root: Path, notices: list[str]) -> list[Row]:
     """Leaves out the images whose paths are listed, as they are or tidied, relative to the root or with it."""
-    listed, tidied = ({line["path"] for line in read_csv(exclude, {"path"}, tidy)} for tidy in (False, True))
+    listed = {line["path"] for line in read_csv(exclude, {"path"}, tidy=False)}
+    tidied = {posixpath.normpath(path.strip().replace("\\", "/")) for path in listed}
     base = folder_of(root)
     kept = [row for row in rows if not {row.path, posixpath.normpath(f"{base}/{row.path}")} & (listed | tidied)]
     notices.append(f"left out, listed in {exclude}: {len(rows) - len(kept):,} of {len(listed):,} paths")
@@ -256,10 +265,10 @@ def _manifest(root: Path, rows: list[Row], notices: list[str], skipped: Skipped)
     for split in ("val", "test"):
         if classes[split] and classes[split] != names:
             missing, extra = sorted(set(names) - set(classes[split])), sorted(set(classes[split]) - set(names))
+            sides = [f"only in {name}: {some(names)}" for name, names in (("train", missing), (split, extra)) if names]
             raise UserError(
-                f"The classes of train and {split} differ in {root}: only in train: {some(missing) or 'none'}"
-                f"; only in {split}: {some(extra) or 'none'}. Both need the same class folders, none empty."
-                f"{look_alike(missing, extra)}"
+                f"The classes of train and {split} differ in {root}: {'; '.join(sides)}. Both need the same class "
+                f"folders, none empty.{look_alike(missing, extra)}"
             )
     if undecodable := [name for name in names if any("\udc80" <= letter <= "\udcff" for letter in name)]:
         raise UserError(f"The class folder {undecodable[0]!r} has a name that is not UTF-8; rename it.")

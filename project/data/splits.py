@@ -128,6 +128,5 @@ def _shuffled(names: Sequence[str], seed: int) -> list[str]:
 def _require(counts: Mapping[str, int], least: int, unit: str) -> None:
     if few := [f"{label} ({count})" for label, count in sorted(counts.items()) if count < least]:
         raise UserError(
-            f"Too few {unit} for a split: {some(few)}; each class needs at least {least}. "
-            "Add images, or remove the class."
+            f"Too few {unit} for a split: {some(few)}; each class needs at least {least}; add some or remove it."
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 SHARED_MEMORY, CGROUPS, OWN_GROUPS = Path("/dev/shm"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 AHEAD, HELD = 2, 4  # batches that a worker reads ahead; that the main process holds, for all its loaders
+FILES = 12  # open in the main process for each worker; twice as many without any
 HAS_SERVER = "forkserver" in multiprocessing.get_all_start_methods()
 LEFT_TO_MAIN = (signal.SIGINT, signal.SIGTERM)  # terminals, systemd, timeout and SLURM send these to all processes
 
@@ -24,10 +25,8 @@ def usable_cores() -> int:
     cores = _cores()
     for line in OWN_GROUPS.read_text(encoding="utf-8").splitlines() if OWN_GROUPS.exists() else []:
         _, controllers, group = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
         own, names = CGROUPS / group.strip("/"), ["cpu.max"]
-        if controllers:  # version 1
+        if "cpu" in controllers.split(","):  # version 1
             own, names = CGROUPS / "cpu" / group.strip("/"), ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
         for folder in (own, *own.parents):  # a container may see its own group as the root
             with contextlib.suppress(OSError, ValueError):  # no quota: no file, or the word max
@@ -41,9 +40,11 @@ def _cores() -> int:
 
 
 def limit_threads() -> None:
-    """Keeps torch and NumPy, which count cores only, within a quota of CPU time; call it before they are imported."""
-    if (cores := usable_cores()) < _cores():
-        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+    """Keeps torch and NumPy, which count cores only, within a quota of CPU time; NumPy if it is imported later."""
+    if (cores := usable_cores()) < _cores() and "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(cores)
+        if (torch := sys.modules.get("torch")) is not None:
+            torch.set_num_threads(min(cores, torch.get_num_threads()))
 
 
 def that_fit(workers: int, batch_bytes: int) -> tuple[int, int]:
@@ -51,20 +52,22 @@ def that_fit(workers: int, batch_bytes: int) -> tuple[int, int]:
 
     Docker gives a container 64 MB of it by default, and workers cannot hand over batches once it is full.
     """
+    limit, needed = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 0, FILES * (workers + 2)
+    if workers and 0 < limit < needed:
+        few = f"--data.workers {workers} needs {needed} open files, but the limit is {limit} (see ulimit -n)"
+        print(f"{few}: {(workers := max(0, limit // FILES - 2))} are used", flush=True)
     free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.exists() else sys.maxsize
     batches = max(0, (free - 2**20) // batch_bytes - HELD) // 2  # for training and validation each
     if batches >= workers * AHEAD:
         return workers, AHEAD
     fewer, need = min(workers, batches), ((2 * workers * AHEAD + HELD) * batch_bytes >> 20) + 2
-    ahead = min(AHEAD, batches // max(1, fewer))
-    how = f"each {ahead} batches ahead" if fewer else "and the main process reads the images"
+    how = f"each {batches // fewer} batches ahead" if fewer else "and the main process reads the images"
     print(
-        f"{SHARED_MEMORY} has {free >> 20} MB free, but --data.workers {workers} with batches of "
-        f"{batch_bytes / 2**20:.1f} MB needs {need} MB: {fewer} are used, {how}. "
-        f"In a container: docker run --shm-size {need}m",
+        f"{SHARED_MEMORY} has {free >> 20} of the {need} MB that --data.workers {workers} and this batch size need: "
+        f"{fewer} are used, {how}. In a container: docker run --shm-size {need}m",
         flush=True,
     )
-    return fewer, ahead
+    return fewer, batches // max(1, fewer)
 
 
 def why_lost(error: BaseException, workers: Sequence[BaseProcess] = ()) -> str:
@@ -76,7 +79,7 @@ def why_lost(error: BaseException, workers: Sequence[BaseProcess] = ()) -> str:
     fewer = "give fewer --data.workers or a smaller --data.batch_size"
     if os.strerror(errno.EMFILE) in text or "items of ancdata" in text:
         limit = os.sysconf("SC_OPEN_MAX")
-        return f"Too many open files: the limit is {limit}; raise it (ulimit -n 1024), or give --data.workers 0."
+        return f"Too many open files: the limit is {limit}; raise it: ulimit -n 1024."
     if "SIGBUS" in signals or ("shared memory" in text and os.strerror(errno.ENOSPC) in text):
         return f"{SHARED_MEMORY} is probably full: {fewer}; in a container, docker run --shm-size 1g."
     if "SIGKILL" in signals:
@@ -89,8 +92,6 @@ def start_server() -> None:
 
     SIGINT and SIGTERM stay blocked in all processes of the start method `forkserver`, from their first moment.
     """
-    atexit.unregister(_end_workers)
-    atexit.register(_end_workers)
     if HAS_SERVER:
         from multiprocessing import forkserver, resource_tracker  # missing on Windows
 
@@ -117,6 +118,7 @@ def _end_with_the_main_process() -> None:
     os._exit(1)
 
 
+@atexit.register
 def _end_workers() -> None:
     """Kills workers that are left when Python exits, which otherwise sends them SIGTERM and waits for them."""
     for worker in multiprocessing.active_children():

@@ -4,7 +4,6 @@ Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391), integrated gradients (Sundar
 and occlusion (Zeiler and Fergus 2014, arXiv:1311.2901).
 """
 
-import importlib.util
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -29,14 +28,9 @@ STEPS = 32  # of integrated gradients, from grey to the image
 ENOUGH_CELLS = 7
 
 
-def is_available() -> bool:
-    """Whether Captum, an optional dependency, is installed."""
-    return importlib.util.find_spec("captum") is not None
-
-
 def heat_maps(
     predictor: "TorchPredictor", images: "Tensor", targets: Sequence[int], method: Method = "gradcam"
-) -> "npt.NDArray[np.float32]":
+) -> "tuple[npt.NDArray[np.float32], str]":
     """Computes heat maps of the evidence for a class, and leaves the network unchanged.
 
     Args:
@@ -47,7 +41,8 @@ def heat_maps(
 
     Returns:
         (B, H, W), 0 to 1: the positive part of `attributions` (for ig, averaged over squares of a sixteenth of the
-        side), divided by its maximum; all 0 where there is no evidence for the class.
+        side), divided by its maximum; all 0 where there is no evidence for the class. And a note that the maps are
+        too coarse, empty where they are not.
 
     Raises:
         UserError: Captum is missing, or the method does not suit the network.
@@ -58,7 +53,7 @@ def heat_maps(
     maps = []
     for first in range(0, len(images), EXPLAINED[method]):
         part = slice(first, first + EXPLAINED[method])
-        evidence = attributions(predictor.network, images[part], targets[part], method)
+        evidence, cells = attributions(predictor.network, images[part], targets[part], method)
         if method == "ig":  # neighbouring pixels contradict each other; their mean is evidence
             reach = images.shape[-1] // 32
             evidence = avg_pool2d(evidence[:, None], 2 * reach + 1, 1, reach, count_include_pad=False)[:, 0]
@@ -66,11 +61,13 @@ def heat_maps(
         largest = evidence.amax(dim=(1, 2), keepdim=True)
         maps.append(torch.where(largest > 0, evidence / largest, 0).float().cpu())
     heats: npt.NDArray[np.float32] = torch.cat(maps).numpy()
-    return heats
+    return heats, "" if cells >= ENOUGH_CELLS else f"only {cells} x {cells} cells, too coarse to locate anything"
 
 
-def attributions(network: "nn.Module", images: "Tensor", targets: Sequence[int], method: Method) -> "Tensor":
-    """Computes the contribution of each pixel to a class's logit: (B, H, W) float, without gradients.
+def attributions(
+    network: "nn.Module", images: "Tensor", targets: Sequence[int], method: Method
+) -> "tuple[Tensor, int]":
+    """Computes the contribution of each pixel to a class's logit: (B, H, W) float, and how many cells a side has.
 
     gradcam: the maps of `last_maps`, weighted by their mean gradients and enlarged to the image. ig: from grey to the
     image, summed over channels; the sum over an image is about the difference of its logit and that of grey.
@@ -83,21 +80,19 @@ def attributions(network: "nn.Module", images: "Tensor", targets: Sequence[int],
     attr = captum()
     normalize, behind = split(network)
     device, side = next(network.parameters()).device, images.shape[-1]
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.set_grad_enabled(method != "occlusion"):
         pixels = normalize(images.to(device)).detach()
         classes = torch.as_tensor(targets, dtype=torch.int64, device=device)
         if method == "gradcam":
-            layer, _ = last_maps(behind, pixels[:1])
-            cam = attr.LayerGradCam(behind, layer).attribute(pixels.requires_grad_(), classes)
-            return interpolate(cam.detach(), side, mode="bilinear")[:, 0]
+            cam = attr.LayerGradCam(behind, last_maps(behind, pixels[:1])).attribute(pixels.requires_grad_(), classes)
+            return interpolate(cam.detach(), side, mode="bilinear")[:, 0], cam.shape[-1]
         if method == "ig":
             integrated: Tensor = attr.IntegratedGradients(behind).attribute(
                 pixels.requires_grad_(), target=classes, n_steps=STEPS, internal_batch_size=AT_A_TIME
             )
-            return integrated.detach().sum(dim=1)
-    stride = -(-side // 14)
-    square = min(2 * stride, side)
-    with torch.inference_mode(False), torch.no_grad():
+            return integrated.detach().sum(dim=1), side
+        stride = -(-side // 14)
+        square = min(2 * stride, side)
         drops: Tensor = attr.Occlusion(behind).attribute(
             pixels,
             sliding_window_shapes=(3, square, square),
@@ -105,21 +100,11 @@ def attributions(network: "nn.Module", images: "Tensor", targets: Sequence[int],
             target=classes,
             perturbations_per_eval=AT_A_TIME // EXPLAINED[method],
         )
-        return drops.mean(dim=1)
+        return drops.mean(dim=1), side
 
 
-def coarseness(predictor: "TorchPredictor") -> str:
-    """Says that Grad-CAM's maps are too coarse at the predictor's image size; empty where they are not."""
-    import torch
-
-    (normalize, behind), side = split(predictor.network), predictor.image_size
-    device = next(predictor.network.parameters()).device
-    _, cells = last_maps(behind, normalize(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)))
-    return "" if cells >= ENOUGH_CELLS else f"only {cells} x {cells} cells, too coarse to locate anything"
-
-
-def last_maps(network: "nn.Module", pixels: "Tensor") -> "tuple[nn.Module, int]":
-    """Finds the layer for Grad-CAM, the last one with maps (B, C, h, w) before they are pooled at the end, and h.
+def last_maps(network: "nn.Module", pixels: "Tensor") -> "nn.Module":
+    """Finds the layer for Grad-CAM: the last one with maps (B, C, h, w) before they are pooled at the end.
 
     The network is run once. The last layer with parameters whose output is spatial gives the size of the maps; the
     last module from there on with maps of this size, which ran once, is returned: a whole block where there are blocks.
@@ -149,7 +134,7 @@ def last_maps(network: "nn.Module", pixels: "Tensor") -> "tuple[nn.Module, int]"
         stop = next((n for n, (_, shape) in enumerate(after) if _side(shape) not in (0, side)), len(after))
         fit = [n for n, (m, shape) in enumerate(after[:stop]) if shape[2:] == (side, side) and runs[id(m)] == 1]
         if fit and not any(len(shape) == 3 and shape[1] > 1 for _, shape in after[fit[-1] :]):
-            return after[fit[-1]][0], side
+            return after[fit[-1]][0]
     raise UserError("gradcam needs a network with maps (B, C, h, w) in its last layers; give --method ig or occlusion.")
 
 
@@ -170,5 +155,5 @@ def captum() -> Any:
     try:
         from captum import attr
     except ImportError as error:
-        raise UserError("explain needs the library captum; install it: pip install -e .[explain]") from error
+        raise UserError("Heat maps need the library captum; install it: pip install -e .[explain]") from error
     return attr

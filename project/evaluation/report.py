@@ -132,18 +132,16 @@ def _heat_maps(pixels: Pixels, predicted: list[int], source: Source, predictor: 
     nothing: list[Any] = [None] * len(pixels)
     if not len(pixels):
         return nothing, ""
-    if not attribution.is_available():
-        return nothing, " With pip install -e .[explain], a heat map of the predicted class is shown beside each image."
-    import torch
-
-    from project.inference.checkpoint import TorchPredictor
-
     try:
+        attribution.captum()
+        import torch
+
+        from project.inference.checkpoint import TorchPredictor
+
         network = predictor if isinstance(predictor, TorchPredictor) else source.load_network(device="cpu")
-        heats = attribution.heat_maps(network, torch.from_numpy(pixels).permute(0, 3, 1, 2), predicted)
-    except UserError as error:  # a network without maps for Grad-CAM, a bundle without model.safetensors
+        heats, note = attribution.heat_maps(network, torch.from_numpy(pixels).permute(0, 3, 1, 2), predicted)
+    except UserError as error:  # no Captum, a network without maps for Grad-CAM, a bundle without model.safetensors
         return nothing, f" {error}"
-    note = attribution.coarseness(network)
     return heats, f" The heat maps (Grad-CAM) show the evidence for the predicted class{note and ': '}{note}."
 
 

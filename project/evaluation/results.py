@@ -86,7 +86,9 @@ class Results:
     @cached_property
     def scored(self) -> ScoredPredictions:
         """The test predictions, with the positive class of two."""
-        return self.test.scored(positive_index(self.metadata))
+        from project.metrics import positive_index  # which imports torchmetrics for seconds
+
+        return self.test.scored(positive_index(self.test.class_names, self.metadata.config["model"].get("positive")))
 
     @property
     def majority(self) -> int:
@@ -96,16 +98,11 @@ class Results:
         return int(np.argmax(counts if any(counts) else np.bincount(self.test.true, minlength=len(names))))
 
 
-def positive_index(metadata: Metadata) -> int | None:
-    """Index of the positive class of two, as `metrics.positive_index`, which imports torchmetrics for seconds."""
-    names, chosen = metadata.class_names, metadata.config["model"].get("positive")
-    return None if len(names) != 2 else names.index(chosen) if chosen in names else 1
-
-
 def all_scores(scored: ScoredPredictions, measured: Mapping[str, Any]) -> dict[str, float]:
     """The scores, and what the test has measured besides: metrics of one's own, a loss other than cross-entropy."""
     values = scored.scores() | {"ece": scored.ece()}
-    own = {key.removeprefix("test/"): value for key, value in measured.items() if isinstance(value, float)}
+    names = [key.removeprefix("test/") for key in measured if key.startswith("test/")]
+    own = {name: float(np.nan if measured[f"test/{name}"] is None else measured[f"test/{name}"]) for name in names}
     if np.isclose(own.get("loss", np.nan), values["cross-entropy"], rtol=0.01):
         del own["loss"]
     return values | own | values  # in this order; where both have a name, that of the scores

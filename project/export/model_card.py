@@ -10,6 +10,7 @@ from project.data.splits import SPLITS
 from project.evaluation import html, results, run_split, scores
 from project.inference import bundle
 from project.inference.metadata import Metadata
+from project.metrics import positive_index
 
 TEMPLATE = Path(__file__).with_name("templates") / "card.md"
 MAX_NAMES = 40  # class names that the card lists
@@ -38,7 +39,7 @@ def _figures(checkpoint: Path, metadata: Metadata) -> dict[str, Any]:
     if not results.is_tested(checkpoint):
         return {"tested": 0, "positive": None}
     table = results.TestPredictions.read(runs.folder_of(checkpoint) / runs.PREDICTIONS)
-    positive = results.positive_index(metadata)
+    positive = positive_index(table.class_names, metadata.config["model"].get("positive"))
     scored = table.scored(positive)
     if metadata.calibrated:
         scored = scored.at_temperature(metadata.temperature)  # which is built into model.onnx

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from project import files
 from project.data.images import Pixels
 from project.data.workers import usable_cores
 from project.errors import UserError
@@ -66,10 +67,7 @@ def properties(metadata: Metadata) -> dict[str, str]:
 def seal(folder: Path, metadata: Metadata) -> None:
     """Writes config.json, then SHA256SUMS of all files that are there."""
     values = {name: value for name, value in dataclasses.asdict(metadata).items() if value is not None}
-    content = json.loads(json.dumps(values), parse_constant=lambda _: None)  # JSON has no NaN
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    # backslashreplace: what UTF-8 cannot encode in a path becomes an escape of JSON
-    (folder / CONFIG).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+    files.write_json(folder / CONFIG, values)
     lines = [f"{_sum(folder / name)}  {name}\n" for name in PARTS if (folder / name).exists()]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8", newline="\n")
 

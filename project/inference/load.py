@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from project import runs
 from project.data.images import is_image
-from project.errors import UserError
+from project.data.workers import limit_threads
+from project.errors import UserError, command
 from project.inference import bundle
 from project.inference.predictor import Predictor
 
@@ -40,7 +41,8 @@ class Source:
         return predictor
 
     def load_network(self, calibrated: bool = False, device: str | None = None) -> "TorchPredictor":
-        """Like the function `load_network`."""
+        """Like `load`, but always as a PyTorch network, a bundle's at the bundle's own temperature."""
+        limit_threads()
         try:
             from project.inference import checkpoint
         except ModuleNotFoundError as error:
@@ -59,14 +61,17 @@ def locate(path: str | os.PathLike[str] | None = None) -> Source:
         file = target / "checkpoints" / "best.ckpt" if target.is_dir() else target
         if file.name in bundle.PARTS and _is_bundle(file.parent):
             raise UserError(f"{file} is a part of a bundle; give the folder, {file.parent}.")
-        if is_image(file.name) or file.suffix.lower() == ".csv":
-            raise UserError(f"{path} can be images, but is no run; give a run before it, such as runs/latest.")
-        if file.is_file():
+        is_data = is_image(file.name) or file.suffix.lower() == ".csv"
+        if file.is_file() and not is_data:
             return Source(file, is_bundle=False)
+        is_data |= any(is_image(found.name) for depth in ("*", "*/*", "*/*/*") for found in target.glob(depth))
     except OSError as error:  # a name that is too long, a folder without permission
         raise UserError(f"Cannot read {path}: {error.strerror}; give a .ckpt file or a run's folder.") from error
     if (last := file.with_name("last.ckpt")).is_file():
         raise UserError(f"There is no {file}, because its fit ended before a validation; resume it, or give {last}.")
+    if is_data:
+        example = command("test", "runs/latest", "--data.root", path)
+        raise UserError(f"{path} can be images, but is no run; put a run before it, such as runs/latest, or: {example}")
     raise UserError(f"There is no checkpoint {file}; give a .ckpt file, a run, runs/<name>/version_N, or runs/latest.")
 
 
@@ -96,10 +101,3 @@ def load(path: str | os.PathLike[str] | None = None, calibrated: bool = False, d
         UserError: The path means nothing, its content cannot be used, or no temperature is known.
     """
     return locate(path).load(calibrated, device)
-
-
-def load_network(
-    path: str | os.PathLike[str] | None = None, calibrated: bool = False, device: str | None = None
-) -> "TorchPredictor":
-    """Like `load`, but always as a PyTorch network, a bundle's at the bundle's own temperature."""
-    return locate(path).load_network(calibrated, device)

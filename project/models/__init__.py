@@ -52,9 +52,7 @@ def _network(name: str, num_classes: int, of: str) -> "nn.Module":
 
     if name not in (names := torchvision_names()):
         if of:
-            raise UserError(
-                f"There is no network {name}, that of {of}, in the code any more: put it into project/models/."
-            )
+            raise UserError(f"The network {name} of {of} is no longer in the code; put it into project/models/.")
         raise UserError(
             f"There is no network {name}.{did_you_mean(name, names)} --model.name takes alexnet, resnet18 or another "
             "of those that python -m project.cli models lists."

@@ -87,7 +87,7 @@ class Model:
         pixels, network = self.read(image), self.network()
         index = int(self.predictor.probabilities(pixels[None]).argmax()) if target is None else target
         with self._lock:  # Captum hangs hooks into the network
-            heat = attribution.heat_maps(network, torch.from_numpy(pixels[None]).permute(0, 3, 1, 2), [index])[0]
+            (heat,), _ = attribution.heat_maps(network, torch.from_numpy(pixels[None]).permute(0, 3, 1, 2), [index])
         stream = io.BytesIO()
         Image.fromarray(figures.overlay(pixels, heat)).save(stream, "PNG")
         return stream.getvalue()

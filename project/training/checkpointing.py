@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from project.training.checkpoint_io import BEST, LAST, AsyncCheckpointIO
 from project.training.ema import EMA
 from project.training.loggers import MetricsFile
 from project.training.loop_state import LOOP_STATE, LoopState, is_between_steps
+from project.training.resume import Run
 from project.training.signals import REQUEUE, Ranks, Signals
 
 
@@ -24,12 +26,10 @@ class BestCheckpoint(ModelCheckpoint):
 
     Args:
         folder: The run's checkpoints/.
-        resumed: Whether the best so far is that of the checkpoint that the fit starts from.
     """
 
-    def __init__(self, folder: Path, resumed: bool = False) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__(str(folder), Path(BEST).stem, monitor="val/loss", enable_version_counter=False)
-        self._resumed = resumed
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says so where the fit ends before its first validation."""
@@ -54,8 +54,6 @@ class BestCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the best so far, also where the run has been moved: Lightning would forget its val/loss."""
-        if not self._resumed:  # a new run has a best.ckpt of its own
-            return
         if state_dict["best_model_path"]:
             best = str(Path(str(self.dirpath), BEST))
             state_dict = state_dict | {"dirpath": self.dirpath, "best_model_path": best, "kth_best_model_path": best}
@@ -71,16 +69,18 @@ class ResumeCheckpoint(Callback):
 
     Args:
         io: Writes the checkpoints; None where none are saved.
-        folder: The run's checkpoints/.
+        run: The run.
         minutes: How much training a killed process may lose.
+        begin: Called on the first rank once the fit can begin, before it changes a file of a resumed run.
 
     Attributes:
         restoring: Lightning is loading the checkpoint that the fit starts from.
     """
 
-    def __init__(self, io: AsyncCheckpointIO | None, folder: Path | None, minutes: float) -> None:
-        self._io, self._interval = io, 60 * minutes
-        self._file = folder / LAST if folder and io else None
+    def __init__(self, io: AsyncCheckpointIO | None, run: Run, minutes: float, begin: Callable[[], None]) -> None:
+        self._io, self._interval, self._begin = io, 60 * minutes, begin
+        self._is_new = not run.resumed or run.source is None
+        self._file = run.checkpoints / LAST if io else None
         self._weights_at_rest = io.weights_at_rest if io else contextlib.nullcontext
         self._signals = Signals()
         self._state: LoopState | None = None  # of the current weights; None where no checkpoint may be saved
@@ -99,6 +99,9 @@ class ResumeCheckpoint(Callback):
         """Sets loops and data to the checkpoint's position; with other data, to the start of its epoch."""
         self.restoring = True
         self._resumed = resumed = checkpoint.get(LOOP_STATE, {})
+        if self._is_new:  # has validations of its own, and the best of these
+            for key in [key for key in checkpoint["callbacks"] if key.startswith(("BestCheckpoint", "HParams"))]:
+                del checkpoint["callbacks"][key]
         if not resumed:
             return
         data, state, self._seconds = data_of(trainer), LoopState(**resumed["at"]), resumed["seconds"]
@@ -112,18 +115,21 @@ class ResumeCheckpoint(Callback):
         """Restores the running sums of the epoch, and listens for signals."""
         module: Any = pl_module
         _require_matching_moments(trainer.optimizers)
-        self.restoring = False
         self._signals.listen(trainer)
         self._ranks = Ranks(trainer)
         self._start = self._saved_at = time.monotonic()
-        if not self._resumed:
-            return
-        state = LoopState(**self._resumed["at"])
-        if (sums := self._resumed["sums"]) and trainer.is_global_zero:
-            module.take_sums(sums)
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in self._resumed["metrics"].items()})
-        if state.validate and state.batch == state.batches:
-            module.log_epoch()  # no training step of this epoch is left to do so
+        if self._resumed:
+            state = LoopState(**self._resumed["at"])
+            if (sums := self._resumed["sums"]) and trainer.is_global_zero:
+                module.take_sums(sums)
+            for key, value in self._resumed["metrics"].items():
+                if not (self._is_new and key.startswith("val/")):
+                    trainer.callback_metrics[key] = torch.tensor(value)
+            if state.validate and state.batch == state.batches:
+                module.log_epoch()  # no training step of this epoch is left to do so
+        self.restoring = False
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._begin()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Between two optimizer steps: saves by the clock, and stops if a signal has arrived."""
@@ -146,6 +152,7 @@ class ResumeCheckpoint(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves after all other callbacks have finished in `on_train_end`."""
         if self._start is None:  # there was nothing left to train
+            self.restoring = False
             return
         self._state = LoopState.of(trainer, _rows(trainer))._replace(batch=0)
         with self._weights_at_rest():

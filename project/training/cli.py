@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class Cli(LightningCLI):
     trainer: Any  # Trainer assigns most of its attributes outside its class, where mypy does not look
     datamodule: ImageData
     model: Classifier
+    saver: ResumeCheckpoint  # of a fit
 
     def __init__(self, verb: str, argv: list[str]) -> None:
         self.verb, self.argv = verb, resume.with_newest(argv)
@@ -91,7 +93,7 @@ class Cli(LightningCLI):
         if self.verb == "fit":
             if options.resume is not None and options.ckpt_path is not None:
                 raise UserError("--resume continues the run itself, --ckpt_path starts a new one; leave one out.")
-            self.run = resume.find(options.resume, self.runs_root)
+            self.run = resume.find(options.resume, self.runs_root, options)
         if self.run is not None:
             try:
                 self._resume(self.run)
@@ -104,6 +106,7 @@ class Cli(LightningCLI):
             self.recorded = self._plain_options()
         # LightningCLI would put the model settings of a ckpt_path above those of the command line
         self.config[self.verb].ckpt_path = None
+        self.ckpt_path = str(self.source.path) if self.source else None  # which the Trainer loads
 
     @property
     def runs_root(self) -> Path:
@@ -114,6 +117,7 @@ class Cli(LightningCLI):
         """The options of the run, changed by the command line where that is allowed, and its own split."""
         self.config = self.parser.parse_args([self.verb, f"--config={run.folder / 'config.yaml'}", *self.argv])
         self.recorded, options = self._plain_options(), self.config.fit
+        os.environ[runs.VARIABLE] = str(run.folder)
         for line in run.changes(self.recorded):
             print(f"resume: {line}", flush=True)
         if (split := run.folder / "split.csv").is_file():
@@ -124,6 +128,7 @@ class Cli(LightningCLI):
         if self.source is None and options.ckpt_path is not None:  # it has not saved a checkpoint of its own yet
             self.source = SourceCheckpoint(locate_checkpoint(options.ckpt_path))
         if self.source is not None:
+            self.source.require_root(Path(options.data.root))
             options.model.weights = str(self.source.path)
             # a run that is not finished may have been killed after its last save
             is_finished = runs.read_status(run.folder).get("state") == "finished"
@@ -149,6 +154,7 @@ class Cli(LightningCLI):
                 print(
                     f"{root} is not the run's {run_root}, so the run's split.csv is not used; --data.split would use it"
                 )
+        self.source.require_root(Path(options.data.root))
         if (weights := options.model.weights) != str(path):
             raise UserError(f"--model.weights {weights} and {path} are two sources of weights; leave one out.")
         if self.verb == "fit":
@@ -216,7 +222,7 @@ class Cli(LightningCLI):
             raise UserError(f"There is nothing to train: --trainer.{none[0]} is 0.")
         if chosen.patience and options["limit_val_batches"] == 0:
             raise UserError("--patience needs validations; --trainer.limit_val_batches is 0.")
-        fit.require_usable(users["callbacks"], self.model, chosen.patience)
+        fit.require_usable(users["callbacks"], self.model, chosen)
         self.recorded["trainer"]["max_epochs"] = chosen.trainer.max_epochs
         if self.run is None:  # the default depends on where the weights come from
             self.recorded["model"]["backbone_lr"] = self.model.hparams["backbone_lr"]
@@ -224,38 +230,32 @@ class Cli(LightningCLI):
         config = {key: value for key, value in self.recorded.items() if key not in ("name", "ckpt_path", "resume")}
         entries = {"config": config, "resize": self.datamodule.resize, **metadata.provenance()}
         io = AsyncCheckpointIO(self.run.checkpoints) if options["enable_checkpointing"] is not False else None
+        begin = partial(self.run.begin, self.recorded, self.runs_root / "latest")
+        self.saver = ResumeCheckpoint(io, self.run, float(chosen.save_every), begin)
         own_loggers = loggers(self.run) if options["logger"] is not False else []
         return {
             "max_epochs": options["max_epochs"],
-            "callbacks": fit.callbacks(chosen, self.run, entries, io, users["callbacks"]),
+            "callbacks": fit.callbacks(chosen, self.run, entries, self.saver, users["callbacks"]),
             "logger": [*own_loggers, *users["logger"]],
             "plugins": [*users["plugins"], *listed(io)],
         }
 
     # the run
 
-    @property
-    def ckpt_path(self) -> str | None:
-        """The checkpoint that the Trainer loads."""
-        return str(self.source.path) if self.source else None
-
     def fit(self, **_: Any) -> None:
-        """Points runs/latest at the run, trains, records in the run how the fit ended, and prints the result."""
+        """Trains, records in the run how the fit ended, and prints the result."""
         trainer.keep_freed_memory()
         assert self.run is not None
         shows = self.trainer.is_global_zero and not self.trainer.fast_dev_run
-        self.run.take_over(self.recorded)
         if shows:
-            runs.point_latest(self.run.folder, self.runs_root / "latest")
-            runs.write_status(self.run.folder, state="running", reason="", job=resume.job())
             fit.introduce(self.datamodule, self.model, self.trainer, self.run)
-        with fit.recorded(self.run, self.trainer):
+        with fit.recorded(self.run, self.trainer, self.saver):
             try:
                 self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path)
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 if str(error).startswith("Early stopping conditioned on"):
                     raise UserError(" ".join(str(error).split())) from error
-                if not any(c.restoring for c in self.trainer.callbacks if isinstance(c, ResumeCheckpoint)):
+                if not self.saver.restoring:
                     raise
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(f"Cannot resume from {self.ckpt_path}: {reason}") from error

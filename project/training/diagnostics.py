@@ -99,11 +99,9 @@ class Diagnostics(Callback):
         # an accelerator keeps working while this process waits, so that the share means nothing
         on_cpu = trainer.strategy.root_device.type == "cpu"
         if on_cpu and share >= 0.3 and waited >= 1 and (is_last or len(epochs) >= 2):
-            workers, more = usable_cores(), ""
-            if data.workers < workers:
-                more = f"--data.workers {workers} (now {data.workers}), "
-            if data.image_cache(data.augment)[0] is None:
-                more += "--data.cache on, "
+            workers, cache = usable_cores(), data.image_cache(data.augment)[0]
+            more = f"--data.workers {workers} (now {data.reading[0]}), " if data.workers < workers else ""
+            more += "" if cache else "--data.cache on, "
             problems["waiting"] = (
                 f"{share:.0%} of the epoch was spent waiting for images ({duration(waited)}): try {more}smaller images "
                 "or a cheaper --data.augment."

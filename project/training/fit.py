@@ -31,13 +31,13 @@ from project.training.throughput import Throughput
 
 
 def callbacks(
-    options: Any, run: Run, metadata: dict[str, Any], io: AsyncCheckpointIO | None, users: list[Callback]
+    options: Any, run: Run, metadata: dict[str, Any], saver: ResumeCheckpoint, users: list[Callback]
 ) -> list[Callback]:
-    """All callbacks of a fit, the user's own among them, in the order of their hooks; no `io` means no checkpoints."""
+    """All callbacks of a fit, the user's own among them, in the order of their hooks."""
     throughput, folder, logs = Throughput(), run.checkpoints, options.trainer.logger is not False
     _keep_apart(users, folder)
     return [
-        ResumeCheckpoint(io, folder, float(options.save_every)),  # first: saves the state of the others between steps
+        saver,  # first: saves the state of the others between steps
         *users,
         RunMetadata(metadata),
         HParams(metadata["config"]["model"]),
@@ -52,7 +52,7 @@ def callbacks(
         *([Histograms()] if logs and options.histograms else []),
         *([EMA(float(options.average))] if options.average else []),
         *([EarlyStopping("val/loss", patience=int(options.patience), strict=False)] if options.patience else []),
-        *([BestCheckpoint(folder, run.resumed)] if io else []),
+        *([BestCheckpoint(folder)] if options.trainer.enable_checkpointing is not False else []),
     ]
 
 
@@ -65,18 +65,19 @@ def _keep_apart(users: list[Callback], folder: Path) -> None:
                     setattr(own, name, f"{getattr(own, name)}-v1")
 
 
-def require_usable(users: list[Callback], model: Classifier, patience: int | None) -> None:
+def require_usable(users: list[Callback], model: Classifier, options: Any) -> None:
     """Raises UserError where a callback of Lightning's monitors what is not logged, or does the same as --patience."""
     stops = (own.monitor for own in users if isinstance(own, EarlyStopping))
-    if patience and "val/loss" in stops:
+    if options.patience and "val/loss" in stops:
         raise UserError("--patience and the EarlyStopping of --trainer.callbacks both watch val/loss; leave one out.")
     if not all(type(own).__module__.startswith("lightning.") for own in users):
         return  # one's own callback may log more
     known = ["train/loss", "train/loss_step", "train/accuracy", "val/loss", *map(str, model.val_metrics.keys())]
-    source = inspect.getsource(sys.modules[Classifier.__module__])  # where one may log more, too
+    source = inspect.getsource(sys.modules[Classifier.__module__]).replace("{split}/", "val/")  # where one may log more
     for own in users:
         name = str(getattr(own, "monitor", None) or "epoch")
-        if name not in ("epoch", "step", *known) and not name.startswith("lr-") and f'"{name}"' not in source:
+        is_rate = name.startswith("lr-") and options.trainer.logger is not False
+        if name not in ("epoch", "step", *known) and not is_rate and f'"{name}"' not in source:
             raise UserError(f"{type(own).__name__} monitors {name}, but a fit logs {', '.join(known)}.")
 
 
@@ -118,9 +119,9 @@ def summarize(trainer: Any, run: Run) -> None:
 
 
 @contextlib.contextmanager
-def recorded(run: Run, trainer: Any) -> Iterator[None]:
+def recorded(run: Run, trainer: Any, saver: ResumeCheckpoint) -> Iterator[None]:
     """Checks that the end of a fit is on the disk, writes it into the run's status, and releases the run's lock."""
-    state, reason, io = "failed", "", trainer.strategy.checkpoint_io
+    state, reason, io, events = "failed", "", trainer.strategy.checkpoint_io, {*run.folder.glob("events.*")}
     try:
         yield
         if isinstance(io, AsyncCheckpointIO):
@@ -133,13 +134,14 @@ def recorded(run: Run, trainer: Any) -> Iterator[None]:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise
     finally:
-        # Lightning kills the first rank when another one fails, which then records the reason
-        if rank() == 0 or (reason and os.environ.get(runs.VARIABLE) == str(run.folder)):
-            seconds = next(one.seconds for one in trainer.callbacks if isinstance(one, ResumeCheckpoint))
-            entries = {"state": state, "reason": reason, "step": trainer.global_step, "seconds": round(seconds, 1)}
-            with contextlib.suppress(OSError):  # a full disk
-                runs.write_status(run.folder, **entries)
-        if trainer.fast_dev_run:
+        if trainer.fast_dev_run or saver.restoring:  # nothing is recorded of a fit that has not begun
             run.discard()
-        elif run.lock is not None:
+            for file in {*run.folder.glob("events.*")} - events:  # Lightning opens it before it loads a checkpoint
+                file.unlink()
+        # Lightning kills the first rank when another one fails, which then records the reason
+        elif rank() == 0 or (reason and os.environ.get(runs.VARIABLE) == str(run.folder)):
+            end = {"state": state, "reason": reason, "step": trainer.global_step, "seconds": round(saver.seconds, 1)}
+            with contextlib.suppress(OSError):  # a full disk
+                runs.write_status(run.folder, **end)
+        if run.lock is not None:
             run.lock.release()

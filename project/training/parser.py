@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import os
 import re
 import shutil
 import textwrap
@@ -24,7 +25,7 @@ class Parser(arguments.Parser, LightningArgumentParser):
     _words: tuple[str, ...] = ()
 
     def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Any:
-        self._words = tuple(args or ())  # argparse does not parse what follows --help
+        self._words = tuple(word.split("=")[0] for word in args or ())  # argparse does not parse what follows --help
         values = super().parse_args(args, *more, **options)
         for key, value in list(values.items()):
             if isinstance(value, str):  # of a YAML file; on the command line it is done already
@@ -35,7 +36,9 @@ class Parser(arguments.Parser, LightningArgumentParser):
         try:
             return super().parse_path(path, *more, **options)
         except (UserError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: {error}".replace('"<unicode string>", ', "")) from error
+            is_unusable = re.search("Unexpected config|unacceptable character|codec can't decode", str(error))
+            reason = "this is no YAML file of settings in UTF-8; configs/default.yaml is one." if is_unusable else error
+            raise UserError(f"{path}: {reason}".replace('"<unicode string>", ', "")) from error
 
     def format_help(self, *formatter: Any) -> str:
         names = [(name, action) for action in arguments.actions(self) for name in action.option_strings]
@@ -53,7 +56,7 @@ class Parser(arguments.Parser, LightningArgumentParser):
         if topic in options:
             blocks = re.split(r"\n(?=  -|\S)", super().format_help(*formatter))
             return next(block for block in blocks if re.match(rf"  (-\w.*, )?--{re.escape(topic)}[\s,]", block)) + "\n"
-        if topic:
+        if topic and not os.path.lexists(topic):  # rather than the images, or a run
             raise arguments.explain(f"unrecognized arguments: --{topic}", [f"--{name}" for name in options])
         verb = self.prog.split()[-1]
         usage = self.usage or f"python -m project.cli {verb} [{'DIR' if verb == 'fit' else 'RUN'}] [options]"

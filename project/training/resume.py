@@ -12,6 +12,7 @@ import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
 
 from project import files, runs
+from project.data import digits
 from project.data.datamodule import ImageData
 from project.errors import UserError
 from project.runs import RunLock
@@ -61,16 +62,17 @@ class Run:
 
         return cls(*runs.create_run(name, fill, base), source)
 
-    def take_over(self, options: Mapping[str, Any]) -> None:
-        """Makes a resumed run end at the position of its checkpoint, and records the options."""
-        if rank() == 0 and self.resumed:
+    def begin(self, options: Mapping[str, Any], latest: Path) -> None:
+        """Makes a resumed run end at the position of its checkpoint, with these options; points `latest` at the run."""
+        if self.resumed:
             columns, rows = runs.read_metrics(metrics := self.folder / runs.METRICS)
             if columns:
                 runs.write_metrics(metrics, columns, rows[: self.state.rows])
             for unfinished in self.checkpoints.glob(".*.tmp"):
                 unfinished.unlink()
             write_config(self.folder, options)
-            os.environ[runs.VARIABLE] = str(self.folder)
+            runs.write_status(self.folder, state="running", reason="", job=job())
+        runs.point_latest(self.folder, latest)
 
     def discard(self) -> None:
         """Releases a run whose fit cannot begin; removes a new one: its configuration, split and status."""
@@ -116,7 +118,8 @@ class Run:
             if old.get(key) != new.get(key):
                 before, now = ("null" if flat.get(key) is None else flat[key] for flat in (old, new))
                 lines[key] = f"--{key} {before} -> {now}"
-        if refused := [line for key, line in lines.items() if key not in FREE]:
+        moved = {"data.root"} if not Path(old["data.root"]).exists() else set()
+        if refused := [line for key, line in lines.items() if key not in FREE | moved]:
             weights = self.source.path if self.source else f"{self.checkpoints}/best.ckpt"
             raise UserError(
                 f"{self.folder} cannot be resumed with {', '.join(refused)}: that changes the result. Leave it out, or "
@@ -125,12 +128,14 @@ class Run:
         return list(lines.values())
 
 
-def find(choice: str | None, runs_root: Path) -> Run | None:
+def find(choice: str | None, runs_root: Path, options: Any) -> Run | None:
     """The run that --resume names, or that this SLURM job began before it was requeued; None for a new one.
 
     Args:
-        choice: A run's folder; `newest`, the newest unfinished run; `auto`, the same, or None if there is none.
+        choice: A run's folder; `newest`, the newest unfinished run; `auto`, the newest of the same name and images as
+            far as `options` have them, or None if there is none.
         runs_root: Where unfinished runs are looked for.
+        options: Of the command line.
     """
     if choice is None and os.environ.get("SLURM_RESTART_COUNT", "0").strip("0"):
         own = [run for run in runs.unfinished(runs_root) if runs.read_status(run).get("job") == job()]
@@ -145,6 +150,11 @@ def find(choice: str | None, runs_root: Path) -> Run | None:
         raise UserError(f"There is no run {choice}; give its folder, runs/<name>/version_N, or --resume alone.")
     reason = f"There is no unfinished run in {runs_root}/; start one: python -m project.cli fit."
     for folder in named or runs.unfinished(runs_root):
+        if choice == AUTO:
+            old = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+            same = (options.name, old["name"]), (options.data.root, old["data"]["root"])
+            if any(new not in (None, str(digits.ROOT), recorded) for new, recorded in same):
+                continue
         try:
             return Run.resume(folder, RunLock(folder) if rank() == 0 else None)
         except BlockingIOError:

@@ -1,9 +1,11 @@
 """A checkpoint that a verb starts from; the settings of its run are the lowest layer of the verb's own."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 from project import runs
+from project.data import digits
 from project.errors import UserError, look_alike, some
 from project.inference import checkpoint
 from project.training.loop_state import LoopState, epochs_done
@@ -50,6 +52,16 @@ class SourceCheckpoint:
             "seed_everything": config.get("seed_everything", 0),
             **({option: config.get(option) for option in ("average", "patience")} if verb == "fit" else {}),
         }
+
+    def require_root(self, root: Path) -> None:
+        """Raises UserError where the images' path is the run's, and relative to the folder where that was begun."""
+        is_own = str(root) == self.metadata.config["data"].get("root")
+        if is_own and not (root.is_absolute() or root.exists() or root == digits.ROOT):
+            begun = (self.run.resolve() / "../../..").resolve()
+            there = shlex.quote(str(begun)) if (begun / root).exists() else "there"
+            raise UserError(
+                f"{root} is relative to the folder where the run was begun: cd {there}, or give --data.root."
+            )
 
     def require_more_to_do(self, limits: Any, is_finished: bool = True) -> None:
         """Raises UserError beyond the limits max_epochs and max_steps; of a finished fit, also where one is reached."""

@@ -27,7 +27,6 @@ HARMLESS = (
     ".*does not have many workers.*",  # ImageData has chosen them, from the usable cores
     ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
     ".*resuming from a checkpoint that ended before the epoch ended.*",  # the loader starts at the batch
-    ".*dirpath has changed.*",  # --ckpt_path: a new run has a folder of its own, and its own best
     r".*ModelCheckpoint\(monitor='val/loss'\)` could not find.*",  # BestCheckpoint says that there is no validation
     ".*smaller than the logging interval.*",  # a small folder; every epoch is logged all the same
     ".*module.s. in eval mode at the start of training.*",  # frozen layers
@@ -90,6 +89,7 @@ def quieten() -> None:
     threading.excepthook = _leave_disk_errors_to_the_main_thread
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # --trainer.profiler prints its table
     for harmless in HARMLESS:
         warnings.filterwarnings("ignore", harmless)
 

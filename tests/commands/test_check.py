@@ -112,6 +112,16 @@ def test_clean_folder_has_no_findings_and_a_preview_shows_what_training_and_vali
         assert len(image.convert("RGB").getcolors(10**7)) > 1000
 
 
+def test_preview_of_few_images_shows_every_class(workplace, monkeypatch):
+    shown = []
+    monkeypatch.setattr(figures, "image_grid", lambda images, titles, **_: shown.extend(titles) or figures.Figure())
+    make_images(Path("few"), dict.fromkeys(COLOURS, 30))
+    cli.main(["check", "few", "--preview", "few.png"])
+    assert {(title.split()[0], title.split()[-2]) for title in shown} == {
+        (colour, split) for colour in COLOURS for split in ("train,", "val,")
+    }
+
+
 def test_preview_names_each_image_and_its_class_and_shows_other_ways_to_resize_on_request(photos, monkeypatch):
     photos.joinpath("red").rename(photos / ("red " * 20).strip())
     shown, draw = [], figures.image_grid

@@ -41,10 +41,13 @@ def test_a_row_and_a_batch_are_uint8_images_and_labels(photos):
 
 
 def test_a_set_without_a_readable_image_is_refused(photos):
-    for file in photos.rglob("*.png"):
-        file.write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"None of the 84 train images can be read.*not an image"):
-        ImageData(str(photos)).setup("fit")
+    rows = manifest.load(photos)
+    for split, count in (("val", 12), ("train", 84)):
+        for row in rows.rows(split):
+            (photos / rows.paths[row]).write_bytes(b"no image")
+        said = rf"None of the {count} {split} images can be read.*not an image.* and {count - 3} more\. Replace them"
+        with pytest.raises(UserError, match=said):
+            ImageData(str(photos)).setup("fit")
 
 
 def test_a_class_without_a_readable_training_image_ends_the_fit_and_is_left_out_of_other_averages(photos, capsys):
@@ -232,4 +235,4 @@ def test_workers_read_no_more_ahead_than_shared_memory_holds(megabytes, expected
     monkeypatch.setattr(workers.shutil, "disk_usage", lambda _: Mock(free=megabytes << 20))
     assert ImageData("photos", batch_size=64, workers=8).reading == expected
     out = capsys.readouterr().out
-    assert ("docker run --shm-size" in out and f"{megabytes} MB free" in out) == (expected != (8, 2))
+    assert ("docker run --shm-size" in out and f"has {megabytes} of the" in out) == (expected != (8, 2))

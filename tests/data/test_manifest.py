@@ -104,6 +104,7 @@ TRAIN_TEST = {"train": "a b", "test": "a b"}
         ({"train2017": "a b", "val2017": "a b"}, "a b", "val2017 is val"),
         (TRAIN_TEST | {"unlabelled": "x"}, "a b", "unlabelled"),
         ({"": "test_tube latest flask"}, "flask latest test_tube", ""),
+        ({"my_train_data": "a b", "my_test_data": "a b"}, "a b", "my_test_data is test, my_train_data is train"),
         ({"road_train": "diesel steam", "road_test": "wet dry"}, "road_test road_train", ""),
         ({"01_train": "a b", "02_test": "a b"}, "01_train 02_test", "each of which has the folders a, b"),
         ({"cat": "train test", "dog": "train test"}, "cat dog", "each of which has the folders test, train"),
@@ -157,6 +158,7 @@ def test_class_names_that_look_alike_are_one_class_or_shown_as_different(tmp_pat
     for other, shown in (("Tea", "'tea' and 'Tea'"), ("tea ", "'tea' and 'tea '"), ("t\u200bea", r"'t\u200bea'")):
         (root / "val" / "tea").rename(root / "val" / other)
         assert f"{shown} look alike" in refusal(root)
+        assert set(check_dataset(root).counts()) == {names["NFC"], "tea", other}
         (root / "val" / other).rename(root / "val" / "tea")
 
 
@@ -203,6 +205,18 @@ def test_results_of_this_project_are_passed_over(tmp_path):
     assert rows.class_names == ["cat", "dog", "explanations-of-cats"]
     assert "left out, made by fit or explain: explanations-2, runs" in rows.notices
     assert not [finding for finding in check_dataset(root).findings if finding.kind == "skipped" and finding.problem]
+
+
+def test_a_class_folder_with_nothing_but_images_of_a_format_that_is_not_read_is_refused(tmp_path):
+    root = folder_of(tmp_path, "cat", "dog")
+    for file in ("phone/deep/0.CR2", "phone/1.nef", "notes/about.txt"):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).touch()
+    assert "No image in phone has a format that is read: phone/1.nef, phone/deep/0.CR2; convert" in refusal(root)
+    assert check_dataset(root).findings[0].kind == "refused"
+    folder_of(tmp_path, "phone")
+    assert load(root).class_names == ["cat", "dog", "phone"]
+    assert "left out, folder without images: notes" in load(root).notices
 
 
 def test_what_may_not_be_entered_is_named_and_the_rest_is_used_but_not_the_root(workplace, capsys):
@@ -291,6 +305,7 @@ def test_csv_file_is_read_like_a_folder(tmp_path, lines, encoding, expected):
     [
         ("file,label\na,b", "no column path; it has file, label"),
         ("", "no column label, path; it has nothing"),
+        ("path;label\na;b", "it has path;label. Its first line must name the columns, with commas between: path,label"),
         ("path,label\nx,\n", "line 2, has no label"),
         ("path,label\nx,a\n./y/..//x,b\n", "lists x more than once"),
         ("path,label,split\nx,a,train\ny,b,\n", "none for y"),
@@ -305,10 +320,28 @@ def test_unusable_csv_file_is_refused_with_the_reason(tmp_path, text, expected):
     assert expected in refusal(tmp_path / "list.csv")
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
-def test_a_table_that_is_not_utf8_is_called_one(tmp_path, encoding):
-    (tmp_path / "list.csv").write_text("path,label\na.png,café\nb.png,tea\n", encoding=encoding)
-    assert "list.csv is not UTF-8; save it as CSV UTF-8" in refusal(tmp_path / "list.csv")
+@pytest.mark.parametrize(
+    ("encoding", "guess"), [("cp1252", "WINDOWS-1252"), ("utf-16", "UTF-16"), ("utf-16-le", "UTF-16")]
+)
+@pytest.mark.parametrize("row", ["a.png,café", "café.png,tea"])
+def test_a_table_that_is_not_utf8_is_called_one_by_fit_and_predict(tmp_path, encoding, guess, row):
+    (tmp_path / "list.csv").write_text(f"path,label\n{row}\nb.png,tea\n", encoding=encoding)
+    (tmp_path / "a.png").touch()
+    said = f"list.csv is not UTF-8; save it as CSV UTF-8, or convert it: iconv -f {guess} -t"
+    assert said in refusal(tmp_path / "list.csv")
+    with pytest.raises(UserError, match=said):
+        gather([str(tmp_path / "list.csv")])
+
+
+def test_a_table_may_list_real_files_whose_names_are_not_utf8(tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    (tmp_path / name).touch()
+    (tmp_path / "list.csv").write_text(f"path,note\n{name},{name}\n", errors="surrogateescape")
+    assert gather([str(tmp_path / "list.csv")]) == [(str(tmp_path / name), "")]
+    root = make_images(tmp_path / "photos", {"a": 4, "b": 4})
+    (root / "a" / name).touch()
+    (tmp_path / "out.csv").write_text(f"path,reason\na/{name},bad\n", errors="surrogateescape")
+    assert len(load(root, exclude=tmp_path / "out.csv").paths) == 8
 
 
 def test_groups_stay_in_one_split_but_a_given_one_and_shares_are_nearly_kept(tmp_path):

@@ -239,10 +239,10 @@ def test_bundle_is_compared_with_its_run_which_cannot_be_written(run, bundle, mo
     (run / "val_predictions.csv").unlink()
     write = files.replacing
 
-    def refuse(file):
+    def refuse(file, *mode):
         if run.resolve() in file.resolve().parents:
             raise OSError(30, "Read-only file system", str(file))
-        return write(file)
+        return write(file, *mode)
 
     monkeypatch.setattr(files, "replacing", refuse)
     assert cli.main(["report", str(run), "--compare", str(bundle), "--out", "both.html"]) == 0

@@ -24,7 +24,7 @@ from project.errors import FailedRun, UserError
 from project.export import onnx as onnx_export
 from project.export import quantize, verify
 from project.inference import bundle, calibration
-from project.inference.load import load_network
+from project.inference.load import locate
 from project.inference.predictions import Prediction
 from project.inference.predictor import Predictor
 from tests.conftest import full_disk, make_images, read_csv
@@ -88,12 +88,12 @@ def test_files_hold_the_network_and_its_sums_and_no_code(lively, packed):
     for name, digest in listed.items():
         assert hashlib.sha256((packed / name).read_bytes()).hexdigest() == digest
     assert {file.stat().st_mode & 0o444 for file in packed.iterdir()} == {(packed.stat().st_mode) & 0o444}
-    expected, made = load_network(lively).network.state_dict(), load_network(packed).network.state_dict()
+    expected, made = (locate(path).load_network().network.state_dict() for path in (lively, packed))
     assert all(torch.equal(expected[key], value) for key, value in made.items())
 
 
 def test_pt2_writes_a_program_for_torch_in_32_bits_whatever_the_checkpoint_has(lively, changed, tmp_path):
-    export(changed(load_network(lively).network.bfloat16()), tmp_path / "b", "--pt2")
+    export(changed(locate(lively).load_network().network.bfloat16()), tmp_path / "b", "--pt2")
     assert np.abs(probabilities(tmp_path / "b") - probabilities(lively)).max() < 0.05
     program = torch.export.load(tmp_path / "b" / "model.pt2").module()
     image = np.stack([np.full((32, 32, 3), grey, np.uint8) for grey in (0, 90, 255)])
@@ -280,7 +280,7 @@ def test_bundle_is_raw_unless_calibrated_and_card_page_and_summary_say_so_and_ha
     temperature = calibration.read(run / "checkpoints" / "best.ckpt")
     export(run, run / "bundle", *options)
     assert f"MB, {word} probabilities)" in capsys.readouterr().out
-    assert load_network(run / "bundle").metadata.temperature == (temperature if calibrated else 1)
+    assert locate(run / "bundle").load_network().metadata.temperature == (temperature if calibrated else 1)
     assert temperature != 1
     expected, made = probabilities(load(run, calibrated)), probabilities(run / "bundle")
     assert np.abs(made - expected).max() < 1e-5

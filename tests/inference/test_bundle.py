@@ -17,10 +17,16 @@ import torch
 from project import load
 from project.errors import UserError
 from project.inference import bundle
-from project.inference.load import load_network
+from project.inference.load import locate
 from project.inference.metadata import Metadata
 
 IMAGE = "photos/red/000.png"
+
+
+def load_network(path):
+    return locate(path).load_network()
+
+
 LOADERS = (load, load_network)
 
 

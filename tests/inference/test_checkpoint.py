@@ -50,7 +50,7 @@ def test_run_whose_network_is_no_longer_in_the_code_is_told_so(at_trained, tmp_p
     content["metadata"]["model"] = content["metadata"]["config"]["model"]["name"] = "mine"
     torch.save(content, file := tmp_path / "old.ckpt")
     for words in (["predict", str(file), "photos"], ["validate", str(file), "--data.root", "photos"]):
-        assert refused(*words).startswith(f"There is no network mine, that of {file}, in the code any more")
+        assert refused(*words).startswith(f"The network mine of {file} is no longer in the code")
 
 
 def test_files_that_hold_code_or_are_not_checkpoints_are_refused(workplace):
@@ -89,7 +89,7 @@ def test_checkpoint_with_wrong_metadata_is_refused(at_trained, tmp_path):
     for key, value, message in (
         ("image_size", 10**9, "odd.ckpt is not a checkpoint of this project: its image_size is not"),
         ("model", "resnet18", "odd.ckpt does not fit the network resnet18"),
-        ("model", "os.system", "There is no network os.system"),
+        ("model", "os.system", "The network os.system"),
         ("class_names", ["blue", "green", "red", "a fourth"], "odd.ckpt does not fit"),
     ):
         torch.save(content | {"metadata": content["metadata"] | {key: value}}, tmp_path / "odd.ckpt")

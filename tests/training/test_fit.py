@@ -13,7 +13,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from project import cli
+from project import cli, files
 from project.batch import Batch
 from project.classifier import Classifier
 from project.data import manifest
@@ -269,6 +269,7 @@ def test_own_checkpoint_in_the_same_folder_does_not_replace_ours(photos, name):
     [
         (own("EarlyStopping", monitor="val_loss"), ["val_loss", "val/loss, val/accuracy"]),
         (own("ModelCheckpoint", monitor="val_acc"), ["val_acc", "val/loss, val/accuracy"]),
+        ([*own("EarlyStopping", monitor="lr-Adam"), "--trainer.logger", "false"], ["lr-Adam", "val/accuracy"]),
         ([*own("EarlyStopping", monitor="val/loss"), "--patience", "3"], ["--patience", "leave one out"]),
         (own("no.such.Thing"), ["--trainer.callbacks no.such.Thing", "No module named 'no'"]),
         (own("json.Thing"), ["json.Thing", "has no attribute 'Thing'"]),
@@ -292,8 +293,18 @@ def test_own_objects_that_cannot_be_used_are_refused_in_a_sentence_before_traini
 def test_callback_may_monitor_what_an_edited_classifier_logs(photos, monkeypatch, refused):
     stop = own("EarlyStopping", monitor="val/own")
     assert "val/own" in refused(*FIT, *stop)
-    monkeypatch.setattr(inspect, "getsource", lambda _: 'self.log("val/own", loss)')
+    monkeypatch.setattr(inspect, "getsource", lambda _: 'self.log(f"{split}/own", loss)')
     assert "not available" in refused(*FIT, *stop)  # found after the first epoch
+
+
+def test_profile_is_printed(photos, caplog):
+    assert cli.main([*FIT, "--trainer.profiler", "simple"]) == 0
+    assert "FIT Profiler Report" in caplog.text
+
+
+def test_json_has_no_nan(tmp_path):
+    files.write_json(tmp_path / "a.json", {"test/auroc": float("nan"), "café": 1.5})
+    assert (tmp_path / "a.json").read_text("utf-8").split() == ["{", '"test/auroc":', "null,", '"café":', "1.5", "}"]
 
 
 def test_default_root_dir_contains_the_runs(photos, refused):

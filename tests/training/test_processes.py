@@ -149,7 +149,8 @@ FULL_LATER += "sys.exit(cli.main(sys.argv[1:]))"  # as if another program had fi
             1,
             "/dev/shm is probably full",
         ),
-        ("ulimit -n 24", CLI, 1, "Too many open files: the limit is 24"),
+        *((f"ulimit -n {n}", CLI, 0, f"the limit is {n} (see ulimit -n): 0 are used") for n in (12, 16, 20, 24)),
+        ("ulimit -n 40", CLI, 0, "the limit is 40 (see ulimit -n): 1 are used"),
     ],
 )
 def test_small_shared_memory_takes_fewer_workers_and_a_limit_is_named(photos, limit, command, code, sentence):

@@ -179,6 +179,10 @@ def test_newest_unfinished_run_is_meant_and_what_cannot_be_resumed_is_said(photo
     assert "leave one out" in refused("fit", "--resume", "--ckpt_path", str(finished / "checkpoints" / "last.ckpt"))
     interrupt(4)
     assert cli.main([*auto, "one", "--trainer.max_epochs", "1"]) == 130
+    for other in (["--name", "three"], ["--data.root", "others"]):
+        shutil.copytree("photos", "others", dirs_exist_ok=True)
+        assert cli.main([*auto, "three", "--trainer.max_epochs", "1", *other]) == 0
+    assert Path("runs/three/version_1").is_dir()  # neither goes on with one
     (finished / "config.yaml").touch()  # is the newest now
     lock = runs.RunLock(run)
     for words in ([], [str(run)]):
@@ -210,6 +214,40 @@ def test_resume_that_is_refused_changes_no_file_of_the_run(photos, undisturbed, 
     assert said in refused("fit", "--resume", str(RUN), "--trainer.max_epochs", "5", *options)
     assert before == {file: file.read_bytes() for file in RUN.rglob("*") if file.is_file()}
     runs.RunLock(RUN).release()
+
+
+def test_checkpoint_that_cannot_be_restored_changes_no_file_and_leaves_no_new_run(photos, undisturbed, refused):
+    shutil.copytree(undisturbed().parents[1], "runs", symlinks=True)
+    last = RUN / "checkpoints" / "last.ckpt"
+    content = checkpoint(RUN)
+    content["optimizer_states"][0]["param_groups"] *= 2
+    torch.save(content, last)
+    before = {file: file.read_bytes() for file in Path("runs").rglob("*") if file.is_file()}
+    for start in ("--resume", "--ckpt_path"):
+        assert "Cannot resume" in refused("fit", start, str(last), "--trainer.max_epochs", "5")
+        assert before == {file: file.read_bytes() for file in Path("runs").rglob("*") if file.is_file()}
+
+
+def test_images_with_a_relative_path_and_a_link_to_no_run_are_explained(photos, undisturbed, refused, monkeypatch):
+    run, begun = undisturbed(), undisturbed().parents[2]
+    Path("runs").mkdir()
+    Path("runs/latest").symlink_to("gone/version_0")
+    for verb in (["fit", "--resume"], ["predict"]):
+        assert "gone/version_0, which is gone" in refused(*verb, "runs/latest", *["photos"][: verb == ["predict"]])
+    photos.rename("moved")
+    for verb in (["fit", "--trainer.max_epochs", "5", "--resume"], ["test"]):
+        assert f"where the run was begun: cd {begun}, or" in refused(*verb, str(run))
+    shutil.copytree(run, "copy")
+    assert cli.main(["fit", "--resume", "copy", "--trainer.max_epochs", "4", "--data.root", "moved"]) == 0
+
+
+def test_new_run_from_a_checkpoint_knows_only_its_own_validations(photos, undisturbed, capsys):
+    last = undisturbed() / "checkpoints" / "last.ckpt"
+    assert cli.main(["fit", "--ckpt_path", str(last), "--trainer.max_epochs", "4", "--trainer.max_steps", "33"]) == 0
+    best = checkpoint(RUN, "best")["metadata"]
+    assert not best["validated"]
+    assert not [name for name in best["metrics"] if name.startswith("val/")]
+    assert "val/loss" not in capsys.readouterr().out
 
 
 def test_run_that_was_moved_is_resumed_there_and_keeps_its_best(photos, scripted):
