@@ -11,12 +11,12 @@ from benchmarks.bundle import bundle
 from benchmarks.predict import predict
 from benchmarks.read import reading
 from benchmarks.serve import serve
-from benchmarks.train import training
+from benchmarks.train import precision, training
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--json", type=Path)
     options, words = parser.parse_known_args()
-    figures = auto_cli([training, reading, predict, serve, bundle, accuracy], args=words or ["training"])
+    figures = auto_cli([training, precision, reading, predict, serve, bundle, accuracy], args=words or ["training"])
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=2))

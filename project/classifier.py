@@ -31,6 +31,8 @@ class Classifier(LightningModule):
             checkpoint of this project, a state dict, safetensors. If the classes differ, the head is re-initialised.
         freeze: Transfer learning: backbone trains the head alone; gradual starts with the head and unfreezes the
             layers below from the top downwards during the first half of the fit.
+        freeze_bn: Batch norm keeps the mean and variance of the weights; by default where the head is new above given
+            weights, whose other layers expect them: those of a few small batches can differ by far.
         optimizer: adam, adamw or sgd (with momentum 0.9).
         lr: Highest learning rate; by default 3e-4, for sgd 0.01.
         backbone_lr: Learning rate below the head, as a share of `lr`; by default 0.1 with weights, else 1.
@@ -51,6 +53,7 @@ class Classifier(LightningModule):
         name: str = "alexnet",
         weights: str = "none",
         freeze: Literal["none", "backbone", "gradual"] = "none",
+        freeze_bn: bool | None = None,
         optimizer: optim.Rule = "adam",
         lr: PositiveFloat | None = None,
         backbone_lr: PositiveFloat | None = None,
@@ -71,13 +74,15 @@ class Classifier(LightningModule):
         measured = metrics(class_names, positive)
         self.name, self.class_names, self.image_size = name, class_names, image_size
         self.transfer, self.compiled = freeze, compile
-        network, self.weights_note = sources.start(name, class_names, weights)
+        self.solved = False  # the head is the solution of a logistic regression: nothing is left to train
+        network, self.weights_note, self.has_new_head = sources.start(name, class_names, weights)
         self.network = network.to(memory_format=torch.channels_last)
         models.require_size(self.network, name, image_size)
         self.head_name = models.head(self.network)[0]
         if freeze == "backbone":
             self.network.requires_grad_(False).eval()
             self.head.requires_grad_(True)
+        self.hparams["freeze_bn"] = self.has_new_head if freeze_bn is None else freeze_bn
         self.batch_norm = any(isinstance(m, BATCH_NORMS) for m in self.network.modules())
         classes = len(class_names)
         mixers = {"mixup": v2.MixUp(alpha=0.2, num_classes=classes), "cutmix": v2.CutMix(num_classes=classes)}
@@ -100,6 +105,9 @@ class Classifier(LightningModule):
         """Training mode; frozen layers stay in evaluation mode, without dropout and with their batch statistics."""
         super().train(mode)
         self.network.train(mode and self.transfer != "backbone")
+        for layer in self.network.modules():
+            if isinstance(layer, BATCH_NORMS) and self.hparams["freeze_bn"]:
+                layer.eval()
         return self
 
     def on_fit_start(self) -> None:
@@ -182,7 +190,7 @@ class Classifier(LightningModule):
         else:
             logits = self.network(batch.image)
         if too_few:
-            self.network.train()
+            self.train()
         if not len(target):  # no image could be read; the batch still takes part, so that no rank waits for another
             return logits.sum(), logits
         weight, smoothing = (self.class_weights, self.hparams["label_smoothing"]) if split == "train" else (None, 0.0)
@@ -199,7 +207,8 @@ class Classifier(LightningModule):
         """The optimiser and its schedule; see optim.py."""
         fused = self.trainer.precision != "16-mixed"  # a fused Adam would unscale gradients after they are clipped
         steps = self.trainer.estimated_stepping_batches
-        return optim.configure(self.network, self.head, self.hparams, total_steps=steps, fused=fused)
+        options = {**self.hparams, "lr": 0.0} if self.solved else self.hparams
+        return optim.configure(self.network, self.head, options, total_steps=steps, fused=fused)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

@@ -110,7 +110,9 @@ def _run(argv: list[str]) -> int:
             from project.commands.tune import Tuning
 
             return trainer_cli.run("fit", rest, Tuning)
-        return trainer_cli.run(verb, rest)
+        from project.training.repeats import RepeatCli
+
+        return trainer_cli.run(verb, rest, RepeatCli)
     if verb == "bench" and (moved := next((word for word in rest if word in MOVED_BENCHMARKS), None)):
         raise UserError(f"bench {moved} compares with other programs; in a checkout run: make bench ARGS={moved}")
     return arguments.call(getattr(importlib.import_module(f"project.commands.{verb}"), verb), verb, rest)

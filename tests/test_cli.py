@@ -135,7 +135,7 @@ MISTAKES = [
     ("bench --root bad/0.jpg", "bad/0.jpg has 1."),
     ("tune --resume run --trainer.max_epochs 9", "leave --resume out"),
     ("tune --data.root nowhere", "no folder nowhere"),
-    ("tune --data.root photos --steps 3", "--steps is 3; it must be at least 30"),
+    ("tune --data.root photos --steps 3", "--steps is 3; it must be at least 24"),
     ("tune --data.root photos --model.name squeezenet1_1 --plot file", "file exists"),
 ]
 

@@ -9,7 +9,7 @@ from contextlib import closing
 from operator import itemgetter
 from pathlib import Path
 
-from jsonargparse.typing import ClosedUnitInterval, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, OpenUnitInterval, PositiveInt
 
 from project import files
 from project.data.inputs import STREAM, gather
@@ -26,6 +26,7 @@ def predict(
     out: str | None = None,
     top: PositiveInt | None = None,
     min_confidence: ClosedUnitInterval | None = None,
+    unknown: OpenUnitInterval | None = None,
     tta: bool = False,
     calibrated: bool = False,
     overwrite: bool = False,
@@ -47,6 +48,8 @@ def predict(
         top: Also print this many of the likeliest classes of each image, one line per image.
         min_confidence: Add a column abstained: 1 where the likeliest class has a lower probability than this, else 0.
             The label stays the likeliest class.
+        unknown: Add a column unknown, a hint: 1 where the image may be of none of the classes, because its maximum
+            logit is lower than those of the validation images, except this share of them, such as 0.05: false alarms.
         tta: Test-time augmentation: average over each image and its mirror image, in twice the time.
         calibrated: Use the temperature that `report` has found, so that probabilities match frequencies.
         overwrite: Replace an existing output file, once the new one is complete.
@@ -57,6 +60,8 @@ def predict(
     to_stdout = out == STREAM
     if to_stdout and top is not None:
         raise UserError("--top prints on standard output, where --out - writes; give --out a file.")
+    if tta and unknown is not None:
+        raise UserError("The false alarms of --unknown are not known with --tta; give one of the two.")
     source = locate(checkpoint)
     paths, true = zip(*gather(images), strict=True)
     if out is None and len(paths) > 1:
@@ -70,6 +75,7 @@ def predict(
         predictor = source.load(calibrated)
         metadata, stream = predictor.metadata, predictor.stream(paths, batch_size, workers, tta)
     names = metadata.class_names
+    threshold, alarms = (None, "") if unknown is None else metadata.unknown_below(unknown)
     from rich.console import Console  # after the mistakes, which need none of it
     from rich.progress import Progress
 
@@ -80,23 +86,24 @@ def predict(
     with closing(stream), bar as progress:
         rows = _labelled(progress.track(stream, len(paths), description="predict"), true, counts)
         if top is not None:
-            rows = (_print(row, names, top, min_confidence or 0) for row in rows)
+            rows = (_print(row, names, top, min_confidence or 0, threshold or 0) for row in rows)
         try:
             if out is None:
                 deque(rows, maxlen=0)
             elif to_stdout:
                 if isinstance(sys.stdout, io.TextIOWrapper):  # as in a file
                     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape", newline="")
-                predictions.write_into(sys.stdout, rows, names, min_confidence)
+                predictions.write_into(sys.stdout, rows, names, min_confidence, threshold)
             else:
-                predictions.write(Path(out), rows, names, min_confidence)
+                predictions.write(Path(out), rows, names, min_confidence, threshold)
             sys.stdout.flush()
         except BrokenPipeError:
             raise  # cli.main ends quietly
         except OSError as error:
             raise UserError(f"--out {out} cannot be written: {error.strerror}; give another file.") from error
     summary = f"{counts[True]:,} image{'s' * (counts[True] != 1)} labelled, {counts[False]:,} unreadable"
-    summary += f"{f': {out}' if out else ''} ({metadata.calibration} probabilities)"
+    alarms = alarms and f"; unknown also flags {alarms}"
+    summary += f"{f': {out}' if out else ''} ({metadata.calibration} probabilities{alarms})"
     print(summary, file=sys.stderr if prints else sys.stdout)
     if not counts[True]:
         raise FailedRun("No image can be read" + (f"; the column error of {out} has the reasons." if out else "."))
@@ -110,11 +117,14 @@ def _labelled(stream: Iterable[Prediction], true: Iterable[str], counts: Counter
         yield prediction._replace(true=label)
 
 
-def _print(prediction: Prediction, class_names: Sequence[str], top: int, min_confidence: float) -> Prediction:
+def _print(
+    prediction: Prediction, names: Sequence[str], top: int, min_confidence: float, threshold: float
+) -> Prediction:
     """Prints an image with its likeliest classes, or with the reason why it could not be read."""
-    pairs = zip(class_names, prediction.probabilities, strict=False)  # of an unreadable image, none
+    pairs = zip(names, prediction.probabilities, strict=False)  # of an unreadable image, none
     best = heapq.nlargest(top, pairs, key=itemgetter(1))
     classes = ", ".join(f"{name} {probability:.4f}" for name, probability in best)
     abstained = "; abstained" * (not prediction.error and prediction.probability < min_confidence)
-    print(one_line(f"{prediction.path}: {prediction.error or classes}{abstained}"))
+    unknown = "; perhaps of none of the classes" * (prediction.max_logit < threshold)
+    print(one_line(f"{prediction.path}: {prediction.error or classes}{abstained}{unknown}"))
     return prediction

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from jsonargparse.typing import OpenUnitInterval
+
 from project import files
 from project.errors import UserError, command
 from project.evaluation import report as page
@@ -11,7 +13,12 @@ from project.inference.load import locate
 
 
 def report(
-    checkpoint: str | None = None, /, out: str | None = None, compare: list[str] | None = None, data: str | None = None
+    checkpoint: str | None = None,
+    /,
+    out: str | None = None,
+    compare: list[str] | None = None,
+    data: str | None = None,
+    unknown: OpenUnitInterval | None = None,
 ) -> int:
     """Writes one self-contained HTML page about a checkpoint.
 
@@ -24,6 +31,7 @@ def report(
         out: The HTML file to write; must not exist. By default report.html in the run, or in the bundle.
         compare: Runs to compare with, which have been tested on the same images, or bundles.
         data: The folder or table with the images of bundles; by default that of their runs.
+        unknown: Show the test images that `predict --unknown` flags with this share of false alarms, such as 0.05.
     """
     if out is not None:
         files.require_new(Path(out), "out")
@@ -35,5 +43,5 @@ def report(
         from project.training import cli as trainer_cli  # Lightning: only where its Trainer is needed
 
         trainer_cli.run("test", ["--ckpt_path", str(source.file), "--report", "false"])
-    print(f"report: {page.write(source, None if out is None else Path(out), others, data)}")
+    print(f"report: {page.write(source, None if out is None else Path(out), others, data, unknown)}")
     return 0

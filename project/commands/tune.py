@@ -20,7 +20,7 @@ from project.training.throughput import seconds_per_step
 
 STEPS = 100  # of the learning rate finder, at most
 LOWEST, HIGHEST = 1e-7, 1.0  # learning rates
-ENOUGH = 30  # steps; with less than two thirds as many finite losses, a fall cannot be told from noise
+ENOUGH = 24  # steps; with less than two thirds as many finite losses, a fall cannot be told from noise
 BATCH_SIZES = (16, 32, 64, 128, 256)
 EPOCH_STEPS = 16  # that an epoch should have, whatever the speed: few large steps learn less
 DESCRIPTION = "Finds a learning rate and a batch size for a fit with the same --model.* and --data.* options."

@@ -12,7 +12,6 @@ import numpy.typing as npt
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from project.batch import Batch
@@ -121,9 +120,10 @@ class ImageData(LightningDataModule):
     @property
     def class_weights(self) -> list[float] | None:
         """Weight of each class in the training loss, 1 on average over the images; None where all weigh the same."""
-        return self._weights().tolist() if self.balance == "loss" else None
+        return self.balanced_weights().tolist() if self.balance == "loss" else None
 
-    def _weights(self) -> npt.NDArray[np.float64]:
+    def balanced_weights(self) -> npt.NDArray[np.float64]:
+        """(K,) weight of each class with which all classes weigh the same, 1 on average over the training images."""
         labels = self.manifest.labels[self.manifest.rows("train")]
         return len(labels) / (len(self.class_names) * np.bincount(labels, minlength=len(self.class_names)))
 
@@ -248,7 +248,7 @@ class ImageData(LightningDataModule):
             seed=self.seed,
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
-            weights=self._weights()[dataset.labels] if split == "train" and self.balance == "sample" else None,
+            weights=self.balanced_weights()[dataset.labels] if split == "train" and self.balance == "sample" else None,
             same=trainer is not None and trainer.overfit_batches > 0,
         )
         if split == "train":
@@ -271,6 +271,6 @@ class ImageData(LightningDataModule):
         images = -(-self.batch_size // (self.trainer.num_nodes if self.trainer else 1))
         return processes.that_fit(self.workers, images * (self.image_size**2 * 3 + 16) + 3 * mmap.PAGESIZE)
 
-    def use_features(self, split: str, values: Tensor, failed: dict[int, str]) -> None:
-        """Makes the batches of a split hold these (N, F) instead of its images; see `Features`."""
-        self._features[split] = Features(self.dataset(split), values, failed)
+    def use_features(self, features: dict[str, Features]) -> None:
+        """Makes the batches of these splits hold features instead of images."""
+        self._features = features

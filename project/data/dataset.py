@@ -1,7 +1,7 @@
 """Rows become uint8 images and labels, read on demand."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +107,9 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
 
 class Features(Dataset[tuple[Tensor, int]]):
-    """The output (N, F) of frozen layers for the rows of a dataset, and the reasons by row where there is none."""
+    """The output (N, F) of frozen layers for the rows of a dataset, and the rows whose images cannot be read."""
 
-    def __init__(self, dataset: ImageDataset, values: Tensor, failed: dict[int, str]) -> None:
+    def __init__(self, dataset: ImageDataset, values: Tensor, failed: Collection[int]) -> None:
         self.labels, self.values, self.failed = torch.from_numpy(dataset.labels), values, failed
 
     def __len__(self) -> int:
@@ -117,9 +117,8 @@ class Features(Dataset[tuple[Tensor, int]]):
 
     def __getitems__(self, keys: list[Key]) -> Batch:
         """A batch whose `image` is (B, F) float."""
-        failed = [(row, self.failed[row]) for _, row in keys if row in self.failed]
         rows = torch.tensor([row for _, row in keys if row not in self.failed], dtype=torch.int64)
-        return Batch(self.values[rows], self.labels[rows], rows, failed)
+        return Batch(self.values[rows], self.labels[rows], rows, [])
 
 
 def read_size(image_size: int, augment: transforms.Augment) -> int:

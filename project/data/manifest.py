@@ -112,7 +112,7 @@ def load(
         rows = _without(rows, exclude, root, notices)
     is_split = any(row.split for row in rows)
     if is_split and folds is not None:
-        raise UserError(f"{split or root} is split already; --data.folds needs images without a split.")
+        raise UserError(f"{split or root} is split already; folds need images without a split.")
     if not is_split:
         rows = splits.assign(rows, seed, folds, fold)
     elif split is None:

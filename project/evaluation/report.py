@@ -18,6 +18,7 @@ from project.evaluation.comparison import ComparedRun
 from project.evaluation.fonts import shortened
 from project.evaluation.results import Results
 from project.evaluation.scores import Integers, ScoredPredictions
+from project.inference import calibration
 from project.inference.load import Source
 from project.inference.predictor import Predictor
 
@@ -25,7 +26,14 @@ TEMPLATE = Path(__file__).with_name("templates") / runs.REPORT
 SHOWN = 12  # images in a gallery
 
 
-def write(source: Source, out: Path | None = None, others: Sequence[ComparedRun] = (), data: str | None = None) -> Path:
+def write(
+    source: Source,
+    out: Path | None = None,
+    others: Sequence[ComparedRun] = (),
+    data: str | None = None,
+    unknown: float | None = None,
+    pooled: Results | None = None,
+) -> Path:
     """Writes the report of a tested checkpoint, or of a bundle, which predicts the test images now.
 
     Args:
@@ -33,13 +41,16 @@ def write(source: Source, out: Path | None = None, others: Sequence[ComparedRun]
         out: The page; by default report.html in the run or in the bundle.
         others: Runs to compare with.
         data: The data set's folder or table for a bundle; None means that of its run.
+        unknown: The share of false alarms among the validation images, to show the images of none of the classes.
+        pooled: Of several folds, the first of which is the source; see `results.pool`.
 
     Raises:
         UserError: Predictions are missing or damaged, or the page cannot be written.
     """
     predictor = source.load()
-    text = html.render(TEMPLATE, **_content(results.gather(source, predictor, data), predictor, others))
-    target = out or (source.file if source.is_bundle else source.run) / runs.REPORT
+    result = pooled or results.gather(source, predictor, data)
+    text = html.render(TEMPLATE, **_content(result, predictor, others, unknown))
+    target = out or (source.file if source.is_bundle else result.source.run) / runs.REPORT
     try:
         with files.replacing(target) as stream:
             stream.write(text)
@@ -48,14 +59,17 @@ def write(source: Source, out: Path | None = None, others: Sequence[ComparedRun]
     return target
 
 
-def _content(result: Results, predictor: Predictor, others: Sequence[ComparedRun]) -> dict[str, Any]:
+def _content(
+    result: Results, predictor: Predictor, others: Sequence[ComparedRun], unknown: float | None
+) -> dict[str, Any]:
+    threshold, alarms = (0.0, "") if unknown is None else result.metadata.unknown_below(unknown)
     names, scored, run = result.test.class_names, result.scored, result.source.run
     calibrated = None if result.temperature is None else scored.at_temperature(result.temperature)
-    fit = {name: curve for name, curve in result.curves.items() if name.endswith(("/loss", "/accuracy"))}
+    fits = {name: fold.curves for name, fold in (result.folds or {run.name: result}).items() if fold.curves}
     return {
         "result": result,
         "scores": scores,
-        "name": runs.name_of(result.source.file),
+        "name": run.parent.name if result.folds else runs.name_of(result.source.file),
         "time": f"{datetime.now().astimezone():%Y-%m-%d %H:%M}",
         "positive": None if scored.positive is None else names[scored.positive],
         "majority": shortened(names[result.majority], 24),
@@ -70,11 +84,13 @@ def _content(result: Results, predictor: Predictor, others: Sequence[ComparedRun
         "reliability": html.drawing(figures.reliability, scored, calibrated, result.metadata.calibration),
         "fewest": figures.FEWEST,
         "coverage": html.drawing(figures.coverage, scored),
-        "curves": html.drawing(figures.learning_curves, {run.name: fit}) if fit else None,
+        "curves": html.drawing(figures.learning_curves, fits) if fits else None,
+        "folds": results.table(result.folds) if result.folds else None,
         "comparison": comparison.content(result, others) if others else None,
         "findings": _findings(result),
         "configuration": yaml.safe_dump(result.metadata.config, sort_keys=False, allow_unicode=True),
-        **_galleries(result, predictor),
+        "alarms": alarms,
+        **_galleries(result, predictor, threshold),
     }
 
 
@@ -89,15 +105,17 @@ def _classes(result: Results) -> list[dict[str, Any]]:
     return [{"name": result.test.class_names[index], **row} for index, row in zip(order, rows, strict=True)]
 
 
-def _galleries(result: Results, predictor: Predictor) -> dict[str, Any]:
-    """The most confident errors and the least certain images, as far as they can be read."""
+def _galleries(result: Results, predictor: Predictor, threshold: float) -> dict[str, Any]:
+    """The most confident errors, the least certain and the flagged images, as far as they can be read."""
     scored, table = result.scored, result.test
     folder = manifest.folder_of(Path(str(result.measured.get("data", ""))))
     errors, uncertain = confident_errors(scored).tolist(), least_certain(scored).tolist()
-    indices = sorted({*errors, *uncertain})
+    logits = calibration.max_logits(scored.probabilities)
+    flagged = np.argsort(logits, kind="stable")[: np.sum(logits < threshold)].tolist()
+    indices = sorted({*errors, *uncertain, *flagged[:SHOWN]})
     (batch,) = predictor.batches([table.paths[index] for index in indices], len(indices))
     readable = [index for number, index in enumerate(indices) if number not in batch.failed]
-    heats, heat_text = _heat_maps(batch.pixels, scored.predicted[readable].tolist(), result.source, predictor)
+    heats, heat_text = _heat_maps(batch.pixels, scored.predicted[readable].tolist(), result, predictor)
     items: dict[int, dict[str, Any]] = {}
     for index, pixels, heat in zip(readable, batch.pixels, heats, strict=True):
         predicted, second = np.argsort(-scored.probabilities[index], kind="stable")[:2]
@@ -110,6 +128,8 @@ def _galleries(result: Results, predictor: Predictor) -> dict[str, Any]:
     return {
         "errors": [items[index] for index in errors if index in items],
         "uncertain": [items[index] for index in uncertain if index in items],
+        "unknown": [items[index] for index in flagged[:SHOWN] if index in items],
+        "flagged": len(flagged),
         "heat_text": heat_text,
     }
 
@@ -127,10 +147,10 @@ def least_certain(scored: ScoredPredictions) -> Integers:
     return np.argsort(top[:, 1] - top[:, 0], kind="stable")[:SHOWN]
 
 
-def _heat_maps(pixels: Pixels, predicted: list[int], source: Source, predictor: Predictor) -> tuple[Iterable[Any], str]:
+def _heat_maps(pixels: Pixels, labels: list[int], result: Results, predictor: Predictor) -> tuple[Iterable[Any], str]:
     """A heat map of each image's predicted class, or None, and a sentence about them."""
     nothing: list[Any] = [None] * len(pixels)
-    if not len(pixels):
+    if not len(pixels) or result.folds:  # whose networks differ
         return nothing, ""
     try:
         attribution.captum()
@@ -138,8 +158,8 @@ def _heat_maps(pixels: Pixels, predicted: list[int], source: Source, predictor: 
 
         from project.inference.checkpoint import TorchPredictor
 
-        network = predictor if isinstance(predictor, TorchPredictor) else source.load_network(device="cpu")
-        heats, note = attribution.heat_maps(network, torch.from_numpy(pixels).permute(0, 3, 1, 2), predicted)
+        network = predictor if isinstance(predictor, TorchPredictor) else result.source.load_network(device="cpu")
+        heats, note = attribution.heat_maps(network, torch.from_numpy(pixels).permute(0, 3, 1, 2), labels)
     except UserError as error:  # no Captum, a network without maps for Grad-CAM, a bundle without model.safetensors
         return nothing, f" {error}"
     return heats, f" The heat maps (Grad-CAM) show the evidence for the predicted class{note and ': '}{note}."

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,7 @@ class Results:
     measured: dict[str, Any]  # content of test_metrics.json
     notice: str  # a caveat about the test images; empty if there is none
     status: dict[str, Any]  # of the fit; see `runs.read_status`
+    folds: Mapping[str, "Results"] = field(default_factory=dict)  # by name, where these are the results of several
 
     @cached_property
     def scored(self) -> ScoredPredictions:
@@ -106,6 +107,38 @@ def all_scores(scored: ScoredPredictions, measured: Mapping[str, Any]) -> dict[s
     if np.isclose(own.get("loss", np.nan), values["cross-entropy"], rtol=0.01):
         del own["loss"]
     return values | own | values  # in this order; where both have a name, that of the scores
+
+
+def table(tested: Mapping[str, Results]) -> dict[str, dict[str, float]]:
+    """Mean, standard deviation (n - 1) and the value of each run by name, of every figure that all runs have."""
+    each = {name: all_scores(result.scored, result.measured) for name, result in tested.items()}
+    rows = {}
+    for figure in (name for name in next(iter(each.values())) if all(name in values for values in each.values())):
+        row = {name: values[figure] for name, values in each.items()}
+        rows[figure] = {"mean": float(np.mean([*row.values()])), "sd": float(np.std([*row.values()], ddof=1))} | row
+    return rows
+
+
+def pool(folds: Mapping[str, Results], file: Path) -> Results:
+    """Writes the test predictions of all folds into one file; returns their results as those of one test."""
+    first = next(iter(folds.values()))
+    config = first.metadata.config
+    rows = [row for fold in folds.values() for row in predictions.read(fold.source.run / runs.PREDICTIONS)]
+    predictions.write(file, sorted(rows), first.test.class_names)
+    return replace(
+        first,
+        source=Source(file, is_bundle=False),
+        metadata=replace(first.metadata, config=config | {"data": config["data"] | {"fold": None}}),
+        test=TestPredictions.read(file),
+        val=None,
+        temperature=None,
+        counts={"train": {}},
+        measured={"data": first.measured.get("data", "")},
+        notice=f"Each was predicted once, by the one of {len(folds)} networks that was trained without it.",
+        status={key: sum(fold.status.get(key, 0) for fold in folds.values()) for key in ("seconds", "step")}
+        | {"state": "finished"},
+        folds=folds,
+    )
 
 
 def gather(source: Source, predictor: Predictor, data: str | None = None) -> Results:
@@ -133,7 +166,8 @@ def gather(source: Source, predictor: Predictor, data: str | None = None) -> Res
             raise UserError(f"{run}/{runs.PREDICTIONS} is of other classes; run: {command('test', source.file)}")
         measured = _measured(run)
         val = _validation(source.file, predictor, measured)
-        temperature = _temperature(source.file, val)
+        temperature, max_logits = _calibrate(source.file, val)
+        metadata = replace(metadata, max_logits=max_logits)
     curves, counts, status = runs.curves(run / runs.METRICS), run_split.counts(run), runs.read_status(run)
     return Results(source, metadata, test, val, temperature, curves, counts, measured, notice, status)
 
@@ -184,11 +218,12 @@ def _validation(checkpoint: Path, predictor: Predictor, measured: dict[str, Any]
     return TestPredictions.of(rows, predictor.class_names, "The validation split")
 
 
-def _temperature(checkpoint: Path, val: TestPredictions | None) -> float | None:
-    """Fits the temperature on the validation images and keeps it beside the checkpoint; None if there is none."""
+def _calibrate(checkpoint: Path, val: TestPredictions | None) -> tuple[float | None, list[float]]:
+    """The temperature and the maximum logits of the validation images, which are kept beside the checkpoint."""
     if val is None:
         return calibration.read(checkpoint)
     temperature = calibration.fit_temperature(val.true, val.probabilities)
+    max_logits = calibration.quantiles(calibration.max_logits(val.probabilities))
     with suppress(OSError):  # the run may be read-only
-        calibration.write(checkpoint, temperature)
-    return temperature
+        calibration.write(checkpoint, temperature, max_logits)
+    return temperature, max_logits

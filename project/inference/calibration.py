@@ -7,6 +7,8 @@ label.
 import json
 import zipfile
 import zlib
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from project import files
-from project.errors import UserError, command
 
 LOWEST, HIGHEST = 0.05, 20.0  # temperatures
 SMALLEST = 1e-30  # floor of a probability before its logarithm is taken
+QUANTILES = 201  # of the maximum logits are kept, in steps of 0.5 %; of fewer images, all
 
 
 def fit_temperature(true: npt.NDArray[np.integer[Any]], probabilities: npt.NDArray[np.floating[Any]]) -> float | None:
@@ -46,36 +48,45 @@ def at_temperature(probabilities: npt.NDArray[np.floating[Any]], temperature: fl
     return _softmax(np.log(np.maximum(probabilities, SMALLEST).astype(np.float64)) / temperature)
 
 
+def max_logits(probabilities: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """The maximum logits (N,) of images with the probabilities (N, K), low if an image is of none of the classes.
+
+    Hendrycks et al. 2022, "Scaling Out-of-Distribution Detection for Real-World Settings", arXiv:1911.11132.
+    Probabilities give the logits up to a constant: here, their mean is 0.
+    """
+    logits = np.log(np.maximum(probabilities, SMALLEST, dtype=np.float64))
+    return np.asarray(logits.max(axis=1) - logits.mean(axis=1))
+
+
+def quantiles(values: npt.NDArray[np.float64]) -> list[float]:
+    """The values (N,) in increasing order; of more than `QUANTILES`, as many at even distances in that order."""
+    kept = np.linspace(0, len(values) - 1, min(len(values), QUANTILES)).round().astype(int)
+    return [float(value) for value in np.sort(values)[kept]]
+
+
 def _softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
     return np.asarray(powers / powers.sum(axis=1, keepdims=True))
 
 
-def write(checkpoint: Path, temperature: float | None) -> None:
-    """Writes a temperature into a file beside its checkpoint; None removes the file."""
-    if temperature is None:
-        _file(checkpoint).unlink(missing_ok=True)
-        return
-    files.write_json(_file(checkpoint), {"temperature": temperature, "checkpoint": fingerprint(checkpoint)})
+def write(checkpoint: Path, temperature: float | None, max_logits: Sequence[float] = ()) -> None:
+    """Writes what the validation images have told into a file beside the checkpoint."""
+    content = {"temperature": temperature, "max_logits": max_logits, "checkpoint": fingerprint(checkpoint)}
+    files.write_json(_file(checkpoint), content)
 
 
-def read(checkpoint: Path) -> float | None:
-    """Reads the temperature beside a checkpoint; None where there is none, or that of other weights.
+def read(checkpoint: Path) -> tuple[float | None, list[float]]:
+    """Reads the temperature and the maximum logits of the validation images from the file beside a checkpoint.
 
-    Raises:
-        UserError: The file is damaged.
+    A file that is damaged, or of other weights, counts as missing; `report` replaces it.
     """
-    file = _file(checkpoint)
-    if not file.is_file():
-        return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        temperature, owner = float(content["temperature"]), content["checkpoint"]
-        if not LOWEST / 2 <= temperature <= HIGHEST * 2:
-            raise ValueError(temperature)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged; {command('report', checkpoint)} writes it anew.") from error
-    return temperature if owner == fingerprint(checkpoint) else None
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        content = json.loads(_file(checkpoint).read_text(encoding="utf-8"))
+        temperature, max_logits = content["temperature"], content.get("max_logits", [])  # of before, without
+        is_valid = temperature is None or LOWEST / 2 <= temperature <= HIGHEST * 2
+        if is_valid and np.isfinite(max_logits).all() and content["checkpoint"] == fingerprint(checkpoint):
+            return temperature, max_logits
+    return None, []
 
 
 def fingerprint(checkpoint: Path) -> str:

@@ -64,10 +64,11 @@ def load(path: Path, is_bundle: bool, calibrated: bool = False, device: str | No
         state = dict(weights.from_file(path / bundle.WEIGHTS).tensors)
     else:
         content, metadata = read(path)
-        temperature = calibration.read(path) if calibrated else 1.0
+        fitted, max_logits = calibration.read(path)
+        temperature = fitted if calibrated else 1.0
         if temperature is None:
             raise UserError(f"No temperature is known for {path}; {command('report', path)} finds it.")
-        metadata = replace(metadata, temperature=temperature, calibrated=calibrated)
+        metadata = replace(metadata, temperature=temperature, calibrated=calibrated, max_logits=max_logits)
         entries = content["state_dict"].items()
         state = {name.removeprefix("network."): tensor for name, tensor in entries if name.startswith("network.")}
     network = models.build(metadata.model, len(metadata.class_names), metadata.mean, metadata.std, str(path))

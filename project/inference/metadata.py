@@ -12,7 +12,8 @@ from typing import Any, get_args
 
 from project.data import workers
 from project.data.images import Resize
-from project.errors import UserError
+from project.errors import UserError, command
+from project.inference import calibration
 
 MAX_SIZE = 16_384  # side of an image, in pixels: a foreign file must not decide how much memory is allocated
 
@@ -35,6 +36,7 @@ class Metadata:
     validated: bool = True  # whether the fit had measured val/loss before it saved these weights
     temperature: float = 1.0  # divisor of the logits, built into a bundle; a checkpoint's is in a file of its own
     calibrated: bool | None = None  # whether the temperature was fitted; None in a checkpoint's file
+    max_logits: list[float] = field(default_factory=list)  # of validation images, as `calibration.quantiles`
     precision: str = "float32"  # or int8
     export: dict[str, Any] = field(default_factory=dict)  # versions and git_commit of the export
     compared: dict[str, Any] = field(default_factory=dict)  # differences between a bundle and its checkpoint
@@ -64,6 +66,20 @@ class Metadata:
         """What the probabilities are, in the word that stands wherever they or their scores are shown."""
         return "calibrated" if self.calibrated else "raw"
 
+    def unknown_below(self, share: float) -> tuple[float, str]:
+        """Chooses the maximum logit, at the temperature, below which an image may be of none of the classes.
+
+        The text with it is the share of the validation images that are below it, at most `share`, 0 to 1; UserError
+        where their maximum logits are not known.
+        """
+        if not (logits := sorted(self.max_logits)):
+            missing = "The validation images, by which unknown images are told apart, have not been measured"
+            raise UserError(f"{missing}: run {command('test')} RUN, and export a bundle again after it.")
+        count, threshold = len(logits), logits[int(share * (len(logits) - 1))]
+        flagged = sum(logit < threshold for logit in logits) / count
+        number = count if count < calibration.QUANTILES else "the"
+        return threshold / self.temperature, f"{100 * flagged:.1f} % of {number} validation images"
+
 
 def _is_text(value: Any) -> bool:
     try:
@@ -77,7 +93,7 @@ def _are_names(value: Any) -> bool:
 
 
 def _are_numbers(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(isinstance(n, float) and math.isfinite(n) for n in value)
+    return isinstance(value, list) and all(isinstance(number, float) and math.isfinite(number) for number in value)
 
 
 def _is_config(value: Any) -> bool:
@@ -94,8 +110,9 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "class_names": ("a list of different names", _are_names),
     "image_size": (f"a number of pixels up to {MAX_SIZE}", lambda size: type(size) is int and 0 < size <= MAX_SIZE),
     "resize": (f"one of {', '.join(get_args(Resize))}", lambda resize: _is_text(resize) and resize in get_args(Resize)),
-    "mean": ("three numbers", _are_numbers),
-    "std": ("three numbers above 0", lambda std: _are_numbers(std) and min(std) > 0),
+    "mean": ("three numbers", lambda mean: _are_numbers(mean) and len(mean) == 3),
+    "std": ("three numbers above 0", lambda std: _are_numbers(std) and len(std) == 3 and min(std) > 0),
+    "max_logits": ("a list of numbers", _are_numbers),
     "config": ("a configuration", _is_config),
     "temperature": ("a number from 0.01 to 100", lambda number: isinstance(number, float) and 0.01 < number < 100),
     **dict.fromkeys(("validated", "calibrated"), ("true or false", lambda value: isinstance(value, bool))),

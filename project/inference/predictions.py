@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from project import files
+from project.inference import calibration
 
 COLUMNS, CLASS = ("path", "true", "label", "probability", "error"), "p:"  # the prefix of a class's column
 
@@ -20,6 +21,11 @@ class Prediction(NamedTuple):
     error: str = ""  # why the image could not be read; empty where it could
     true: str = ""  # the true class; empty where it is unknown
 
+    @property
+    def max_logit(self) -> float:
+        """See `calibration.max_logits`; nan of an image that could not be read."""
+        return float("nan") if self.error else float(calibration.max_logits([self.probabilities])[0])
+
     @classmethod
     def of(cls, path: str, probabilities: Sequence[float], class_names: Sequence[str]) -> "Prediction":
         """Makes a prediction from a row of probabilities."""
@@ -27,31 +33,35 @@ class Prediction(NamedTuple):
         return cls(path, class_names[best], probabilities[best], tuple(probabilities))
 
 
-def write(
-    file: Path, predictions: Iterable[Prediction], class_names: Sequence[str], min_confidence: float | None = None
-) -> None:
+def write(file: Path, predictions: Iterable[Prediction], class_names: Sequence[str], *thresholds: float | None) -> None:
     """Writes predictions as CSV, with the columns of `write_into`; the file appears complete or not at all."""
     with files.replacing(file) as stream:
-        write_into(stream, predictions, class_names, min_confidence)
+        write_into(stream, predictions, class_names, *thresholds)
 
 
 def write_into(
-    stream: TextIO, predictions: Iterable[Prediction], class_names: Sequence[str], min_confidence: float | None = None
+    stream: TextIO,
+    predictions: Iterable[Prediction],
+    class_names: Sequence[str],
+    min_confidence: float | None = None,
+    unknown_below: float | None = None,
 ) -> None:
     """Writes predictions as CSV.
 
     The columns are path, true, label, probability, error, then p:<class> for each class, with nine significant digits.
     With a `min_confidence`, abstained follows error: 1 where the probability is below it, else 0, or empty with error.
+    With `unknown_below`, so does unknown: 1 where the maximum logit is lower, else 0, or empty with error.
     """
     writer = csv.writer(stream)
-    abstained = [] if min_confidence is None else ["abstained"]
-    writer.writerow([*COLUMNS, *abstained, *(f"{CLASS}{name}" for name in class_names)])
+    more = ["abstained"] * (min_confidence is not None) + ["unknown"] * (unknown_below is not None)
+    writer.writerow([*COLUMNS, *more, *(f"{CLASS}{name}" for name in class_names)])
     for row in predictions:
         numbers = [f"{p:.9g}" for p in row.probabilities] or [""] * len(class_names)
         probability = "" if row.error else f"{row.probability:.9g}"
-        if min_confidence is not None:
-            abstained = ["" if row.error else str(int(row.probability < min_confidence))]
-        writer.writerow([row.path, row.true, row.label, probability, row.error, *abstained, *numbers])
+        flags = [] if min_confidence is None else [row.probability < min_confidence]
+        flags += [] if unknown_below is None else [row.max_logit < unknown_below]
+        more = ["" if row.error else str(int(flag)) for flag in flags]
+        writer.writerow([row.path, row.true, row.label, probability, row.error, *more, *numbers])
 
 
 def read(file: Path) -> Iterator[Prediction]:

@@ -14,7 +14,7 @@ TIMM = "timm/"  # prefix of the names of timm's networks
 def build(
     name: str, num_classes: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, of: str = ""
 ) -> "nn.Sequential":
-    """Creates a network with random weights.
+    """Creates a network with random weights; those of the head are small, so that all classes are equally likely.
 
     Args:
         name: `alexnet`, any of torchvision's classification networks, or `timm/` and one of timm's.
@@ -30,12 +30,19 @@ def build(
 
     from project.models.normalize import BATCH_NORMS, SCRATCH, Normalize
 
-    network = _network(name, num_classes, of)
+    network: Any = _network(name, num_classes, of)
     for layer in network.modules():
         # At least PyTorch's default: the 0.01 of MobileNetV3, MaxViT and the largest EfficientNets and the 0.0003 of
         # MNASNet are made for 100,000s of steps; after a few hundred, the running statistics are far from the images'.
         if isinstance(layer, BATCH_NORMS) and layer.momentum is not None:
             layer.momentum = max(layer.momentum, 0.1)
+    # libraries draw up to +-0.7 for two classes, which the first epochs would be spent on unlearning
+    heads = network.get_classifier() if name.startswith(TIMM) else head(network)[1]
+    for layer in nn.ModuleList(heads if isinstance(heads, tuple) else [heads]).modules():  # distilled ones have two
+        if isinstance(layer, nn.Linear | nn.Conv2d) and len(layer.weight) == num_classes:
+            nn.init.normal_(layer.weight, std=0.1 / layer.weight[0].numel() ** 0.5)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
     return nn.Sequential(Normalize(mean or SCRATCH, std or SCRATCH), network)
 
 

@@ -32,7 +32,7 @@ class Weights(NamedTuple):
     model: str | None = None  # name of the network
 
 
-def start(name: str, class_names: Sequence[str], weights: str) -> tuple[nn.Sequential, str]:
+def start(name: str, class_names: Sequence[str], weights: str) -> tuple[nn.Sequential, str, bool]:
     """Creates a network with weights; if these are of other classes, its head is re-initialised.
 
     Args:
@@ -42,13 +42,14 @@ def start(name: str, class_names: Sequence[str], weights: str) -> tuple[nn.Seque
             run's folder), a state dict or safetensors (or the folder of a bundle).
 
     Returns:
-        Normalize ► network, and a sentence on what was loaded; empty for `none`.
+        Normalize ► network, a sentence on what was loaded (empty for `none`), and whether its head is a new one above
+        layers that are not.
 
     Raises:
         UserError: The weights do not exist, cannot be downloaded, or are another network's.
     """
     if weights == "none":
-        return models.build(name, len(class_names)), ""
+        return models.build(name, len(class_names)), "", False
     file = Path(weights)
     if file.is_dir():  # a bundle's or a run's
         bundled = file / "model.safetensors"
@@ -58,19 +59,37 @@ def start(name: str, class_names: Sequence[str], weights: str) -> tuple[nn.Seque
         raise UserError(
             f"{loaded.source} holds the weights of {loaded.model}, not of {name}; give --model.name {loaded.model}."
         )
+    scale = ""
+    if loaded.mean is None and (known := _scale(name)):
+        loaded = loaded._replace(**known)
+        scale = f"; it does not say how pixels are normalised, so as for the published weights of {name}"
     network = models.build(name, len(class_names), loaded.mean, loaded.std, loaded.source if loaded.model else "")
-    return network, _load(network[1], name, loaded, class_names)
+    head = _load(network[1], name, loaded, class_names)
+    return network, f"weights: {loaded.source}{head or ', head included'}{scale}", bool(head)
+
+
+def _scale(name: str, choice: str = "DEFAULT") -> dict[str, Any]:
+    """Mean and standard deviation of the pixels that published weights were trained on; nothing for -1 to 1."""
+    from torchvision.models import get_model_weights
+
+    if name.startswith(models.TIMM):
+        known: Any = models.import_timm().get_pretrained_cfg(name.removeprefix(models.TIMM))
+    elif name in ("googlenet", "inception_v3") or name not in models.torchvision_names():
+        return {}
+    else:
+        known = get_model_weights(name)[choice].transforms()
+    return {"mean": list(known.mean), "std": list(known.std)}
 
 
 def _load(network: nn.Module, name: str, weights: Weights, class_names: Sequence[str]) -> str:
-    """Loads all weights, those of the head only if they are of the same classes; returns a sentence about that."""
+    """Loads all weights, those of the head only if they are of the same classes; else returns a sentence about that."""
     own, tensors = network.state_dict(), _renamed(weights.tensors, network)
     ours, theirs = ({key: tuple(tensor.shape) for key, tensor in state.items()} for state in (own, tensors))
     resized = {key for key in ours if key in theirs and theirs[key] != ours[key]}
     # further heads, as of distilled networks, differ in the number of classes alone
     heads = {key for key in resized if (len(class_names), *theirs[key][1:]) == ours[key]}
     heads |= {key for key in ours if key.startswith(f"{models.head(network)[0]}.")}
-    note = ", head included"
+    note = ""
     other_classes = weights.class_names is not None and list(weights.class_names) != list(class_names)
     if other_classes or any(theirs.get(key) != ours[key] for key in heads):
         rows = max((theirs[key][0] for key in heads if key in theirs), default=0)
@@ -92,7 +111,7 @@ def _load(network: nn.Module, name: str, weights: Weights, class_names: Sequence
     state = copy.copy(own)  # with the layers' versions, by which some networks convert older weights
     state.update((key, tensors[key]) for key in ours if key in theirs)
     network.load_state_dict(state)
-    return f"weights: {weights.source}{note}"
+    return note
 
 
 def published(name: str, choice: str) -> Weights:
@@ -124,10 +143,7 @@ def published(name: str, choice: str) -> Weights:
         ) from error
     except Exception as error:  # bytes from anywhere make the unpickler raise anything
         raise UserError(f"{cached} is damaged; remove it, and it is downloaded again.") from error
-    preset = entry.transforms()
-    # these two were trained on pixels from -1 to 1, as networks from scratch are here
-    scale: Any = () if name in ("googlenet", "inception_v3") else (list(preset.mean), list(preset.std))
-    return Weights(tensors, f"{name} {entry.name}", *scale)
+    return Weights(tensors, f"{name} {entry.name}", **_scale(name, choice))
 
 
 def _of_timm(name: str, choice: str) -> Weights:

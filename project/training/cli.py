@@ -93,7 +93,7 @@ class Cli(LightningCLI):
         if self.verb == "fit":
             if options.resume is not None and options.ckpt_path is not None:
                 raise UserError("--resume continues the run itself, --ckpt_path starts a new one; leave one out.")
-            self.run = resume.find(options.resume, self.runs_root, options)
+            self.run = self.find_run(options)
         if self.run is not None:
             try:
                 self._resume(self.run)
@@ -107,6 +107,14 @@ class Cli(LightningCLI):
         # LightningCLI would put the model settings of a ckpt_path above those of the command line
         self.config[self.verb].ckpt_path = None
         self.ckpt_path = str(self.source.path) if self.source else None  # which the Trainer loads
+
+    def find_run(self, options: Any) -> Run | None:
+        """The unfinished run that a fit resumes; None for a new one."""
+        return resume.find(options.resume, self.runs_root, options)
+
+    def new_run(self) -> Run:
+        """Makes the run of a fit, whose options are complete now."""
+        return Run.new(self.runs_root, self.config.fit.name, self.datamodule, self.recorded, self.source)
 
     @property
     def runs_root(self) -> Path:
@@ -224,9 +232,9 @@ class Cli(LightningCLI):
             raise UserError("--patience needs validations; --trainer.limit_val_batches is 0.")
         fit.require_usable(users["callbacks"], self.model, chosen)
         self.recorded["trainer"]["max_epochs"] = chosen.trainer.max_epochs
-        if self.run is None:  # the default depends on where the weights come from
-            self.recorded["model"]["backbone_lr"] = self.model.hparams["backbone_lr"]
-            self.run = Run.new(self.runs_root, chosen.name, self.datamodule, self.recorded, self.source)
+        if self.run is None:  # their defaults depend on where the weights come from
+            self.recorded["model"] |= {name: self.model.hparams[name] for name in ("backbone_lr", "freeze_bn")}
+            self.run = self.new_run()
         config = {key: value for key, value in self.recorded.items() if key not in ("name", "ckpt_path", "resume")}
         entries = {"config": config, "resize": self.datamodule.resize, **metadata.provenance()}
         io = AsyncCheckpointIO(self.run.checkpoints) if options["enable_checkpointing"] is not False else None

@@ -1,4 +1,4 @@
-"""Transfer learning at the cost of its last layer: the output of the frozen layers is computed once."""
+"""Transfer learning at the cost of its last layer: the frozen layers run once, and the head is solved, not trained."""
 
 import os
 import time
@@ -6,58 +6,96 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from project.data.datamodule import ImageData
+from project.data.dataset import Features
+from project.training import linear_probe
 from project.training.callbacks import data_of, duration
 
 
 class FrozenFeatures(Callback):
-    """Before a fit with --model.freeze backbone, replaces images by the frozen layers' output where that is exact.
+    """Before a fit on given weights, solves a new head as a logistic regression on the output of the other layers.
 
-    The output is the same in every epoch if nothing augments the images, and sufficient if the head is the last layer.
+    With --model.freeze backbone that is all: the output is the same in every epoch if nothing augments the images, and
+    replaces them; one epoch measures the result. Otherwise the fit starts from that head (LP-FT, arXiv:2202.10054):
+    a random one would first change the weights below it for the worse.
     """
 
+    solution: linear_probe.Head | None = None
+
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Runs the frozen layers once over the training and the validation images, before any loader is made."""
+        """Runs the network once over the training and the validation images, before any loader is made."""
         model, data = pl_module, data_of(trainer)
-        if model.transfer != "backbone":
+        is_frozen = model.transfer == "backbone"
+        if not is_frozen and (model.transfer == "gradual" or not model.has_new_head):
             return
         changing = [f"--data.augment {data.augment}"] * (data.augment != "none") + ["--model.mix"] * bool(model.mix)
-        if changing:
+        if is_frozen and changing:
             model.print(
                 f"frozen layers: run for every image in every epoch, because {' and '.join(changing)} changes it; "
                 "--data.augment none would compute them once"
             )
             return
+        features: dict[str, Features] = {}
         start, rows = time.monotonic(), sum(len(data.dataset(split)) for split in ("train", "val"))
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 16e9
         model.eval().to(trainer.strategy.root_device)
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             image = torch.zeros(2, 3, data.image_size, data.image_size, dtype=torch.uint8, device=model.device)
-            features, logits = features_and_logits(model, image)
-            needed = rows * features[0].numel() * 4
-            if features.ndim != 2 or not torch.allclose(model.head(features), logits, atol=1e-5):
-                note = f"run in every epoch, because {model.name} has operations after its last layer"
+            inputs, logits = features_and_logits(model, image)
+            needed = rows * inputs[0].numel() * 4
+            is_last = inputs.ndim == 2 and torch.allclose(model.head(inputs), logits, atol=1e-5)
+            if not is_last or not isinstance(model.head, nn.Linear) or model.head.bias is None:
+                note = f"trained, because {model.name} has operations after its last layer"
             elif needed > memory / 4:
-                note = f"run in every epoch, because their output would take {needed / 1e9:.1f} GB of memory"
+                note = f"trained, because the output of the layers below would take {needed / 1e9:.1f} GB of memory"
             else:
-                for split in ("train", "val"):
-                    _compute(model, data, split, features.shape[1])
-                took = duration(time.monotonic() - start)
-                note = f"computed once for {rows:,} images ({took}); from here on only {model.head_name} is run"
+                features = {split: _compute(model, data, split, inputs.shape[1]) for split in ("train", "val")}
+        if features:
+            note = self._solve(model, data, **features)
+        if features and is_frozen:
+            data.use_features(features)
+            model.solved = True
+            note += "; one epoch measures it"
         model.train()
-        model.print(f"frozen layers: {note}")
+        model.print(f"head: {note} ({duration(time.monotonic() - start)})")
+
+    def _solve(self, model: Any, data: ImageData, train: Features, val: Features) -> str:
+        weights = None if data.balance == "none" else torch.tensor(data.balanced_weights(), dtype=torch.float32)
+        options = (len(model.class_names), weights, model.hparams["label_smoothing"])
+        self.solution = linear_probe.solve(train, val, *options)
+        self._set_head(model)
+        return (
+            f"solved for the features of {len(train):,} images; of all penalties, {self.solution.penalty:.1g} has the "
+            f"lowest loss on {len(val):,} validation images, {self.solution.loss:.4f}"
+        )
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """The head of a checkpoint is that of another fit."""
+        self._set_head(pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Nothing changes in further epochs."""
+        trainer.should_stop = trainer.should_stop or pl_module.solved
+
+    def _set_head(self, model: Any) -> None:
+        if self.solution is not None:
+            with torch.no_grad():
+                model.head.weight.copy_(self.solution.weight)
+                model.head.bias.copy_(self.solution.bias)
 
 
-def _compute(model: Any, data: ImageData, split: str, size: int) -> None:
-    """Makes a split's batches hold the frozen layers' output (N, size)."""
-    output, failed = torch.zeros(len(data.dataset(split)), size), dict[int, str]()
+def _compute(model: Any, data: ImageData, split: str, size: int) -> Features:
+    """The input of the head (N, size) for the images of a split."""
+    output, failed = torch.zeros(len(data.dataset(split)), size), list[int]()
     for batch in data.in_order(split):
-        failed |= dict(batch.failed)
+        for row, reason in batch.failed:
+            failed.append(row)
+            model.print(f"left out, unreadable: {data.dataset(split).path(row)}: {reason}")
         if len(batch.row):
             output[batch.row] = features_and_logits(model, batch.image.to(model.device))[0].float().cpu()
-    data.use_features(split, output, failed)
+    return Features(data.dataset(split), output, failed)
 
 
 def features_and_logits(model: Any, image: Tensor) -> tuple[Tensor, Tensor]:

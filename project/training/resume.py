@@ -14,7 +14,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore
 from project import files, runs
 from project.data import digits
 from project.data.datamodule import ImageData
+from project.data.splits import SPLITS
 from project.errors import UserError
+from project.evaluation import run_split
 from project.runs import RunLock
 from project.training.checkpoint_io import LAST, PREVIOUS
 from project.training.loop_state import LoopState
@@ -22,8 +24,9 @@ from project.training.source_checkpoint import SourceCheckpoint
 
 NEWEST, AUTO = "newest", "auto"  # values of --resume beside a run's folder
 # Options that may change when a fit is resumed: its end, machine, reading and logging. All others change the result.
+LENGTH = {f"trainer.{limit}" for limit in ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time")}
 FREE = frozenset(
-    {f"trainer.{limit}" for limit in ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time")}
+    LENGTH
     | {f"trainer.{machine}" for machine in ("accelerator", "devices", "num_nodes", "strategy")}
     | {f"trainer.{logs}" for logs in ("logger", "log_every_n_steps", "profiler", "enable_progress_bar")}
     | {"trainer.enable_model_summary", "trainer.default_root_dir", "data.workers", "data.cache", "save_every"}
@@ -162,6 +165,21 @@ def find(choice: str | None, runs_root: Path, options: Any) -> Run | None:
     if choice == AUTO:
         return None
     raise UserError(reason)
+
+
+def same(folder: Path, options: Mapping[str, Any], data: ImageData) -> Path | None:
+    """The run in a folder of runs that had these options, as far as they change the result, and this split.
+
+    If there are several, it is a finished one.
+    """
+    new, found = _flat(options), list[Path]()
+    split = dict(zip(data.manifest.paths, (SPLITS[index] for index in data.manifest.splits.tolist()), strict=True))
+    for file in sorted(folder.glob("version_*/config.yaml")):
+        old = _flat(yaml.safe_load(file.read_text(encoding="utf-8")))
+        changed = {key for key in old | new if old.get(key) != new.get(key)}
+        if changed <= FREE - LENGTH - {"ckpt_path"} | {"name", "resume", "seeds", "folds"}:
+            found += [file.parent] * ({row.path: row.split for row in run_split.rows(file.parent)} == split)
+    return min(found, key=lambda run: runs.read_status(run).get("state") != "finished", default=None)
 
 
 def with_newest(argv: list[str]) -> list[str]:

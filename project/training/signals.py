@@ -3,6 +3,8 @@
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -27,6 +29,25 @@ def restored() -> Iterator[None]:
             for number, handler in handlers.items():
                 if handler not in (None, signal.getsignal(number)):  # None: not installed from Python
                     signal.signal(number, handler)
+
+
+def run_child(words: list[str]) -> int:
+    """Runs a command of this project in a child process; returns its exit code, 128 + N where signal N has ended it.
+
+    A signal to this process stops the child by SIGTERM: a terminal sends Ctrl-C to both, and a fit that gets SIGINT
+    twice ends without a save. A second Ctrl-C kills the child.
+    """
+    with restored(), subprocess.Popen([sys.executable, "-m", "project.cli", *words]) as child:
+        received = list[int]()
+
+        def stop(number: int, _: FrameType | None) -> None:
+            received.append(number)
+            child.kill() if received.count(signal.SIGINT) > 1 else child.terminate()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
+        code = child.wait()
+    return 128 + received[0] if received else 128 - code if code < 0 else code
 
 
 class Signals:

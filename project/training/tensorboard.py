@@ -51,6 +51,7 @@ class FirstBatchImages(Callback):
         with warnings.catch_warnings(action="ignore"), contextlib.suppress(RuntimeError):
             if not pl_module.compiled:
                 writer.add_graph(pl_module.network, image[:1].to(pl_module.device))
+        pl_module.train()  # add_graph leaves every layer in training mode, frozen ones too
 
 
 class Histograms(Callback):

@@ -46,6 +46,8 @@ class RunTrainer(Trainer):
         save_every: PositiveFloat = SAVE_EVERY,
         patience: PositiveInt | None = None,
         histograms: bool = False,
+        seeds: PositiveInt | None = None,
+        folds: PositiveInt | None = None,
         **kwargs: Any,
     ) -> None:
         """Trains the network.
@@ -58,6 +60,8 @@ class RunTrainer(Trainer):
             save_every: Minutes of training that a killed process may lose.
             patience: Stop after this number of validations without a lower val/loss.
             histograms: Show in TensorBoard how the weights and gradients of each layer are distributed.
+            seeds: Fit and test with this number of seeds, from seed_everything on, and print mean and deviation.
+            folds: Cross-validate: fit and test each of this number of folds, and print mean and deviation.
             **kwargs: As for Lightning's Trainer.
         """
         super().fit(*args, **kwargs, weights_only=True)  # type: ignore[misc]

@@ -31,6 +31,10 @@ def predict(at_trained, tmp_path):
     return run
 
 
+def gathered(images):
+    return [path for path, _ in gather([str(image) for image in images])]
+
+
 def in_a_process(*words, then="pass", **options):
     """Starts predict in a process of its own, which at its end also runs the code `then`."""
     code = f"import sys; from project import cli; code = cli.main(sys.argv[1:]); {then}; sys.exit(code)"
@@ -216,6 +220,32 @@ def test_options_of_the_predictor_reach_it(predict, lively, tmp_path):
     for plain in (load(checkpoint), load(checkpoint, calibrated=True)):
         (other,) = plain.predict([image], tta=plain.metadata.temperature == 1)
         assert other.probabilities != pytest.approx(expected, rel=1e-3)
+
+
+def test_images_of_none_of_the_classes_are_flagged_by_checkpoint_and_bundle_and_the_false_alarms_are_stated(
+    predict, tested, packed, tmp_path, capsys, monkeypatch, refused
+):
+    monkeypatch.chdir(tested)
+    run, images = tested / "runs" / "photos" / "version_0", ["photos", tmp_path / "bad.png"]
+    (tmp_path / "bad.png").write_bytes(b"")
+    values = [row.max_logit for row in predictions.read(run / "val_predictions.csv")]
+    threshold = sorted(values)[int(0.3 * (len(values) - 1))]
+    rate = f"unknown also flags {100 * sum(v < threshold for v in values) / 12:.1f} % of 12 validation images)"
+    assert cli.main(["export", str(run), "--calibrated", "--out", str(tmp_path / "bundle")]) == 0
+    expected = ["" if row.error else str(int(row.max_logit < threshold)) for row in load(run).predict(gathered(images))]
+    assert {"", "0", "1"} == set(expected)
+    for number, (source, *words) in enumerate([(run,), (run, "--calibrated"), (tmp_path / "bundle", "--devices", 2)]):
+        rows = predict(*images, "--unknown", 0.3, *words, source=source, out=f"{number}.csv")
+        assert [row["unknown"] for row in rows] == expected
+        assert rate in capsys.readouterr().out
+    rows = predict(*images, "--unknown", 0.3, "--min_confidence", 0.9, "--top", 1, source=run, out="both.csv")
+    assert list(rows[0])[4:8] == ["error", "abstained", "unknown", "p:blue"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [str(int("perhaps of none" in line)) for line in lines] == [flag or "0" for flag in expected]
+    words = ["photos", "--out", str(tmp_path / "none.csv"), "--unknown", "0.3"]
+    assert "have not been measured" in refused("predict", str(packed), *words)  # of a run that was not tested
+    assert "not known with --tta" in refused("predict", str(run), *words, "--tta")
+    assert not (tmp_path / "none.csv").exists()
 
 
 def test_closed_standard_output_ends_it_quietly(at_trained):

@@ -46,7 +46,7 @@ def test_small_set_gets_no_batch_size_and_the_networks_weights_are_as_before(pho
     assert cli.main([*TUNE, "--data.batch_size", "42"]) == 0
     out = capsys.readouterr().out
     assert "training images are too few to compare any" in out
-    assert "learning rate finder: 30 steps\n" in out
+    assert "learning rate finder: 24 steps\n" in out
     assert "see runs/photos/lr-finder-2.png\n" in out
     assert Path("runs/photos/lr-finder.png").read_bytes() == mine
     assert Path("runs/photos/lr-finder-2.png").read_bytes().startswith(b"\x89PNG")
@@ -78,5 +78,5 @@ def test_noise_a_loss_that_only_rises_and_too_few_finite_losses_give_no_suggesti
     assert reason.startswith("cannot tell: the loss falls by no more than chance")
     assert tune.suggest(*curve((-7, 2.3), (-3, 2.3), (0, 9.0)))[0] is None
     rates, losses = curve((-7, 2.3), (-2, 1.0))
-    losses[19:] = np.nan
-    assert tune.suggest(rates, losses) == (None, "cannot tell: 19 losses are too few; give more --steps")
+    losses[15:] = np.nan
+    assert tune.suggest(rates, losses) == (None, "cannot tell: 15 losses are too few; give more --steps")

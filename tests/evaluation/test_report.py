@@ -138,6 +138,25 @@ def test_temperature_is_recommended_unless_few_images_gave_it_or_it_makes_the_ca
     assert ("not recommended" in Page().text) != ("apply" in sentence)
 
 
+def test_images_that_may_be_of_none_of_the_classes_are_shown_by_an_option_with_their_false_alarms(run):
+    (run / "checkpoints" / "best.temperature.json").write_text("{}")  # as a run of before, which knows no logits
+    assert cli.main(["report"]) == 0
+    assert "none of the classes" not in Page().text
+    (run / "checkpoints" / "best.temperature.json").unlink()
+    assert cli.main(["report", "--unknown", "0.5"]) == 0
+    val = [row.max_logit for row in predictions.read(run / "val_predictions.csv")]
+    test = {"/".join(Path(row.path).parts[-2:]): row.max_logit for row in predictions.read(run / "predictions.csv")}
+    threshold = sorted(val)[5]
+    flagged = sorted((name for name in test if test[name] < threshold), key=test.get)
+    assert 0 < len(flagged) < 24
+    page = Page()
+    assert f"flags {100 * 5 / 12:.1f} % of 12 validation images, on which it was chosen" in page.text
+    assert f"and {100 * len(flagged) / 24:.1f} % of the 24 test images" in page.text
+    section = page.source.partition('id="unknown"')[2].partition("</section>")[0]
+    assert re.findall(r'alt="([^":]*): ', section) == flagged[: report.SHOWN]
+    assert json.loads((run / "checkpoints" / "best.temperature.json").read_text())["max_logits"] == sorted(val)
+
+
 def test_images_are_named_by_their_paths_in_the_data_set_which_break_between_folders(run):
     assert cli.main(["test", "--data.root", str(Path("photos").resolve())]) == 0
     page = Page()

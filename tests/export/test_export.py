@@ -277,7 +277,7 @@ def test_bundle_is_raw_unless_calibrated_and_card_page_and_summary_say_so_and_ha
     at_tested, calibrated, capsys
 ):
     run, options, word = at_tested, ["--calibrated"] * calibrated, "calibrated" if calibrated else "raw"
-    temperature = calibration.read(run / "checkpoints" / "best.ckpt")
+    temperature = calibration.read(run / "checkpoints" / "best.ckpt")[0]
     export(run, run / "bundle", *options)
     assert f"MB, {word} probabilities)" in capsys.readouterr().out
     assert locate(run / "bundle").load_network().metadata.temperature == (temperature if calibrated else 1)

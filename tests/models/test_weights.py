@@ -23,7 +23,7 @@ def test_published_weights_compute_what_torchvisions_network_does(hub):
     theirs = put_in_cache(hub, "alexnet").eval()
     image = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     normalised = functional.normalize(image / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    ours, note = weights.start("alexnet", [str(n) for n in range(1000)], "IMAGENET1K_V1")
+    ours, note, _ = weights.start("alexnet", [str(n) for n in range(1000)], "IMAGENET1K_V1")
     assert note == "weights: alexnet IMAGENET1K_V1, head included"
     with torch.inference_mode():
         assert torch.allclose(ours.eval()(image), theirs(normalised), atol=1e-5)
@@ -38,7 +38,7 @@ def test_one_general_function_swaps_the_head_of_every_family(hub, name):
     theirs = torchvision.models.get_model(name).state_dict()
     old = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", key): tensor for key, tensor in theirs.items()}
     torch.save(old, hub / torchvision.models.get_model_weights(name).DEFAULT.url.split("/")[-1])
-    ours, note = weights.start(name, ["a", "b"], "DEFAULT")
+    ours, note, _ = weights.start(name, ["a", "b"], "DEFAULT")
     state, head = ours[1].state_dict(), models.head(ours[1])[0]
     assert len(state) > 2
     assert all(torch.equal(tensor, theirs[key]) for key, tensor in state.items() if not key.startswith(head))
@@ -57,11 +57,11 @@ def test_head_of_every_family_of_torchvision_is_its_last_layer():
 
 
 def test_own_checkpoint_gives_everything_but_a_head_of_other_classes(at_trained):
-    same, note = weights.start("squeezenet1_1", ["blue", "green", "red"], str(at_trained))
+    same, note, _ = weights.start("squeezenet1_1", ["blue", "green", "red"], str(at_trained))
     content = torch.load(at_trained / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(t, content[f"network.{k}"]) for k, t in same.state_dict().items())
     assert "head included" in note
-    _, note = weights.start("squeezenet1_1", ["one", "two", "three"], str(at_trained))
+    _, note, _ = weights.start("squeezenet1_1", ["one", "two", "three"], str(at_trained))
     assert "the weights have blue, green, red, the data one, two, three" in note
     with pytest.raises(UserError, match=r"of squeezenet1_1, not of resnet18; give --model\.name squeezenet1_1"):
         weights.start("resnet18", ["a", "b"], str(at_trained))
@@ -74,22 +74,23 @@ def test_state_dicts_of_others_are_read_and_unwrapped(workplace):
     torch.save(state, "old.pth", _use_new_zipfile_serialization=False)
     save_file(state, "it.safetensors")
     for name in ("wrapped.pth", "deeper.pth", "old.pth", "it.safetensors"):
-        ours, note = weights.start("squeezenet1_1", ["a", "b"], name)
+        ours, note, _ = weights.start("squeezenet1_1", ["a", "b"], name)
         assert all(torch.equal(tensor, state[key.removeprefix("1.")]) for key, tensor in ours.state_dict().items())
-        assert "head included" in note
+        assert "head included; it does not say how pixels are normalised, so as for the published weights" in note
+        assert (ours[0].mean / 255).flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
 
 
 def test_bundles_weights_bring_their_classes_and_pixel_scale(packed, tmp_path):
     bundle = shutil.copytree(packed, tmp_path / "bundle")
     config, file = bundle / "config.json", str(bundle / "model.safetensors")
     config.write_text(json.dumps(json.loads(config.read_text()) | {"mean": [0.1, 0.2, 0.3]}))
-    ours, note = weights.start("squeezenet1_1", ["blue", "green", "red"], str(bundle))
+    ours, note, _ = weights.start("squeezenet1_1", ["blue", "green", "red"], str(bundle))
     assert "head included" in note
     assert ours[0].mean.flatten().tolist() == pytest.approx([25.5, 51.0, 76.5])
-    _, note = weights.start("squeezenet1_1", ["cat", "cow", "dog"], file)
+    _, note, _ = weights.start("squeezenet1_1", ["cat", "cow", "dog"], file)
     assert "the head is new: the weights have blue, green, red, the data cat, cow, dog" in note
     config.write_text('{"architectures": ["others"]}')
-    _, note = weights.start("squeezenet1_1", ["cat", "cow", "dog"], file)
+    _, note, _ = weights.start("squeezenet1_1", ["cat", "cow", "dog"], file)
     assert "head included" in note
 
 
@@ -141,7 +142,7 @@ def test_timms_networks_are_built_also_with_two_heads_and_without_a_connection_t
 ):
     published = models.build("timm/deit_tiny_distilled_patch16_224", 1000)[1]
     torch.save(published.state_dict(), tmp_path / "it.pth")
-    ours, note = weights.start("timm/deit_tiny_distilled_patch16_224", ["a", "b"], str(tmp_path / "it.pth"))
+    ours, note, _ = weights.start("timm/deit_tiny_distilled_patch16_224", ["a", "b"], str(tmp_path / "it.pth"))
     assert "the head is new: the weights have 1000 classes" in note
     assert torch.equal(ours[1].patch_embed.proj.weight, published.patch_embed.proj.weight)
     with torch.inference_mode():

@@ -55,7 +55,7 @@ def test_average_is_that_of_the_weights_after_each_step_and_best_holds_it_as_it_
     capsys.readouterr()
     assert cli.main(["validate"]) == 0
     measured = float(re.search(r"val/loss\D*([\d.]+)", capsys.readouterr().out)[1])
-    assert measured == pytest.approx(best["metadata"]["metrics"]["val/loss"], abs=1e-5)
+    assert measured == pytest.approx(best["metadata"]["metrics"]["val/loss"], abs=6e-5)  # four decimals
 
 
 def test_fit_leaves_no_signal_handler_and_no_thread_behind_and_a_failed_one_its_best_checkpoint(photos, monkeypatch):

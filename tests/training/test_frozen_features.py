@@ -1,49 +1,111 @@
 """Transfer learning: frozen layers, their features computed once, and layers unfrozen one after another."""
 
+import re
 from pathlib import Path
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from torch.nn import functional
 
-from project import cli
+from project import cli, models
 from project.classifier import Classifier
+from project.data import images
+from project.data.dataset import Features
 from project.optim import STAGES, configure, lr_factor
-from project.training import frozen_features
-from tests.conftest import SMALL, read_csv
+from project.training import linear_probe
+from project.training.linear_probe import PENALTIES
+from tests.conftest import SMALL, make_images, read_csv
 from tests.same_run import checkpoint
 
 FROZEN = ["fit", "--data.root", "photos", *SMALL, "--model.name", "resnet18", "--model.freeze", "backbone"]
 FROZEN += ["--data.augment", "none"]
 
 
-def test_frozen_layers_that_run_once_give_the_same_fit_as_running_them_each_time_and_do_not_change(
-    photos, capsys, monkeypatch
-):
+def test_frozen_layers_run_once_and_the_head_is_the_solution_of_a_logistic_regression(photos, capsys, monkeypatch):
+    alike = sorted(make_images(Path("alike"), {"grey": 40}).rglob("*.png"))
+    for file, grey in zip(sorted(photos.rglob("*.png"))[2::3], alike, strict=True):
+        grey.replace(file)  # of every class, so that too weak a penalty fits their noise
     (photos / "red" / "000.png").write_bytes(b"no image")
-    fit = [*FROZEN, "--trainer.max_epochs", "4", "--model.lr", "0.01", "--name"]
+    fit = [*FROZEN, "--trainer.max_epochs", "4", "--average", "0.9"]
     sizes, forward = [], torchvision.models.ResNet.forward
     with monkeypatch.context() as patched:
         patched.setattr(torchvision.models.ResNet, "forward", lambda net, x: sizes.append(len(x)) or forward(net, x))
-        assert cli.main([*fit, "once"]) == 0
+        assert cli.main(fit) == 0
     # 83 + 12 images in their order; one or two test the size, measure the features and draw TensorBoard's graph
     assert [size for size in sizes if size > 2] == [8] * 7 + [7] + [8] * 2 + [4] + [8, 4]
     assert cli.main(["test"]) == cli.main(["predict", "runs/latest", "photos/red"]) == 0
     out = capsys.readouterr().out
-    for part in ("computed once for 96 images", "only 1.fc is run", "the frozen layers are random", "red/000.png: not"):
+    for part in ("solved for the features of 84 images", "the frozen layers are random", "epoch 1/4"):
         assert part in out
-    monkeypatch.setattr(frozen_features.FrozenFeatures, "setup", lambda *_, **__: None)
-    assert cli.main([*fit, "each"]) == 0
-    once, each = Path("runs/once/version_0"), Path("runs/each/version_0")
-    curve, other = (
-        [float(row["val/loss"]) for row in read_csv(run / "metrics.csv") if row["val/loss"]] for run in (once, each)
+    assert out.count("left out, unreadable: photos/red/000.png: not") == 1
+    assert "epoch 2" not in out  # nothing is left to train
+    run = Path("runs/photos/version_0")
+    weights = {key.removeprefix("network."): tensor for key, tensor in checkpoint(run, "best")["state_dict"].items()}
+    network = models.build("resnet18", 3)
+    network.load_state_dict(weights)
+    rows = [row for row in read_csv(run / "split.csv") if row["path"] != "red/000.png"]
+    image = np.stack([images.read(photos / row["path"], 32) for row in rows])
+    logits = network.eval()(torch.from_numpy(image).permute(0, 3, 1, 2))
+    split, label = (np.array([row[column] for row in rows]) for column in ("split", "label"))
+    network[1].fc = torch.nn.Identity()
+    features = network(torch.from_numpy(image).permute(0, 3, 1, 2)).detach().double().numpy()
+    deviation = features[split == "train"].std(axis=0)
+    scaled = (features - features[split == "train"].mean(axis=0)) / np.maximum(deviation, np.median(deviation))
+    losses = {}
+    for penalty in PENALTIES:
+        reference = LogisticRegression(C=1 / (penalty * sum(split == "train")), max_iter=10_000, tol=1e-6)
+        reference.fit(scaled[split == "train"], label[split == "train"])
+        probability = reference.predict_proba(scaled)
+        losses[penalty] = log_loss(label[split == "val"], probability[split == "val"])
+        if losses[penalty] == min(losses.values()):
+            best = probability
+    penalty, loss = min(losses, key=losses.get), min(losses.values())
+    assert f"{penalty:.1g} has the lowest loss on 12 validation images, {loss:.4f}" in out
+    assert logits.softmax(dim=1).detach().numpy() == pytest.approx(best, abs=2e-3)
+
+
+def test_solved_head_weighs_classes_and_smooths_labels_and_takes_features_that_never_change():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(60, 5, generator=generator) + torch.arange(3).repeat_interleave(20)[:, None]
+    values[:, 2:] = 0.1
+    data = Mock(labels=np.arange(3).repeat(20))
+    features = Features(data, values, [])
+    weights = torch.tensor([5.0, 1.0, 1.0])
+    plain, weighted, smoothed = (
+        linear_probe.solve(features, features, 3, *options) for options in ((), (weights,), (None, 0.3))
     )
-    assert curve == pytest.approx(other, abs=1e-5)
-    assert curve[-1] != curve[0]  # the head has learned
-    weights, others = (checkpoint(run, "best")["state_dict"] for run in (once, each))
-    assert all(torch.allclose(tensor, others[key], atol=1e-5) for key, tensor in weights.items())
-    changed = {key for key, tensor in weights.items() if not torch.equal(tensor, others[key])}
-    assert changed <= {"network.1.fc.weight", "network.1.fc.bias"}
+    shares = [functional.linear(values, head.weight, head.bias).softmax(dim=1) for head in (plain, weighted, smoothed)]
+    assert not plain.weight[:, 2:].any()
+    assert shares[0].mean(dim=0).tolist() == pytest.approx([1 / 3] * 3, abs=1e-3)  # a regression with biases
+    assert shares[1].mean(dim=0)[0] > 0.36
+    assert shares[2].max() < shares[0].max()
+
+
+@pytest.mark.parametrize("options", [[], ["--model.freeze_bn", "false"]])
+def test_fine_tuning_starts_from_the_solved_head_and_keeps_the_statistics_of_batch_norm(photos, capsys, options):
+    torch.save(models.build("resnet18", 7)[1].state_dict(), "weights.pth")
+    small = [*SMALL, "--model.name", "resnet18", "--model.weights", "weights.pth"]
+    assert cli.main(["fit", "photos", *small, "--model.lr", "1e-9", "--trainer.max_epochs", "1", *options]) == 0
+    run, out = Path("runs/photos/version_0"), capsys.readouterr().out
+    [row] = [row for row in read_csv(run / "metrics.csv") if row["val/loss"]]
+    solved = re.search(r"lowest loss on 12 validation images, ([\d.]+)", out)[1]
+    after, before = checkpoint(run)["state_dict"], torch.load("weights.pth")
+    name = "layer4.1.bn2.running_var"
+    assert torch.equal(after[f"network.1.{name}"], before[name]) == (not options)
+    assert (float(row["val/loss"]) == pytest.approx(float(solved), abs=1e-4)) == (not options)
+    assert f"freeze_bn: {str(not options).lower()}" in (run / "config.yaml").read_text()
+
+
+def test_resumed_fit_has_the_solved_head(photos):
+    fit = [*FROZEN, "--trainer.max_epochs", "3", "--name"]
+    assert cli.main([*fit, "a"]) == cli.main([*fit, "b", "--ckpt_path", "runs/a/version_0/checkpoints/last.ckpt"]) == 0
+    heads = [checkpoint(Path(f"runs/{name}/version_0"), "last")["state_dict"]["network.1.fc.weight"] for name in "ab"]
+    assert torch.equal(*heads)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,78 @@
+"""The last layer by logistic regression: solved to convergence, its penalty chosen on the validation images."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from project.data.dataset import Features
+
+PENALTIES = [10 ** (exponent / 2) for exponent in range(2, -11, -1)]  # from 10 down to 1e-5, on the mean loss
+PATIENCE = 2  # penalties without a lower validation loss, after which weaker ones are not tried
+
+
+class Head(NamedTuple):
+    """Weights (K, F) and biases (K,) for features as they are, and what they were chosen by."""
+
+    weight: Tensor
+    bias: Tensor
+    penalty: float
+    loss: float
+
+
+def solve(
+    train: Features, val: Features, classes: int, class_weights: Tensor | None = None, smoothing: float = 0.0
+) -> Head:
+    """Minimises mean cross-entropy + penalty / 2 x |weight|^2 over standardised features, for the best of `PENALTIES`.
+
+    The best has the lowest cross-entropy on the validation images, a natural logarithm. Each solution starts from that
+    of the next stronger penalty.
+
+    Args:
+        train: Output of the frozen layers for the training images; standardised by its own mean and deviation, which
+            counts as the median of all features where it is smaller.
+        val: The same for the validation images.
+        classes: K.
+        class_weights: (K,) weight of each class in the training loss.
+        smoothing: Share of the target that is spread over all classes, in training.
+    """
+    (values, labels), (val_values, val_labels) = (_readable(features) for features in (train, val))
+    mean, scale = values.mean(dim=0), values.std(dim=0, correction=0)
+    scale = scale.clamp_min(
+        scale.median()
+    )  # else a feature that hardly varies here can be 500 deviations off elsewhere
+    scale[scale <= 1e-6 * mean.abs()] = torch.inf  # one that never changes gets the weight 0
+    values, val_values = (values - mean) / scale, (val_values - mean) / scale
+    weight = torch.zeros(classes, values.shape[1], requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    best, tried = Head(weight, bias, 0.0, float("inf")), 0
+    for penalty in PENALTIES:
+        solver: Any = torch.optim.LBFGS(
+            [weight, bias], max_iter=1000, tolerance_grad=1e-5, history_size=20, line_search_fn="strong_wolfe"
+        )
+
+        def objective(penalty: float = penalty) -> Tensor:
+            weight.grad = bias.grad = None
+            logits = functional.linear(values, weight, bias)
+            loss = functional.cross_entropy(logits, labels, class_weights, label_smoothing=smoothing)
+            loss = loss + penalty / 2 * weight.square().sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        solver.step(objective)
+        with torch.no_grad():
+            loss = functional.cross_entropy(functional.linear(val_values, weight, bias), val_labels).item()
+            tried += 1
+            if loss < best.loss:
+                scaled = weight / scale
+                best, tried = Head(scaled, bias - scaled @ mean, penalty, loss), 0
+        if tried == PATIENCE:
+            break
+    return best
+
+
+def _readable(features: Features) -> tuple[Tensor, Tensor]:
+    """Features (N, F) and labels (N,) of the images that could be read."""
+    batch = features.__getitems__([(0, row) for row in range(len(features))])
+    return batch.image, batch.label
