@@ -30,19 +30,12 @@ def build(
 
     from project.models.normalize import BATCH_NORMS, SCRATCH, Normalize
 
-    network: Any = _network(name, num_classes, of)
+    network = _network(name, num_classes, of)
     for layer in network.modules():
         # At least PyTorch's default: the 0.01 of MobileNetV3, MaxViT and the largest EfficientNets and the 0.0003 of
         # MNASNet are made for 100,000s of steps; after a few hundred, the running statistics are far from the images'.
         if isinstance(layer, BATCH_NORMS) and layer.momentum is not None:
             layer.momentum = max(layer.momentum, 0.1)
-    # libraries draw up to +-0.7 for two classes, which the first epochs would be spent on unlearning
-    heads = network.get_classifier() if name.startswith(TIMM) else head(network)[1]
-    for layer in nn.ModuleList(heads if isinstance(heads, tuple) else [heads]).modules():  # distilled ones have two
-        if isinstance(layer, nn.Linear | nn.Conv2d) and len(layer.weight) == num_classes:
-            nn.init.normal_(layer.weight, std=0.1 / layer.weight[0].numel() ** 0.5)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
     return nn.Sequential(Normalize(mean or SCRATCH, std or SCRATCH), network)
 
 
@@ -53,7 +46,8 @@ def _network(name: str, num_classes: int, of: str) -> "nn.Module":
     if name == "alexnet":
         return AlexNet(num_classes)
     if name.startswith(TIMM):
-        return timm_network(name, num_classes=num_classes)
+        made: Any = timm_network(name, num_classes=num_classes)
+        return _with_small(made.get_classifier(), made, num_classes)
 
     import torchvision
 
@@ -68,6 +62,21 @@ def _network(name: str, num_classes: int, of: str) -> "nn.Module":
     plain = {"aux_logits": False, "init_weights": True, "transform_input": False}
     options = plain if name in ("googlenet", "inception_v3") else {}
     network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+    return _with_small(head(network)[1], network, num_classes)
+
+
+def _with_small(heads: Any, network: "nn.Module", num_classes: int) -> "nn.Module":
+    """Draws the weights of a network's head anew, so that at first all classes are about equally likely.
+
+    Libraries draw up to +-0.7 for two classes, and the first epochs would be spent on unlearning that.
+    """
+    from torch import nn
+
+    for layer in nn.ModuleList(heads if isinstance(heads, tuple) else [heads]).modules():  # distilled ones have two
+        if isinstance(layer, nn.Linear | nn.Conv2d) and len(layer.weight) == num_classes:
+            nn.init.normal_(layer.weight, std=0.1 / layer.weight[0].numel() ** 0.5)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
     return network
 
 

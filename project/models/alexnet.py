@@ -41,9 +41,10 @@ class AlexNet(nn.Module):
             nn.Dropout(0.5),
             nn.Linear(4096, 4096),
             nn.ReLU(inplace=True),
-            nn.Linear(4096, num_classes),
+            head := nn.Linear(4096, num_classes),
         )
         self.apply(_initialise)
+        nn.init.normal_(head.weight, std=0.01)  # all classes about equally likely at first
 
     def forward(self, image: Tensor) -> Tensor:
         """Maps normalised images (B, 3, H, W) float to logits (B, K)."""

@@ -30,16 +30,18 @@ def test_alexnet_computes_what_torchvisions_does():
         assert torch.equal(mine.grad, its.grad), name
 
 
-def test_alexnets_signal_neither_dies_out_nor_explodes():
+def test_alexnet_starts_with_every_class_about_equally_likely():
     torch.manual_seed(0)
     network = models.build("alexnet", 10).eval()
     image = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
     with torch.inference_mode():
         hidden = network[1].avgpool(network[1].features(network[0](image)))
-    assert 0.1 < hidden.std() < 3
+        loss = torch.nn.functional.cross_entropy(network(image), torch.arange(8))
+    assert 0.1 < hidden.std() < 3  # the signal neither dies out nor explodes
+    assert 0.7 < loss / math.log(10) < 1.5
 
 
-HEADS = ["alexnet", "resnet18", "squeezenet1_1", "mobilenet_v3_small", "densenet121", "shufflenet_v2_x0_5", "swin_t"]
+HEADS = ["vgg11", "resnet18", "squeezenet1_1", "mobilenet_v3_small", "densenet121", "shufflenet_v2_x0_5", "swin_t"]
 HEADS += [
     "efficientnet_lite0",
     "mobilenetv4_conv_small",
