@@ -10,6 +10,7 @@ from benchmarks.accuracy import accuracy
 from benchmarks.bundle import bundle
 from benchmarks.predict import predict
 from benchmarks.read import reading
+from benchmarks.recipes import recipes
 from benchmarks.serve import serve
 from benchmarks.train import precision, training
 
@@ -17,6 +18,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--json", type=Path)
     options, words = parser.parse_known_args()
-    figures = auto_cli([training, precision, reading, predict, serve, bundle, accuracy], args=words or ["training"])
+    benchmarks = [training, precision, reading, predict, serve, bundle, accuracy, recipes]
+    figures = auto_cli(benchmarks, args=words or ["training"], as_positional=False)
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=2))

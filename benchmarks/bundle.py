@@ -1,10 +1,6 @@
 """How fast a bundle predicts, beside PyTorch."""
 
-import functools
 import itertools
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -15,9 +11,8 @@ import numpy as np
 import torch
 
 from project import models
-from project.commands.bench import make_photographs
 from project.data.workers import usable_cores
-from project.export import onnx, verify
+from project.export import onnx
 from project.export.quantize import write_int8
 from project.inference import checkpoint
 from project.inference.bundle import MODEL as ONNX
@@ -29,7 +24,7 @@ MODEL, CLASSES = "alexnet", 10
 
 
 def bundle(image_size: int = 224, count: int = 192, rounds: int = 3) -> dict[str, Any]:
-    """Predicts batches in PyTorch and from bundles in 32 and 8 bits, in turn, then runs the verb `predict` on each.
+    """Predicts batches in PyTorch and from bundles in 32 and 8 bits, in turn.
 
     Args:
         image_size: Side of the images, in pixels.
@@ -46,15 +41,6 @@ def bundle(image_size: int = 224, count: int = 192, rounds: int = 3) -> dict[str
         figures: dict[str, Any] = {name: {} for name in predictors}
         for size in (1, 8, 64):
             _measure(predictors, size, image_size, count, rounds, figures)
-        weights = {f"network.{name}": tensor for name, tensor in network.network.state_dict().items()}
-        saved = Path(folder, "best.ckpt")
-        torch.save({checkpoint.METADATA: network.metadata, "state_dict": weights}, saved)
-        (image,) = make_photographs(Path(folder, "photo"), 1).rglob("*.jpg")
-        runs = (functools.partial(_predict, path, image) for path in (saved, *bundles.values()))
-        print("predict of one image, from the command to its end")
-        for name, seconds in zip(predictors, verify.side_by_side(*runs, rounds=rounds, warm_up=1), strict=True):
-            figures[name]["predict_seconds"] = seconds
-            print(f"{name:24}  {seconds:5.2f} s  {figures['PyTorch']['predict_seconds'] / seconds:6.2f}")
     return figures
 
 
@@ -77,12 +63,6 @@ def _measure(
         ratio = speed / figures["PyTorch"][str(size)]["images_per_second"]
         print(f"{name:24}  {size:5}  {1e3 * median:7.1f}  {1e3 * slow:7.1f}  {speed:10,.0f}  {ratio:6.2f}")
     print()
-
-
-def _predict(path: Path, image: Path) -> None:
-    """Runs the verb in a process of its own, on the processor as all of the table."""
-    command = [sys.executable, "-m", "project.cli", "predict", str(path), str(image), "--out", "-"]
-    subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, check=True)
 
 
 def make(image_size: int, scratch: Path) -> tuple[checkpoint.TorchPredictor, dict[str, Path]]:

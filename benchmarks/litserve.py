@@ -1,4 +1,4 @@
-"""A bundle behind LitServe, Lightning's own server: python -m benchmarks.litserve BUNDLE PORT WORKERS THREADS."""
+"""A bundle behind LitServe, Lightning's own server: benchmarks.litserve BUNDLE --port PORT WORKERS THREADS."""
 
 import sys
 from pathlib import Path
@@ -37,6 +37,6 @@ class Classifier(litserve.LitAPI):  # type: ignore[misc]
 
 
 if __name__ == "__main__":
-    folder, port, workers, threads = sys.argv[1], *map(int, sys.argv[2:])
+    folder, port, workers, threads = sys.argv[1], *map(int, sys.argv[3:])
     server = litserve.LitServer(Classifier(folder, threads), accelerator="cpu", workers_per_device=workers)
     server.run("127.0.0.1", port, log_level="error", generate_client_file=False)

@@ -1,11 +1,7 @@
 """How fast images become batches, beside the article's and torchvision's readers."""
 
-import multiprocessing
-import statistics
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -16,7 +12,6 @@ from benchmarks.baselines import batches, floats, resized
 from benchmarks.runner import show, training_images
 from project.commands.bench import BATCH, SIZE, loaders
 from project.data import images
-from project.data.check import inspect_image
 from project.data.workers import usable_cores
 from project.export.verify import side_by_side
 
@@ -25,7 +20,7 @@ Runs = dict[str, Callable[[], Any]]
 
 
 def reading(root: str | None = None, count: int = 256, rounds: int = 5) -> dict[str, Any]:
-    """Reads the same images by each reader in turn: on one core, with workers, and as `check` does.
+    """Reads the same images by each reader in turn: on one core and with workers.
 
     Args:
         root: The images, as fit takes them; by default generated ones of 475 x 404 pixels.
@@ -45,14 +40,6 @@ def reading(root: str | None = None, count: int = 256, rounds: int = 5) -> dict[
             runs: Runs = {kind: partial(deque, loader, 0) for kind, loader in readers.items()}
             runs |= {} if workers else {"decoding alone (Pillow)": partial(_decode, paths)}
             figures[name] = _compare(f"{workers} workers", runs, len(paths), rounds, OURS)
-        figures["gap_seconds"] = _gap(readers[OURS])
-        print(f"from the last batch of an epoch to the first of the next: {figures['gap_seconds']:.3f} s\n")
-        with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:  # as check's: without torch
-            parts = [paths[start : start + 32] for start in range(0, len(paths), 32)] * 4
-            decoding, checking = "decoding alone (Pillow), all cores", "check, all cores"
-            runs = {decoding: lambda: deque(pool.map(_decode, parts), 0)}
-            runs[checking] = lambda: deque(pool.map(inspect_image, 4 * paths, chunksize=32), 0)
-            figures["check"] = _compare("dataset checks", runs, 4 * len(paths), rounds, checking)
     return figures
 
 
@@ -62,17 +49,6 @@ def _compare(title: str, runs: Runs, count: int, rounds: int, reference: str) ->
     speed = {name: count / taken for name, taken in zip(runs, seconds, strict=True)}
     show(speed, reference, title)
     return speed
-
-
-def _gap(loader: Any) -> float:
-    """Seconds from the start of an epoch to its first batch, the median of five."""
-    gaps = []
-    for _ in range(6):
-        start, epoch = time.perf_counter(), iter(loader)
-        next(epoch)
-        gaps.append(time.perf_counter() - start)
-        deque(epoch, 0)
-    return statistics.median(gaps[1:])
 
 
 def _decode(paths: Sequence[str]) -> None:

@@ -71,8 +71,11 @@ def _measure(name: str, folder: Path, images: list[bytes], seconds: float) -> di
         "one by one on each core": partial(server, folder, "--batch_size", "1", "--parallel", str(CORES)),
     }
     if importlib.util.find_spec("litserve") is not None:  # pip install litserve
-        servers["LitServe"] = partial(_litserve, folder, workers=1, threads=CORES)
-        servers["LitServe on each core"] = partial(_litserve, folder, workers=CORES, threads=1)
+        other = partial(server, folder, module="benchmarks.litserve", health="health")
+        servers |= {
+            "LitServe": partial(other, "1", str(CORES)),
+            "LitServe on each core": partial(other, str(CORES), "1"),
+        }
     loads: dict[str, list[Load]] = {way: [] for way in servers}
     for _, (way, start) in itertools.product(range(TURNS), servers.items()):
         with start() as (port, _):
@@ -96,44 +99,26 @@ def _show(name: str, clients: int, outcome: Load) -> dict[str, Any]:
 
 
 @contextmanager
-def server(model: Path, *options: str) -> Iterator[tuple[int, subprocess.Popen[str]]]:
-    """A server in a process of its own; yields its port."""
-    command = [sys.executable, "-m", "project.cli", "serve", str(model), "--port", "0", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        try:
-            assert process.stdout is not None
-            port = next((found[1] for line in process.stdout if (found := re.match(r"http://\S+:(\d+)", line))), None)
-            if port is None:
-                raise RuntimeError(f"The server has not started: {' '.join(command)}")
-            yield int(port), process
-        finally:
-            process.terminate()
-
-
-@contextmanager
-def _litserve(folder: Path, workers: int, threads: int) -> Iterator[tuple[int, subprocess.Popen[str]]]:
-    """LitServe in processes of its own; yields its port."""
+def server(
+    model: Path, *options: str, module: str = "project.cli serve", health: str = "healthz"
+) -> Iterator[tuple[int, subprocess.Popen[str]]]:
+    """A server in processes of its own, from its first answer on; yields its port and the first process."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = int(probe.getsockname()[1])
-    command = [sys.executable, "-m", "benchmarks.litserve", str(folder), *map(str, (port, workers, threads))]
-    quiet = subprocess.DEVNULL
+    command = [sys.executable, "-m", *module.split(), str(model), "--port", str(port), *options]
+    quiet, started = subprocess.DEVNULL, time.monotonic()
     with subprocess.Popen(command, start_new_session=True, stdout=quiet, stderr=quiet, text=True) as process:
         try:
-            started = time.monotonic()
-            while not _is_up(port):
-                if process.poll() is not None or time.monotonic() > started + START_UP:
-                    raise RuntimeError(f"LitServe has not started: {' '.join(command)}")
-                time.sleep(0.2)
+            while process.poll() is None and time.monotonic() < started + START_UP:
+                with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/{health}", timeout=5):
+                    break
+                time.sleep(0.1)
+            else:
+                raise RuntimeError(f"The server has not started: {' '.join(command)}")
             yield port, process
         finally:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its workers too
-
-
-def _is_up(port: int) -> bool:
-    with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-        return True
-    return False
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def request(image: bytes, kind: str = "image/jpeg") -> bytes:
