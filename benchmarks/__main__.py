@@ -3,6 +3,7 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import auto_cli
 
@@ -18,7 +19,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--json", type=Path)
     options, words = parser.parse_known_args()
-    benchmarks = [training, precision, reading, predict, serve, bundle, accuracy, recipes]
+    benchmarks: Any = [training, precision, reading, predict, serve, bundle, accuracy, recipes]
     figures = auto_cli(benchmarks, args=words or ["training"], as_positional=False)
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=2))

@@ -14,13 +14,15 @@ KEY = ("data", "recipe", "seed")
 FIGURES = [f"{split}/{name}" for split in ("val", "test") for name in ("loss", "accuracy", "f1", "auroc")]
 
 
-def recipes(table: Path, data: dict[str, str], recipe: dict[str, str], seeds: int = 3, minutes: float = 60) -> None:
+def recipes(
+    data: dict[str, str], recipe: dict[str, str], table: Path = Path("recipes.csv"), seeds: int = 3, minutes: float = 60
+) -> None:
     """Appends a row to a CSV for each fit, with the figures of its best.ckpt; rows that are there are not run again.
 
     Args:
-        table: The CSV.
         data: Options of fit for each data set, by its name: benchmarks/recipes.yaml has those of docs/recipe.md.
         recipe: Options for each recipe, by its name.
+        table: The CSV.
         seeds: Number of seeds, from 0, each with another split; all recipes get the first one before the second.
         minutes: After which no further fit starts.
     """

@@ -13,7 +13,7 @@ import jsonargparse
 from project.errors import UserError, did_you_mean
 
 # of options, by their names in other programs
-OTHER_NAMES = {"learning_rate": "lr", "num_workers": "workers", "gpus": "devices", "seed": "seed_everything"}
+OTHER_NAMES = {"learning_rate": "lr", "wd": "weight_decay", "gpus": "devices", "seed": "seed_everything"}
 OTHER_NAMES |= {"epoch": "max_epochs", "pretrained": "weights", "device": "accelerator", "bs": "batch_size"}
 OTHER_NAMES |= dict.fromkeys(("imgsz", "img_size", "size"), "image_size")
 
@@ -37,20 +37,21 @@ def actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 def call(function: Callable[..., int | None], verb: str, argv: list[str]) -> int:
     """Runs a verb: the signature is its options, the docstring its help.
 
-    A parameter without a default, or a positional-only one, is a word of the command line, a list is one or more words;
-    the others are options. A bool is a flag, with --no-NAME where it is on by default. Dashes may replace underscores:
-    --batch-size is --batch_size.
+    A parameter without a default, or a positional-only one, is a word of the command line, a list is one or more words,
+    *NAME any number; the others are options. A bool is a flag, with --no-NAME where it is on by default. Dashes may
+    replace underscores: --batch-size is --batch_size.
     """
     document = docstring_parser.parse(function.__doc__ or "")
     parser = Parser(prog=f"python -m project.cli {verb}", description=document.description, allow_abbrev=False)
     helps = {parameter.arg_name: parameter.description for parameter in document.params}
-    parameters = inspect.signature(function, eval_str=True).parameters
-    unnamed = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_ONLY]
-    words = {p.name for p in parameters.values() if p.default is p.empty}.union(unnamed)
-    for name, parameter in parameters.items():
+    signature = inspect.signature(function, eval_str=True)
+    words = {p.name for p in signature.parameters.values() if p.default is p.empty or p.kind is p.POSITIONAL_ONLY}
+    for name, parameter in signature.parameters.items():
         kind, options = parameter.annotation, dict[str, Any](help=helps.get(name))
         if parameter.default is not parameter.empty:
             options |= {"default": parameter.default} | ({"nargs": "?"} if name in words else {})
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            options |= {"default": [], "nargs": "*"}
         if kind is bool and name not in words:
             options["action"] = argparse.BooleanOptionalAction if parameter.default else "store_true"
         elif lists := [one for one in (kind, *get_args(kind)) if get_origin(one) is list]:
@@ -62,11 +63,19 @@ def call(function: Callable[..., int | None], verb: str, argv: list[str]) -> int
     split = [word.partition("=") for word in argv]
     values = parser.parse_args(["".join((spellings.get(name, name), *value)) for name, *value in split]).as_dict()
     for name, value in values.items():  # some libraries refuse a PositiveInt, a subclass of int
-        if name in words and (value == "" or (isinstance(value, list) and "" in value)):
-            raise UserError(f"An empty word is given for {name}; a dot means the current folder.")
+        if value != signature.parameters[name].default:
+            require_word(name if name in words else f"--{name}", value)
         if isinstance(value, int | float) and not isinstance(value, bool):
             values[name] = int(value) if isinstance(value, int) else float(value)
-    return function(*[values.pop(name) for name in unnamed], **values) or 0
+    bound = signature.bind_partial()
+    bound.arguments |= values
+    return function(*bound.args, **bound.kwargs) or 0
+
+
+def require_word(name: str, value: object) -> None:
+    """Raises UserError where an empty word is given, as by a shell's variable that is not set."""
+    if value == "" or (isinstance(value, list) and "" in value):
+        raise UserError(f"An empty word is given for {name}; a dot means the current folder.")
 
 
 def named(argv: list[str], option: str) -> list[str]:
@@ -74,8 +83,6 @@ def named(argv: list[str], option: str) -> list[str]:
     words = []
     for before, word in itertools.pairwise(["", *argv]):
         belongs = before != "--" and (word.startswith("-") or re.match("--?(?!print_)[a-z][^=]*$", before))
-        if not word and not belongs:
-            raise UserError(f"An empty word is given for {option}; a dot means the current folder.")
         words.append(word if belongs else f"{option}={word}")
     if words != argv and sum(word.partition("=")[0] == option for word in words) > 1:
         raise UserError(f"{option} takes one value, with or without its name; leave the others out.")
@@ -88,7 +95,7 @@ def explain(message: str, options: Collection[str]) -> UserError:
     if unknown:
         option = unknown[1] or f"--{unknown[2]}"
         known = [name for name in options if re.fullmatch(r"--(?!(data|model|trainer)$|.*(help|\+)$).+", name)]
-        word = option.strip("-").rpartition(".")[2].replace("-", "_")
+        word = re.sub("^(n|nb|num)_(train_)?", "", option.strip("-").rpartition(".")[2].replace("-", "_"))
         word = re.escape(OTHER_NAMES.get(word, word))
         forms = (rf"[-.]{word}$", rf"[-._]{word}(_|$)")  # in another group, or a part of the name
         same = (name for form in forms for name in known if re.search(form, name))
@@ -106,7 +113,7 @@ def explain(message: str, options: Collection[str]) -> UserError:
     if sentence := _class_error(message):
         return UserError(sentence)
     message = re.sub(r"typing\.Literal\['?(.*?)'?\]", r"\1", message).replace("', '", " or ")
-    value = re.search(r"(?:Got|Given) value: (.*)|: (.+) does not conform to", message)
+    value = re.search(r"(?:Got|Given) value: (.*)|: (.+) does not conform to|(?:literal|convert) .+: '(.*)'", message)
     if value is None:
         return UserError(" ".join(message.split()))
     types = re.findall(r"(?:Expected an?|Not of type) (.+?)(?:[.:]|$)", message, re.MULTILINE)
@@ -115,7 +122,7 @@ def explain(message: str, options: Collection[str]) -> UserError:
         expected = f"must be {limits[1]}"
         for sign, words in {"v>=": "at least ", "v<=": "at most ", "v>": "above ", "v<": "below "}.items():
             expected = expected.replace(sign, words)
-    return UserError(f"{message.partition(':')[0]} is {value[1] or value[2]}; it {expected}.")
+    return UserError(f"{message.partition(':')[0]} is {value[value.lastindex or 0]}; it {expected}.")
 
 
 def _class_error(message: str) -> str:

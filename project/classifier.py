@@ -34,11 +34,13 @@ class Classifier(LightningModule):
         freeze_bn: Batch norm keeps the mean and variance of the weights; by default where the head is new above given
             weights, whose other layers expect them: those of a few small batches can differ by far.
         optimizer: adam, adamw or sgd (with momentum 0.9).
-        lr: Highest learning rate; by default 3e-4, for sgd 0.01.
-        backbone_lr: Learning rate below the head, as a share of `lr`; by default 0.1 with weights, else 1.
+        lr: Highest learning rate; by default 3e-4, with a new head above weights 1e-3, for sgd 0.01.
+        backbone_lr: Learning rate below the head, as a share of `lr`; by default 1, with weights 0.3 below a new head
+            and else 0.1.
         warmup: Share of the steps over which the learning rate rises, before it falls along a cosine.
         weight_decay: Pull of weights towards 0 at each step; biases and norms have none.
-        label_smoothing: Share of the target that is spread over all classes, in training.
+        label_smoothing: Share of the target that is spread over all classes, in training; by default 0, with a new
+            head above weights 0.1.
         positive: Of two classes, the one that precision, recall and F1 are about; by default the second.
         mix: Training images are blended (mixup, arXiv:1710.09412) or cut and pasted (cutmix, arXiv:1905.04899) in
             pairs, their labels likewise: none, mixup or cutmix.
@@ -59,7 +61,7 @@ class Classifier(LightningModule):
         backbone_lr: PositiveFloat | None = None,
         warmup: ClosedUnitInterval = 0.1,
         weight_decay: NonNegativeFloat = 0.0,
-        label_smoothing: ClosedUnitInterval = 0.0,
+        label_smoothing: ClosedUnitInterval | None = None,
         positive: str | None = None,
         mix: Literal["none", "mixup", "cutmix"] = "none",
         compile: bool = False,
@@ -69,13 +71,14 @@ class Classifier(LightningModule):
         self.save_hyperparameters(logger=False, ignore="weights")  # when resuming, `weights` is the run's checkpoint
         # plain numbers: jsonargparse's types would be code in a checkpoint
         self.hparams.update({key: float(value) for key, value in self.hparams.items() if isinstance(value, float)})
-        self.hparams["lr"] = float(lr or optim.RATES[optimizer])
-        self.hparams["backbone_lr"] = float(backbone_lr or (1.0 if weights == "none" else 0.1))
         measured = metrics(class_names, positive)
         self.name, self.class_names, self.image_size = name, class_names, image_size
         self.transfer, self.compiled = freeze, compile
         self.solved = False  # the head is the solution of a logistic regression: nothing is left to train
         network, self.weights_note, self.has_new_head = sources.start(name, class_names, weights)
+        for option, value in optim.defaults(optimizer, weights, self.has_new_head and freeze != "backbone").items():
+            given = self.hparams[option]
+            self.hparams[option] = value if given is None else float(given)
         self.network = network.to(memory_format=torch.channels_last)
         models.require_size(self.network, name, image_size)
         self.head_name = models.head(self.network)[0]

@@ -67,11 +67,8 @@ def _exit_code(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except FailedRun as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if not (reason := workers.why_lost(error)):
+    except (FailedRun, OSError) as error:
+        if not (reason := error if isinstance(error, FailedRun) else workers.why_lost(error)):
             raise
         print(f"failed: {reason}", file=sys.stderr)
         return 1

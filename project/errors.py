@@ -6,6 +6,8 @@ import shlex
 import unicodedata
 from collections.abc import Collection, Iterable
 
+_LATIN = str.maketrans("авеікмнорѕтухјαικνορτυχ", "abeikmhopstyxjaikvoptux")  # by Cyrillic and Greek letters
+
 
 class UserError(Exception):
     """A mistake of the user: what is wrong, the value, and the next step, in one sentence.
@@ -25,14 +27,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def look_alike(ours: Iterable[str], theirs: Iterable[str]) -> str:
-    """Sentences, each after a space, about names that differ in case, blanks or the encoding of a letter alone."""
+    """Sentences, each after a space, about names that differ in case, blanks or the code of a letter alone."""
     plain = {_plain(name): name for name in ours}
     pairs = [(plain[_plain(name)], name) for name in theirs if plain.get(_plain(name), name) != name]
     return "".join(f" {own!a} and {other!a} look alike." for own, other in pairs[:3])
 
 
 def _plain(name: str) -> str:
-    return "".join(filter(str.isprintable, "".join(unicodedata.normalize("NFKC", name).casefold().split())))
+    folded = unicodedata.normalize("NFKC", name).casefold().translate(_LATIN)
+    return "".join(filter(str.isprintable, "".join(folded.split())))
 
 
 def one_line(text: str) -> str:

@@ -77,12 +77,6 @@ class Score(MulticlassStatScores):
 
     It is true positives / (true positives + weighted false positives + weighted false negatives), and nan where no
     image has the class; torchmetrics gives 0.
-
-    Args:
-        classes: Their number.
-        positive: Index of the positive class of two.
-        false_positives: Their weight.
-        false_negatives: Their weight.
     """
 
     def __init__(self, classes: int, positive: int | None, false_positives: float, false_negatives: float) -> None:

@@ -14,7 +14,18 @@ Rule = Literal["adam", "adamw", "sgd"]
 # The default peak learning rates. Adam's usual 1e-3 is known to be too high for AlexNet, which has no batch norm; 0.01
 # is that of torchvision's reference recipe for it.
 RATES: dict[Rule, float] = {"adam": 3e-4, "adamw": 3e-4, "sgd": 0.01}
+# Under a new head above given weights, which is solved for the data first; chosen in docs/recipe.md.
+FINE_TUNING: dict[str, float] = {"backbone_lr": 0.3, "label_smoothing": 0.1}
+FINE_TUNING_RATES: dict[Rule, float] = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.01}
+FINE_TUNING_EPOCHS = 12
 STAGES = 4  # into which gradual unfreezing divides the backbone, with equally many parameter tensors each
+
+
+def defaults(rule: Rule, weights: str, has_new_head: bool) -> dict[str, float]:
+    """The options of `Classifier` whose defaults depend on where the weights come from."""
+    if has_new_head:
+        return {"lr": FINE_TUNING_RATES[rule], **FINE_TUNING}
+    return {"lr": RATES[rule], "backbone_lr": 1.0 if weights == "none" else 0.1, "label_smoothing": 0.0}
 
 
 def configure(

@@ -21,11 +21,7 @@ Curve = tuple[list[float], list[float]]  # epochs and values
 
 
 class RunLock:
-    """An exclusive lock on a run folder, released by the operating system when the process exits.
-
-    Raises:
-        BlockingIOError: Another process holds the lock.
-    """
+    """An exclusive lock on a run folder, until the process exits at most; BlockingIOError where another holds it."""
 
     def __init__(self, folder: Path) -> None:
         self._descriptor: int | None = None
@@ -50,8 +46,7 @@ class RunLock:
 def create_run(name: str, fill: Callable[[Path], None], root: Path = ROOT) -> tuple[Path, RunLock]:
     """Makes and locks the next root/<name>/version_N, which appears with its first files, those that `fill` writes.
 
-    Raises:
-        UserError: The name cannot be used (TensorBoard splits names at `,` and `:`), or the folder cannot be written.
+    Raises UserError for a name that cannot be used (TensorBoard splits it at `,` and `:`) or a folder without access.
     """
     if name in ("", ".", "..", "latest") or Path(name).name != name or {",", ":"} & set(name):
         raise UserError(f"A run cannot be called {name!r}; give a name without / , : and other than latest by --name.")

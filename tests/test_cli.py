@@ -16,6 +16,7 @@ FILES = {
     **{f"bad/{number}.jpg": b"<html>" for number in range(9)},
     "bad.yaml": b"data: [1\n model: {",
     "home.yaml": b"data:\n  root: ~/none\n",
+    "empty.yaml": b"data:\n  root: ''\n",
     "unknown.yaml": b"data:\n  rooot: photos\n",
     "binary": b"\x89PNG\r\n",
     "zip": b"PK\x03\x04",
@@ -37,7 +38,12 @@ MISTAKES = [
     ("fit file", "file is neither a folder nor a CSV file"),
     ("fit ''", "An empty word is given for --data.root"),
     ("fit --data.root=", "An empty word is given for --data.root"),
+    ("fit --config empty.yaml", "An empty word is given for --data.root"),
+    ("fit --resume=", "An empty word is given for --resume"),
+    ("test ''", "An empty word is given for --ckpt_path"),
+    ("test --ckpt_path=", "An empty word is given for --ckpt_path"),
     ("predict run ''", "An empty word is given for images"),
+    ("predict run photos --out ''", "An empty word is given for --out"),
     ("fit --pretrained", "Did you mean --model.weights?"),
     ("fit --trainer.limit_train_batches 0", "nothing to train"),
     ("fit stray --data.root photos", "--data.root takes one value"),
@@ -51,6 +57,9 @@ MISTAKES = [
     ("fit -lr 0.1", "Did you mean --model.lr?"),
     ("fit --learning-rate 0.1", "Did you mean --model.lr?"),
     ("fit --epochs=3", "no option --epochs. Did you mean --trainer.max_epochs?"),
+    ("fit --num-epochs=3", "no option --num-epochs. Did you mean --trainer.max_epochs?"),
+    ("fit --num_train_epochs 3", "Did you mean --trainer.max_epochs?"),
+    ("fit --num_workers 3", "Did you mean --data.workers?"),
     ("fit --batch-size 8", "Did you mean --data.batch_size?"),
     ("fit --model.image-size 8", "Did you mean --data.image_size?"),
     ("fit --seed 8", "Did you mean --seed_everything?"),
@@ -67,6 +76,7 @@ MISTAKES = [
     ("fit --config bad.yaml", "line 2"),
     ("fit --config bytes.csv", "bytes.csv: "),
     *((f"fit --config {name}", f"{name}: this is no YAML file") for name in ("nothing.csv", "file", "binary", "zip")),
+    *((f"fit --{words} binary", "binary: this is no YAML file") for words in ("model", "data")),
     ("fit --config unknown.yaml", "no option --data.rooot. Did you mean --data.root?"),
     ("fit --data.root", "--data.root"),
     ("fit --data.root photos --model.name alexnot", "alexnet"),
@@ -98,6 +108,8 @@ MISTAKES = [
     ("predict photos/red/000.png photos", "photos/red/000.png can be images, but is no run"),
     ("explain nothing.csv photos", "nothing.csv can be images, but is no run"),
     ("predict run photos --batch_size 0", "--batch_size is 0; it must be above 0"),
+    ("serve run --port x", "--port is x; it takes NonNegativeInt."),
+    ("serve run --timeout x", "--timeout is x; it takes PositiveFloat."),
     ("predict run photos --min-confidence nan", "--min_confidence is nan; it"),
     ("predict run photos --min-confidense 1", "no option --min-confidense. Did you mean --min_confidence?"),
     ("predict run photos --calibrated", "No temperature is known for"),
@@ -242,12 +254,20 @@ def greet(path: Path, *, numbers: list[int], loud: bool = False, ask: bool = Tru
     print(path.name, numbers, loud, ask, times)
 
 
+def greet_all(first: str, *more: str, loud: bool = False) -> None:
+    """Greets everyone."""
+    print(first, more, *["loud"] * loud)
+
+
 def test_a_plainly_typed_function_is_a_verb_and_its_flags_look_like_flags(capsys):
     for words, expected in (
         ("a/b 1 2", "b [1, 2] False True None"),
         ("b 1 --loud --no-ask --times 3", "b [1] True False 3"),
     ):
         assert arguments.call(greet, "greet", words.split()) == 0
+        assert capsys.readouterr().out == f"{expected}\n"
+    for words, expected in (("a", "a ()"), ("a b c --loud", "a ('b', 'c') loud")):
+        assert arguments.call(greet_all, "greet_all", words.split()) == 0
         assert capsys.readouterr().out == f"{expected}\n"
     with pytest.raises(SystemExit):
         arguments.call(greet, "greet", ["--help"])

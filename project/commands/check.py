@@ -6,15 +6,14 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Literal
 
 from jsonargparse.typing import PositiveInt
 
 from project import files
-from project.data import manifest
+from project.data import manifest, splits
 from project.data.check import Report, check_dataset
 from project.data.folders import Layout
-from project.data.images import RESIZERS, read
+from project.data.images import parse_resize, read
 from project.data.transforms import AUGMENTATIONS, Augment
 from project.errors import one_line
 
@@ -29,7 +28,7 @@ def check(
     quarantine: str | None = None,
     augment: Augment = "flip",
     image_size: PositiveInt = 224,
-    resize: Literal["stretch", "crop", "pad", "all"] = "stretch",
+    resize: str = "stretch",
     layout: Layout | None = None,
     keep: str = "",
 ) -> int:
@@ -44,13 +43,14 @@ def check(
         quarantine: Write the images to exclude into this CSV file, which fit --data.exclude takes; must not exist.
         augment: Augmentation of the preview.
         image_size: Side of the preview's images, in pixels.
-        resize: How the preview's images become square, as fit --data.resize takes it; all shows each way.
+        resize: How the preview's images become square, as fit --data.resize takes it; all shows three ways.
         layout: Whether the folders in root are splits or classes, as fit --data.layout takes it.
         keep: Pattern of names that are not passed over, as fit --data.keep takes it.
     """
     from rich.console import Console
     from rich.progress import track
 
+    parse_resize("crop" if resize == "all" else resize)  # its error
     for option, file in (("json", json), ("preview", preview), ("quarantine", quarantine)):
         if file is not None:
             files.require_new(Path(file), option)
@@ -58,7 +58,7 @@ def check(
     report = check_dataset(Path(root), progress, layout, keep)
     print("\n".join(_lines(root, report)))
     if json is not None:
-        content = {"root": root, "images": len(report.rows), "classes": report.counts()} | vars(report)
+        content = {"root": root, "images": len(report.rows), "classes": splits.counts(report.rows)} | vars(report)
         del content["rows"]
         files.write_json(Path(json), content)
         print(f"written: {json}")
@@ -72,7 +72,7 @@ def check(
 
 
 def _lines(root: str, report: Report) -> Iterator[str]:
-    counts = {one_line(name): numbers for name, numbers in report.counts().items()}
+    counts = {one_line(name): numbers for name, numbers in splits.counts(report.rows).items()}
     yield f"{root}: {len(report.rows):,} images, {len(counts)} classes\n"
     if any(row.split for row in report.rows):
         width = max(map(len, [*counts, "class"]))
@@ -102,7 +102,7 @@ def _draw(file: Path, root: Path, report: Report, augment: Augment, size: int, r
 
     base = manifest.folder_of(root)
     images, titles = [], []
-    ways = [way for way in RESIZERS if resize in (way, "all")]
+    ways = ("stretch", "crop", "pad") if resize == "all" else (resize,)
     for split, draws in (("train", 4 - len(ways)), ("val", 1)):
         augmentation = AUGMENTATIONS[augment if split == "train" else "none"]
         rows = [row for row in report.rows if row.split == split and row.path not in report.leave_out]

@@ -94,8 +94,6 @@ def _explain(
     predictor: "TorchPredictor", given: dict[str, str], method: Method, target: int | None, unreadable: dict[str, str]
 ) -> Iterator[_Explanation]:
     """Yields explanations in the given order; adds the reasons of images that cannot be read to `unreadable`."""
-    import torch
-
     names = predictor.class_names
     for batch in predictor.batches(list(given), attribution.AT_A_TIME):
         unreadable |= {batch.names[index]: reason for index, reason in batch.failed.items()}
@@ -104,8 +102,7 @@ def _explain(
         probabilities = predictor.probabilities(batch.pixels)
         predicted = probabilities.argmax(axis=1).tolist()
         targets = predicted if target is None else [target] * len(predicted)
-        pixels = torch.from_numpy(batch.pixels).permute(0, 3, 1, 2)
-        heats, note = attribution.heat_maps(predictor, pixels, targets, method)
+        heats, note = attribution.heat_maps(predictor, batch.pixels, targets, method)
         for index, path in enumerate(name for name in batch.names if name not in unreadable):
             labels = {"predicted": predicted[index]}
             labels |= {} if target in (None, predicted[index]) else {"explained": target}

@@ -18,10 +18,10 @@ PLAIN_TOKEN = r"[!-~][ -~]{6,}[!-~]"
 
 
 class LogFormatter(logging.Formatter):
-    """Says what the numbers in uvicorn's line about a request are."""
+    """Says what the numbers in uvicorn's line about a request are, without the query, which may hold a secret."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return re.sub(r'(\S+) - "(.*) HTTP/\S+" (\d+)$', r"\2: status \3, client \1", super().format(record))
+        return re.sub(r'(\S+) - "(\S+ [^\s?]*).* HTTP/\S+" (\d+)$', r"\2: status \3, client \1", super().format(record))
 
 
 def serve(

@@ -120,8 +120,7 @@ class Tuning(trainer_cli.Cli):
 def suggest(rates: np.ndarray[Any, Any], losses: np.ndarray[Any, Any]) -> tuple[float | None, str]:
     """Chooses a learning rate from a range test: rising rates (N,) and the smoothed training loss after each (N,).
 
-    Returns:
-        A tenth of the rate with the lowest loss, or None where the fall of the loss may be noise; and a sentence.
+    It is a tenth of the rate with the lowest loss, or None where the fall of the loss may be noise; and a sentence.
     """
     finite = np.isfinite(losses)
     rates, losses = rates[finite], losses[finite]

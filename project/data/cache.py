@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import PIL
 
-from project.data.images import Pixels, Resize
+from project.data.images import Pixels
 
 Choice = Literal["auto", "on", "off"]
 FOLDER = Path("data/cache")  # `make clean-cache` removes it
@@ -30,10 +30,8 @@ class Cache:
     Read and written by file calls, not through a map: on a full disk these fail with an error, while touching a map of
     the unwritten part kills the process on some file systems (SIGBUS on tmpfs).
 
-    Args:
-        file: Created with the first row; rows that are not written take no space.
-        rows: Number of rows.
-        size: Side of the square images, in pixels.
+    The file is created with the first row; rows that are not written take no space. `size` is the side of the square
+    images, in pixels.
     """
 
     def __init__(self, file: Path, rows: int, size: int) -> None:
@@ -86,7 +84,7 @@ def checksum(pixels: Pixels) -> int:
 
 
 def choose(
-    choice: Choice, folder: Path, root: Path, paths: list[str], size: int, resize: Resize
+    choice: Choice, folder: Path, root: Path, paths: list[str], size: int, resize: str
 ) -> tuple[Cache | None, str]:
     """The cache for the images `paths` of `root`, if any, and a sentence about it.
 
@@ -97,7 +95,7 @@ def choose(
     key = repr((PIL.__version__, str(root.resolve()))) + "\0".join(paths)
     content = b"".join(file.read_bytes() for file in SOURCE)
     digest = hashlib.sha256(content + key.encode("utf-8", "surrogateescape")).hexdigest()
-    file = folder / f"{digest[:16]}-{size}-{resize}.pixels"
+    file = folder / f"{digest[:16]}-{size}-{resize.replace(':', '-')}.pixels"
     cache = Cache(file, len(paths), size)
     allocated = getattr(file.stat(), "st_blocks", 0) * 512 if file.exists() else 0
     nearest = next(parent for parent in file.absolute().parents if parent.exists())

@@ -58,11 +58,6 @@ class Report:
     mean: list[float]  # of the readable images' pixels, a channel each, 0 to 1
     std: list[float]  # their standard deviation
 
-    def counts(self) -> dict[str, dict[str, int]]:
-        """Images of each class in each split."""
-        counted = Counter((row.label, row.split) for row in self.rows)
-        return {label: {s: counted[label, s] for s in SPLITS} for label in sorted({row.label for row in self.rows})}
-
 
 def inspect_image(path: str) -> tuple[npt.NDArray[np.void], str]:
     """Decodes one image; returns a row of `INSPECTED`, and the reason if the image cannot be read."""
@@ -95,13 +90,9 @@ def check_dataset(
     layout: Layout | None = None,
     keep: str = "",
 ) -> Report:
-    """Inspects every image of a data set.
+    """Inspects every image of a data set, which is given as for `manifest.load`.
 
-    Args:
-        root: A folder or CSV file, as `manifest.load` takes it.
-        progress: Wraps the iterator over the images, given it and their number, `total`.
-        layout: As `manifest.load` takes it.
-        keep: As `manifest.load` takes it.
+    `progress` wraps the iterator over the images, given it and their number, `total`.
 
     Raises:
         UserError: There is no image.

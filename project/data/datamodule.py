@@ -20,7 +20,7 @@ from project.data import digits, manifest
 from project.data import workers as processes
 from project.data.dataset import Features, ImageDataset, read_size
 from project.data.folders import Layout
-from project.data.images import Resize
+from project.data.images import parse_resize
 from project.data.loader import BatchSampler, loader
 from project.data.manifest import Manifest
 from project.data.transforms import Augment
@@ -47,7 +47,8 @@ class ImageData(LightningDataModule):
         keep: Pattern of names of folders to read though they are hidden or those of a NAS, a file manager or a
             synchroniser, such as @eaDir.
         image_size: Side of the square images, in pixels; by default 64 for the bundled digits, else 224.
-        resize: How an image becomes square: stretch, crop (the centre square) or pad (black borders).
+        resize: How an image becomes square: stretch, crop (the centre) or pad (black borders), by interpolation and
+            share of the short side, if given (pad:lanczos, crop:bicubic:0.875); weights: as --model.weights expect it.
         augment: What is done to training images, each adding to the one before: none, flip, crop
             (RandomResizedCrop) or trivial (TrivialAugmentWide); by default none for the digits, else flip.
         balance: Against unequal classes: none, loss (rare classes weigh more) or sample (they are drawn more often).
@@ -69,7 +70,7 @@ class ImageData(LightningDataModule):
         layout: Layout | None = None,
         keep: str = "",
         image_size: PositiveInt | None = None,
-        resize: Resize = "stretch",
+        resize: str = "stretch",
         augment: Augment | None = None,
         balance: Balance = "none",
         cache: caches.Choice = "auto",
@@ -78,8 +79,6 @@ class ImageData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not str(root):
-            raise UserError("An empty word is given for --data.root; a dot means the current folder.")
         self.root = Path(root)
         self._query: dict[str, Any] = {"split": Path(split) if split else None, "seed": split_seed, "group": group}
         self._query |= {"folds": folds, "fold": fold, "exclude": Path(exclude) if exclude else None}
@@ -88,7 +87,8 @@ class ImageData(LightningDataModule):
         if self.is_bundled:
             digits.write(self.root)
         self.image_size = int(image_size or (digits.IMAGE_SIZE if self.is_bundled else 224))
-        self.resize: Resize = resize
+        parse_resize(resize)  # its error
+        self.resize = resize
         self.augment: Augment = augment or ("none" if self.is_bundled else "flip")
         self.balance, self.cache, self.seed = balance, cache, seed
         default = 0 if self.is_bundled else min(processes.usable_cores(), 8)
@@ -97,7 +97,7 @@ class ImageData(LightningDataModule):
             self.batch_size = int(batch_size)
         self._datasets: dict[str, ImageDataset] = {}
         self._features: dict[str, Features] = {}
-        self._start = (0, 0)  # epoch and batch
+        self.start = (0, 0)  # epoch and batch at which training starts
         self._checked: set[str] = set()  # splits
 
     @cached_property
@@ -137,10 +137,6 @@ class ImageData(LightningDataModule):
     def batching(self) -> list[int]:
         """Batch size and number of training rows, which decide how an epoch is split into batches."""
         return [self.batch_size, len(self.manifest.rows("train"))]
-
-    def start_from(self, epoch: int, batch: int) -> None:
-        """Makes training start at a batch of an epoch."""
-        self._start = (epoch, batch)
 
     @property
     def epochs(self) -> int:
@@ -192,11 +188,7 @@ class ImageData(LightningDataModule):
         rank_zero_only(print)(text, flush=True)
 
     def require_enough_for(self, ranks: int, stage: str) -> None:
-        """Checks that each rank gets at least one image.
-
-        Raises:
-            UserError: A split, or a batch, has fewer images than there are ranks.
-        """
+        """Raises UserError where a split, or a batch, has fewer images than there are ranks."""
         least = {f"{split} images": len(self.dataset(split)) for split in STAGE_SPLITS[stage]}
         least |= {"images in a batch": self.batch_size} if stage == "fit" else {}
         what, count = min(least.items(), key=lambda item: item[1])
@@ -252,7 +244,7 @@ class ImageData(LightningDataModule):
             same=trainer is not None and trainer.overfit_batches > 0,
         )
         if split == "train":
-            sampler.start_from(*self._start)
+            sampler.start_from(*self.start)
         return loader(
             self._features.get(split, dataset),
             sampler,

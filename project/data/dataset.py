@@ -39,7 +39,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         paths: Sequence[str],
         labels: npt.NDArray[np.integer[Any]] | None,
         image_size: int,
-        resize: images.Resize = "stretch",
+        resize: str = "stretch",
         augment: transforms.Augment = "none",
         seed: int = 0,
         cache: Cache | None = None,
@@ -58,11 +58,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         return len(self.paths)
 
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
-        """Image (3, H, W) uint8 and label of one row, augmented as in the first epoch.
-
-        Raises:
-            ImageError: The image cannot be read.
-        """
+        """Image (3, H, W) uint8 and label of one row, augmented as in the first epoch; ImageError if unreadable."""
         image = torch.from_numpy(self._read((0, row)).copy())  # Pillow's own memory is not writable
         return image.permute(2, 0, 1), int(self.labels[row])
 

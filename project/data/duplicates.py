@@ -14,12 +14,9 @@ NEARLY_SAME = 0.998  # correlation
 def groups(
     rows: list[Row], inspected: npt.NDArray[np.void], indices: npt.NDArray[np.int64]
 ) -> Iterator[tuple[str, str, list[list[int]]]]:
-    """Yields (kind, what they are, groups of indices), the worst kind first.
+    """Yields (kind, what they are, groups of indices), the worst kind first, of the images with the given indices.
 
-    Args:
-        rows: Path, label and split of each image.
-        inspected: The row of `check.inspect_image` for each, with `digest` and `thumbnail`.
-        indices: Which of them to compare.
+    `inspected` has the row of `check.inspect_image` for each image, with `digest` and `thumbnail`.
     """
     same_file: dict[bytes, list[int]] = defaultdict(list)
     for index in indices.tolist():

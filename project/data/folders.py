@@ -71,25 +71,28 @@ def scan(root: Path, skipped: Skipped, layout: Layout | None = None) -> Iterator
         yield from _classes(root, "", "", skipped)
         return
     for entry in entries(root):
-        if split := splits.get(entry.name):
-            yield from _classes(root, _prefix(root, entry.name, skipped), split, skipped)
+        if entry.name in splits:
+            yield from _classes(root, *splits[entry.name], skipped)
         elif skipped.kind(entry, entry.name):
             skipped[NOT_SPLIT].append(entry.name)
 
 
-def _splits(root: Path, skipped: Skipped, layout: Layout | None) -> dict[str, str]:
-    """The split of each folder that is one's; nothing where the folders are classes.
+def _splits(root: Path, skipped: Skipped, layout: Layout | None) -> dict[str, tuple[str, str]]:
+    """Where the classes of each split's folder are, and its split; nothing where the folders are classes.
 
     Folders named like splits are splits if they share a class, or if there are no others and one of them has a class.
     Those with an affix and classes of their own, or with an affix beside others, are classes.
     """
-    quiet, above, names = Skipped(skipped.keep), (os.path.realpath(root),), _folders(root, skipped)
+    quiet, above = Skipped(skipped.keep), (os.path.realpath(root),)  # what is passed over here is noted by the scan
+    names = _folders(root, quiet)
     if _words(names):  # folders without images decide nothing
         names = [name for name in names if next(images(str(root / name), name, quiet, above), None)]
     words = _words(names)
     if layout == "splits" and not words:
         raise UserError(f"{root} has no folder train; the layout splits needs the folders train, val and test.")
-    inside = {name: set(_folders(root / _prefix(root, name, quiet), quiet)) for name in names}
+    # archives are often unpacked to train/train/<class>
+    prefixes = {name: f"{name}/{name}/" if _folders(root / name, quiet) == [name] else f"{name}/" for name in names}
+    inside = {name: set(_folders(root / prefixes[name], quiet)) for name in names}
     nested, others = [inside[name] for name in words if inside[name]], [name for name in names if name not in words]
     if layout is None and not (len(nested) > 1 and set.intersection(*nested)):
         has_affix = any(normalized(name) not in SPLIT_OF_FOLDER for name in words)
@@ -121,7 +124,7 @@ def _splits(root: Path, skipped: Skipped, layout: Layout | None) -> dict[str, st
     if any(name.casefold() != split for name, split in splits.items()):
         said = ", ".join(f"{name} is {split}" for name, split in sorted(splits.items()))
         skipped.notices.append(f"{root} is read as splits: {said}; as classes by --data.layout classes")
-    return splits
+    return {name: (prefixes[name], split) for name, split in splits.items()}
 
 
 def _words(names: list[str]) -> dict[str, str]:
@@ -137,13 +140,7 @@ def _words(names: list[str]) -> dict[str, str]:
 
 def _folders(folder: Path, skipped: Skipped) -> list[str]:
     """Names of the folders in a folder that are not passed over; none where it cannot be read."""
-    quiet = Skipped(skipped.keep)
-    return [entry.name for entry in entries(folder, quiet) if quiet.kind(entry, "") == "folder"]
-
-
-def _prefix(root: Path, name: str, skipped: Skipped) -> str:
-    """Where a split's classes are: archives are often unpacked to train/train/<class>."""
-    return f"{name}/{name}/" if _folders(root / name, skipped) == [name] else f"{name}/"
+    return [entry.name for entry in entries(folder, skipped) if skipped.kind(entry, entry.name) == "folder"]
 
 
 def _classes(root: Path, prefix: str, split: str, skipped: Skipped) -> Iterator[Row]:
@@ -162,10 +159,8 @@ def _classes(root: Path, prefix: str, split: str, skipped: Skipped) -> Iterator[
 def images(folder: str, name: str, skipped: Skipped, above: tuple[str, ...] = ()) -> Iterator[str]:
     """Yields the path, beginning with `name`, of every image in a folder and below it; each real folder is read once.
 
-    With `above`, the real folders above it, to which a link may lead back, it is skipped where it cannot be read.
-
-    Raises:
-        UserError: The folder cannot be read, and none is above it.
+    Where it cannot be read, it is skipped if there are folders `above` it, to which links may lead back; else that is a
+    UserError.
     """
     folders, links, read = deque([(folder, name, above)]), deque[tuple[str, str, tuple[str, ...]]](), set[str]()
     while folders or links:  # links last: of a folder and a link to it, the link is left out
@@ -200,11 +195,7 @@ def nothing_in(root: Path, skipped: Skipped, what: str = "images") -> UserError:
 
 
 def entries(folder: str | Path, skipped: Skipped | None = None, name: str = "") -> list[os.DirEntry[str]]:
-    """The entries of a folder, sorted by name; none where it cannot be read, which `skipped` then notes.
-
-    Raises:
-        UserError: The folder cannot be read, and there is no `skipped`.
-    """
+    """The entries of a folder, by name; where it cannot be read, none and a note in `skipped`, or else a UserError."""
     try:
         with os.scandir(folder) as scan:
             return sorted(scan, key=lambda entry: entry.name)

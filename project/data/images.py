@@ -7,10 +7,11 @@ import errno
 import importlib
 import io
 import os
+import re
 import stat
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Literal
@@ -20,7 +21,10 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-Resize = Literal["stretch", "crop", "pad"]
+from project.errors import UserError
+
+# stretch, pad:bicubic, crop:bicubic:0.875: the way, the interpolation and, of a crop, the share of the short side
+RESIZE = re.compile(r"(?:stretch|pad|(crop))(?::(nearest|bilinear|bicubic|lanczos)(?(1)(?::(0?\.0?[1-9][0-9]*|1))?))?")
 Pixels = npt.NDArray[np.uint8]
 
 _ENDINGS = "avif bmp gif heic heif hif jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tif tiff webp"
@@ -60,7 +64,7 @@ class ImageError(Exception):
         return f"{self.path}: {self.reason}"
 
 
-def read(source: str | os.PathLike[str] | bytes, size: int, resize: Resize = "stretch") -> Pixels:
+def read(source: str | os.PathLike[str] | bytes, size: int, resize: str = "stretch") -> Pixels:
     """Reads one image as the network sees it.
 
     EXIF orientation is applied, transparency is laid on white, an animation gives its first frame, 16-bit and float
@@ -70,7 +74,7 @@ def read(source: str | os.PathLike[str] | bytes, size: int, resize: Resize = "st
         source: A path, or the encoded bytes of an image.
         size: Side of the square result, in pixels.
         resize: `stretch` ignores the aspect ratio (the article's `Resize((224, 224))`), `crop` cuts out the centre
-            square, `pad` keeps everything and adds black borders. All are Pillow's BILINEAR.
+            square, `pad` keeps everything and adds black borders. By BILINEAR unless another follows; see `RESIZE`.
 
     Returns:
         (size, size, 3) uint8, RGB.
@@ -79,11 +83,9 @@ def read(source: str | os.PathLike[str] | bytes, size: int, resize: Resize = "st
         ImageError: The file is missing, unreadable, truncated, not an image, or larger than `MAX_PIXELS`.
     """
     with opened(source) as image:
-        square = RESIZERS[resize]
         upright(image)
-        if is_plain_grey(image):  # a third of the work, and the same pixels
-            return np.array(square(image, size).convert("RGB"))
-        return np.array(square(to_rgb(image), size))
+        plain = image if is_plain_grey(image) else to_rgb(image)  # a third of the work for grey, and the same pixels
+        return np.array(_square(plain, size, resize).convert("RGB"))
 
 
 @contextmanager
@@ -161,8 +163,7 @@ def without_metadata(content: bytes) -> bytes:
 def require_short_decoding(content: bytes, name: str = "<bytes>") -> None:
     """Checks that a small file does not keep its decoder busy for minutes, as a stranger's upload may.
 
-    Raises:
-        ImageError: A JPEG has too many scans, each of which covers the whole image, or a text PPM too many comments.
+    Raises ImageError for too many scans in a JPEG, each of which covers the whole image, or comments in a text PPM.
     """
     scans = content.count(b"\xff\xda\x00") if content.startswith(b"\xff\xd8") else 0
     comments = content.count(b"#") if content.startswith((b"P1", b"P2", b"P3")) else 0
@@ -255,20 +256,27 @@ def _range(values: npt.NDArray[np.float64]) -> tuple[float, float]:
     return 0.0, 255.0 if high <= 255 else 65535.0
 
 
-def _pad(image: Image.Image, size: int) -> Image.Image:
+def parse_resize(resize: str) -> tuple[str, Image.Resampling, float]:
+    """The way, the interpolation and the share of the short side; UserError for what does not match `RESIZE`."""
+    if (found := RESIZE.fullmatch(resize)) is None:
+        raise UserError(
+            f"There is no resize {resize}; give stretch, pad:nearest or crop:bicubic:0.875, say; docs/data.md has all."
+        )
+    return resize.partition(":")[0], Image.Resampling[(found[2] or "bilinear").upper()], float(found[3] or 1)
+
+
+def _square(image: Image.Image, size: int, resize: str) -> Image.Image:
+    way, resampling, share = parse_resize(resize)
+    if way == "stretch":
+        return image.resize((size, size), resampling)
+    if way == "crop":  # in one step, of the pixels that are kept alone
+        return ImageOps.fit(image, (size, size), resampling, bleed=(1 - share) / 2)
     # not ImageOps.pad: it rounds the short side of a very long image to 0 and fails
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     square = Image.new(image.mode, (size, size))
-    square.paste(image.resize((width, height), Image.Resampling.BILINEAR), ((size - width) // 2, (size - height) // 2))
+    square.paste(image.resize((width, height), resampling), ((size - width) // 2, (size - height) // 2))
     return square
-
-
-RESIZERS: dict[Resize, Callable[[Image.Image, int], Image.Image]] = {
-    "stretch": lambda image, size: image.resize((size, size), Image.Resampling.BILINEAR),
-    "crop": lambda image, size: ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR),
-    "pad": _pad,
-}
 
 
 def _reason(error: Exception) -> str:

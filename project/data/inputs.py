@@ -14,15 +14,12 @@ STREAM = "-"  # standard input
 
 
 def gather(arguments: Iterable[str]) -> list[tuple[str, str]]:
-    """Collects the images that the arguments mean, in their order.
+    """Collects path and true class, empty where it is unknown, of the images that the arguments mean, in their order.
 
     Args:
         arguments: A file means itself; a folder, all images below it in order of name, without hidden ones; a pattern
             like photos/*.jpg, its matches; a CSV file, its column path, relative to the file; a dash, the lines of
             standard input.
-
-    Returns:
-        Path and true class of each image; the class is empty where it is unknown.
 
     Raises:
         UserError: An argument is none of these, or means no image.

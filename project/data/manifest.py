@@ -64,20 +64,11 @@ def load(
     layout: Layout | None = None,
     keep: str = "",
 ) -> Manifest:
-    """Reads a data set's rows.
+    """Reads a data set's rows. The arguments are those of `ImageData`, which describes them; `seed` is its split_seed.
 
-    Args:
-        root: `root/<class>/**.jpg`, split here into 70 % train, 10 % val and 20 % test; or
-            `root/train|val|test/<class>/**.jpg` (or other names in use), taken as it is; or a CSV file with the columns
-            path (relative to the file) and label, and perhaps split and group.
-        split: A split.csv of an earlier run; its rows are used as they are.
-        seed: Decides which image goes into which split.
-        group: Regular expression; images in whose path it matches the same text stay in one split.
-        folds: Number of equal parts; see `splits.assign`.
-        fold: Which of them is the test split, from 0.
-        exclude: CSV file with a column path: rows to leave out.
-        layout: Whether the folders in root are splits or classes; by default decided by their names and contents.
-        keep: Pattern of names that are read though they are hidden or known to be a tool's.
+    A root `root/<class>/**.jpg` is split here into 70 % train, 10 % val and 20 % test, or into folds;
+    `root/train|val|test/<class>/**.jpg` (or other names in use) is taken as it is, as is the column split of a CSV
+    file, whose paths are relative to it.
 
     Raises:
         UserError: There is no such folder, no image, a single class, a class with fewer than three images, or a class
@@ -154,11 +145,9 @@ def folder_of(root: Path) -> Path:
 
 
 def read_rows(file: Path, is_split_file: bool = False) -> list[Row]:
-    """The images that a CSV file lists.
+    """The images that a CSV file lists, as `read_csv` reads it.
 
-    Args:
-        file: See `read_csv`.
-        is_split_file: Every row needs a split, and names are taken as they are: `Manifest.write_split` wrote them.
+    Every row of a split file needs a split, and its names are taken as they are: `Manifest.write_split` wrote them.
 
     Raises:
         UserError: The file cannot be read, a needed column or value is missing, or a path is listed twice.
@@ -202,8 +191,10 @@ def read_csv(file: Path, needed: set[str], tidy: bool) -> Iterator[dict[str, str
                 if tidy:
                     values["path"] = posixpath.normpath(values["path"].replace("\\", "/"))
                     is_ours = {"probability", "error"} <= {*names}  # by predict, whose paths are as they were given
-                    if is_ours and not os.path.isabs(values["path"]) and os.path.lexists(values["path"]):  # noqa: PTH117
-                        values["path"] = os.path.relpath(values["path"], file.parent)
+                    if is_ours:  # relative to the folder where predict ran, which usually is this one or above the file
+                        above = (base / values["path"] for base in (Path(), *file.absolute().parents))
+                        if found := next(filter(os.path.lexists, above), None):
+                            values["path"] = os.path.relpath(found, file.parent)
                 used = {"path", "label", "true"} & {*names} if tidy else ()
                 bad = {name for name in used if re.search("[\udc80-\udcff]", values[name])}
                 if bad - {"path"} or (bad and not os.path.lexists(file.parent / values["path"])):

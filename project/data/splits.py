@@ -25,17 +25,17 @@ class Row(NamedTuple):
         return self.group or self.path
 
 
+def counts(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
+    """Images of each class in each split."""
+    counted = Counter((row.label, row.split) for row in rows)
+    return {label: {split: counted[label, split] for split in SPLITS} for label in sorted({row.label for row in rows})}
+
+
 def assign(rows: Sequence[Row], seed: int, folds: int | None = None, fold: int | None = None) -> list[Row]:
     """Gives every row a split: 70 % train, 10 % val and 20 % test of each class, at least one image to each.
 
-    Rows of one group get the same split. With `folds`, test is one of that many equal parts and val a tenth of all
-    rows, taken from the rest.
-
-    Args:
-        rows: All without a split.
-        seed: Decides which image gets which split.
-        folds: Number of parts.
-        fold: Which of them is test, from 0.
+    Rows of one group get the same split. With `folds`, test is one of that many equal parts, the one with the number
+    `fold`, from 0, and val a tenth of all rows, taken from the rest.
 
     Raises:
         UserError: Classes are too small; the sentence names them.
@@ -57,11 +57,7 @@ def assign(rows: Sequence[Row], seed: int, folds: int | None = None, fold: int |
 
 
 def carve_val(rows: Sequence[Row], seed: int) -> list[Row]:
-    """Makes a tenth of each class's training rows validation rows; groups stay together.
-
-    Raises:
-        UserError: A class is too small.
-    """
+    """Makes a tenth of each class's training rows validation rows, groups together; UserError for too small a class."""
     train = [row for row in rows if row.split == "train"]
     if any(row.group for row in train):
         is_val = _by_group(train, [1 - VAL_SHARE, VAL_SHARE], seed, 2)

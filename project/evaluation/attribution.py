@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor, nn
 
+    from project.data.images import Pixels
     from project.inference.checkpoint import TorchPredictor
 
 
@@ -29,13 +30,13 @@ ENOUGH_CELLS = 7
 
 
 def heat_maps(
-    predictor: "TorchPredictor", images: "Tensor", targets: Sequence[int], method: Method = "gradcam"
+    predictor: "TorchPredictor", pixels: "Pixels", targets: Sequence[int], method: Method = "gradcam"
 ) -> "tuple[npt.NDArray[np.float32], str]":
     """Computes heat maps of the evidence for a class, and leaves the network unchanged.
 
     Args:
         predictor: Its network begins with Normalize; gradients start behind it.
-        images: (B, 3, H, W) uint8, RGB, square.
+        pixels: (B, H, W, 3) uint8, RGB, square images.
         targets: B class indices.
         method: See `attributions`.
 
@@ -50,7 +51,7 @@ def heat_maps(
     import torch
     from torch.nn.functional import avg_pool2d
 
-    maps = []
+    maps, images = [], torch.from_numpy(pixels).permute(0, 3, 1, 2)
     for first in range(0, len(images), EXPLAINED[method]):
         part = slice(first, first + EXPLAINED[method])
         evidence, cells = attributions(predictor.network, images[part], targets[part], method)
@@ -72,7 +73,7 @@ def attributions(
     gradcam: the maps of `last_maps`, weighted by their mean gradients and enlarged to the image. ig: from grey to the
     image, summed over channels; the sum over an image is about the difference of its logit and that of grey.
     occlusion: the mean drop of the logit over all grey squares, a seventh of the side wide, that cover the pixel.
-    The network is Normalize ► network, in evaluation mode; see `heat_maps` for the other arguments.
+    The network is Normalize ► network, in evaluation mode; images are (B, 3, H, W) uint8, RGB, square.
     """
     import torch
     from torch.nn.functional import interpolate
@@ -106,12 +107,9 @@ def attributions(
 def last_maps(network: "nn.Module", pixels: "Tensor") -> "nn.Module":
     """Finds the layer for Grad-CAM: the last one with maps (B, C, h, w) before they are pooled at the end.
 
-    The network is run once. The last layer with parameters whose output is spatial gives the size of the maps; the
-    last module from there on with maps of this size, which ran once, is returned: a whole block where there are blocks.
-
-    Args:
-        network: The layers behind Normalize.
-        pixels: (1, 3, H, W) float.
+    The network, which is the layers behind Normalize, is run once, on pixels (1, 3, H, W) float. The last layer with
+    parameters whose output is spatial gives the size of the maps; the last module from there on with maps of this size,
+    which ran once, is returned: a whole block where there are blocks.
 
     Raises:
         UserError: The network has no maps in its last layers, like vision transformers.

@@ -46,14 +46,9 @@ def _axes(width: float, height: float, x: str = "", y: str = "") -> tuple[Figure
 def image_grid(
     images: Pixels, titles: Sequence[str], columns: int = 8, wrong: Sequence[bool] = (), side: float = 1.0
 ) -> Figure:
-    """Images in rows, each above its title.
+    """Images (N, H, W, 3) uint8, RGB, in rows, each above its title; those that are `wrong` are marked in red.
 
-    Args:
-        images: (N, H, W, 3) uint8, RGB.
-        titles: N texts.
-        columns: Images in a row.
-        wrong: N flags; images with True are marked in red. By default none.
-        side: Of an image, in inches.
+    The side of an image is given in inches.
     """
     rows, lines = max(1, math.ceil(len(images) / columns)), max((text.count("\n") + 1 for text in titles), default=1)
     height = 1.1 + 0.2 * lines / side  # of a row, where an image is 1 wide
@@ -250,8 +245,7 @@ def overlay(image: Pixels, heat: Array) -> Pixels:
     grey = 51 + 0.6 * luma[..., None]  # black and white would change the colours
     colour = mpl.colormaps["inferno"](0.3 + 0.7 * heat)[..., :3] * 255  # without its dark end, which is like shadow
     share = (0.8 * np.sqrt(heat))[..., None]
-    mixed: Pixels = np.rint((1 - share) * grey + share * colour).astype(np.uint8)
-    return mixed
+    return np.asarray(np.rint((1 - share) * grey + share * colour), np.uint8)
 
 
 @mpl.rc_context(STYLE)
@@ -285,10 +279,9 @@ def explanations(
 
 
 def filter_grid(filters: "Tensor") -> Figure:
-    """A convolution's first 256 filters, each scaled by its largest weight; a weight of 0 is middle grey.
+    """A convolution's first 256 filters (N, C, h, w), in colour where C is 3, else their mean over C in grey.
 
-    Args:
-        filters: (N, C, h, w); in colour where C is 3, else their mean over C in grey.
+    Each is scaled by its largest weight; a weight of 0 is middle grey.
     """
     from torchvision.utils import make_grid
 

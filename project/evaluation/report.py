@@ -12,6 +12,7 @@ import yaml
 from project import files, runs
 from project.data import check, manifest
 from project.data.images import Pixels
+from project.data.splits import SPLITS
 from project.errors import UserError
 from project.evaluation import attribution, comparison, figures, html, results, run_split, scores
 from project.evaluation.comparison import ComparedRun
@@ -36,13 +37,9 @@ def write(
 ) -> Path:
     """Writes the report of a tested checkpoint, or of a bundle, which predicts the test images now.
 
-    Args:
-        source: The checkpoint or bundle.
-        out: The page; by default report.html in the run or in the bundle.
-        others: Runs to compare with.
-        data: The data set's folder or table for a bundle; None means that of its run.
-        unknown: The share of false alarms among the validation images, to show the images of none of the classes.
-        pooled: Of several folds, the first of which is the source; see `results.pool`.
+    The page is `out`, by default report.html in the run or in the bundle. It compares with the runs `others`, and shows
+    images that may be of none of the classes if `unknown` is a share of false alarms among the validation images. For
+    `data` see `results.gather`; `pooled` are the results of `results.pool`, of folds the first of which is the source.
 
     Raises:
         UserError: Predictions are missing or damaged, or the page cannot be written.
@@ -69,6 +66,7 @@ def _content(
     return {
         "result": result,
         "scores": scores,
+        "splits": SPLITS,
         "name": run.parent.name if result.folds else runs.name_of(result.source.file),
         "time": f"{datetime.now().astimezone():%Y-%m-%d %H:%M}",
         "positive": None if scored.positive is None else names[scored.positive],
@@ -154,12 +152,10 @@ def _heat_maps(pixels: Pixels, labels: list[int], result: Results, predictor: Pr
         return nothing, ""
     try:
         attribution.captum()
-        import torch
-
         from project.inference.checkpoint import TorchPredictor
 
         network = predictor if isinstance(predictor, TorchPredictor) else result.source.load_network(device="cpu")
-        heats, note = attribution.heat_maps(network, torch.from_numpy(pixels).permute(0, 3, 1, 2), labels)
+        heats, note = attribution.heat_maps(network, pixels, labels)
     except UserError as error:  # no Captum, a network without maps for Grad-CAM, a bundle without model.safetensors
         return nothing, f" {error}"
     return heats, f" The heat maps (Grad-CAM) show the evidence for the predicted class{note and ': '}{note}."

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from project import runs
+from project.data import splits
 from project.errors import UserError, command
 from project.evaluation import run_split
 from project.evaluation.scores import ScoredPredictions
@@ -49,11 +50,7 @@ class TestPredictions:
 
     @classmethod
     def read(cls, file: Path) -> "TestPredictions":
-        """Reads a predictions.csv.
-
-        Raises:
-            UserError: The file is damaged, or has no readable image of a known class.
-        """
+        """Reads a predictions.csv; UserError where it is damaged or has no readable image of a known class."""
         try:
             class_names = predictions.read_class_names(file)
             table = cls.of(predictions.read(file), class_names, str(file))
@@ -78,7 +75,7 @@ class Results:
     val: TestPredictions | None  # None for a bundle, or where the images are missing
     temperature: float | None  # fitted on the validation images
     curves: dict[str, runs.Curve]  # what the fit logged over its epochs
-    counts: dict[str, dict[str, int]]  # images of each class in each split
+    counts: dict[str, dict[str, int]]  # images of each class in each split, by their names; empty where unknown
     measured: dict[str, Any]  # content of test_metrics.json
     notice: str  # a caveat about the test images; empty if there is none
     status: dict[str, Any]  # of the fit; see `runs.read_status`
@@ -94,8 +91,8 @@ class Results:
     @property
     def majority(self) -> int:
         """Index of the class with most training images, or, where these are unknown, with most test images."""
-        names, train = self.test.class_names, self.counts["train"]
-        counts = [train.get(name, 0) for name in names]
+        names = self.test.class_names
+        counts = [self.counts.get(name, {}).get("train", 0) for name in names]
         return int(np.argmax(counts if any(counts) else np.bincount(self.test.true, minlength=len(names))))
 
 
@@ -132,7 +129,7 @@ def pool(folds: Mapping[str, Results], file: Path) -> Results:
         test=TestPredictions.read(file),
         val=None,
         temperature=None,
-        counts={"train": {}},
+        counts={},
         measured={"data": first.measured.get("data", "")},
         notice=f"Each was predicted once, by the one of {len(folds)} networks that was trained without it.",
         status={key: sum(fold.status.get(key, 0) for fold in folds.values()) for key in ("seconds", "step")}
@@ -144,10 +141,7 @@ def pool(folds: Mapping[str, Results], file: Path) -> Results:
 def gather(source: Source, predictor: Predictor, data: str | None = None) -> Results:
     """Collects the results of a tested checkpoint, or predicts the test images with a bundle.
 
-    Args:
-        source: The checkpoint or bundle; what a bundle does not hold is read from the run that it lies in.
-        predictor: Its classifier.
-        data: The data set's folder or table for a bundle; None means that of its run.
+    What a bundle does not hold is read from the run that it lies in; `data` is its data set, by default the run's.
 
     Raises:
         UserError: A file is damaged, or there are no test images.
@@ -168,7 +162,7 @@ def gather(source: Source, predictor: Predictor, data: str | None = None) -> Res
         val = _validation(source.file, predictor, measured)
         temperature, max_logits = _calibrate(source.file, val)
         metadata = replace(metadata, max_logits=max_logits)
-    curves, counts, status = runs.curves(run / runs.METRICS), run_split.counts(run), runs.read_status(run)
+    curves, counts, status = runs.curves(run / runs.METRICS), splits.counts(run_split.rows(run)), runs.read_status(run)
     return Results(source, metadata, test, val, temperature, curves, counts, measured, notice, status)
 
 

@@ -1,11 +1,10 @@
 """The images of a run's splits, as its split.csv lists them."""
 
-from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from project.data import manifest
-from project.data.splits import SPLITS, Row
+from project.data.splits import Row
 from project.errors import UserError, some
 from project.inference.metadata import Metadata
 
@@ -23,11 +22,7 @@ class SplitImages(NamedTuple):
 def images(run: Path, split: str, metadata: Metadata, data: str | None) -> SplitImages:
     """Finds the images of one split, by the run's split.csv, or by splitting the data again with the run's options.
 
-    Args:
-        run: Folder that may hold a split.csv.
-        split: train, val or test.
-        metadata: Of the run's checkpoint, or of a bundle.
-        data: The data set's folder or table; None means the run's.
+    `data` is the data set's folder or table, by default the run's.
 
     Raises:
         UserError: The folder cannot be read, or its classes are not the network's.
@@ -67,9 +62,3 @@ def rows(run: Path) -> list[Row]:
     """The rows of a run's split.csv; none where the file is missing."""
     file = run / FILE
     return manifest.read_rows(file, is_split_file=True) if file.is_file() else []
-
-
-def counts(run: Path) -> dict[str, dict[str, int]]:
-    """The number of images of each class in each split; empty splits where there is no split.csv."""
-    number = Counter((row.split, row.label) for row in rows(run))
-    return {split: {label: n for (s, label), n in number.items() if s == split} for split in SPLITS}

@@ -85,8 +85,7 @@ class ScoredPredictions:
     def scores(self, weight: Floats | None = None) -> dict[str, float]:
         """All scores by name; macro averages are over the classes that occur.
 
-        Args:
-            weight: (N,) how often each image counts; by default once.
+        `weight` (N,) is how often each image counts, by default once.
         """
         each, aurocs = self.per_class(weight), self.aurocs(weight)
         absent = np.where(each["support"] > 0, 0.0, np.nan)

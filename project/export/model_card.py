@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from project import runs
+from project.data import splits
+from project.data.images import parse_resize
 from project.data.splits import SPLITS
 from project.evaluation import html, results, run_split, scores
 from project.inference import bundle
@@ -28,6 +30,7 @@ def write(file: Path, checkpoint: Path, metadata: Metadata) -> None:
         splits=SPLITS,
         **_figures(checkpoint, metadata),
         metadata=metadata,
+        resize=parse_resize(metadata.resize),
         checkpoint=_plain(checkpoint.name),
         date=f"{datetime.now().astimezone():%Y-%m-%d}",
         program=(file.parent / bundle.PROGRAM).exists(),
@@ -49,11 +52,10 @@ def _figures(checkpoint: Path, metadata: Metadata) -> dict[str, Any]:
 
 def _counts(run: Path, names: list[str]) -> list[tuple[str, list[int]]]:
     """Images of each class in each split; empty where the run has no split.csv."""
-    counts = run_split.counts(run)
-    if not any(counts.values()):
+    if not (counts := splits.counts(run_split.rows(run))):
         return []
-    rows = [(_plain(name), [counts[split].get(name, 0) for split in SPLITS]) for name in names[:MAX_NAMES]]
-    return [*rows, ("all classes", [sum(counts[split].values()) for split in SPLITS])]
+    rows = [(_plain(name), [counts.get(name, {}).get(split, 0) for split in SPLITS]) for name in names[:MAX_NAMES]]
+    return [*rows, ("all classes", [sum(of[split] for of in counts.values()) for split in SPLITS])]
 
 
 def _plain(text: str) -> str:

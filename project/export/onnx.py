@@ -58,11 +58,7 @@ def trace(network: nn.Module, temperature: float, image_size: int) -> torch.expo
 
 
 def write_onnx(program: torch.export.ExportedProgram, file: Path, properties: dict[str, str]) -> None:
-    """Writes a graph as ONNX, with texts by key.
-
-    Raises:
-        UserError: The network has an operation that ONNX does not have.
-    """
+    """Writes a graph as ONNX, with texts by key; for an operation that ONNX does not have, raises UserError."""
     try:
         exported = torch.onnx.export(
             program,

@@ -73,13 +73,10 @@ def training_samples(run: Path, network: Predictor, data: str | None) -> list[Pi
 
 
 def compare(network: Predictor, exported: Predictor, images: LabelledImages) -> tuple[dict[str, Any], Outputs]:
-    """Compares two predictors on the same files, and prints how much they differ.
+    """Compares two predictors on the same files, prints how much they differ, and returns that and the first's outputs.
 
     Where all probabilities are equal within `TOLERANCE`, another label is a tie: which of two equal probabilities is
     larger is chance.
-
-    Returns:
-        What was measured, and the outputs of the network.
 
     Raises:
         FailedRun: The outputs differ.

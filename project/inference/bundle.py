@@ -32,9 +32,7 @@ ANEW = "make the bundle anew by python -m project.cli export"
 class OnnxPredictor(Predictor):
     """A bundle's model.onnx; several threads may use it at once.
 
-    Args:
-        folder: The bundle.
-        threads: That compute one batch; by default one per core that this process may use.
+    Each batch is computed by `threads`, by default one per core that this process may use.
 
     Raises:
         UserError: A file is missing or damaged, or contradicts another.

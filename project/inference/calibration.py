@@ -23,15 +23,10 @@ QUANTILES = 201  # of the maximum logits are kept, in steps of 0.5 %; of fewer i
 
 
 def fit_temperature(true: npt.NDArray[np.integer[Any]], probabilities: npt.NDArray[np.floating[Any]]) -> float | None:
-    """Finds the temperature that maximises the likelihood of the true classes.
+    """Finds the temperature, for probabilities (N, K) at 1, that maximises the likelihood of the true classes (N,).
 
-    Args:
-        true: (N,) indices of the true classes.
-        probabilities: (N, K), at temperature 1.
-
-    Returns:
-        Above 1 where the network was overconfident. None where no temperature from 0.05 to 20 is best, as with images
-        that are all classified correctly, for which more confidence is always better.
+    It is above 1 where the network was overconfident, and None where none from 0.05 to 20 is best, as with images that
+    are all classified correctly, for which more confidence is always better.
     """
     logits = np.log(np.maximum(probabilities, SMALLEST).astype(np.float64))
     own = logits[np.arange(len(true)), true]

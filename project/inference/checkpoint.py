@@ -53,12 +53,13 @@ class TorchPredictor(Predictor):
         device = next(self.network.parameters()).device
         with torch.inference_mode():
             logits: Tensor = self.network(torch.from_numpy(image).permute(0, 3, 1, 2).to(device))
-            result: npt.NDArray[np.float32] = (logits.float() / self.metadata.temperature).softmax(dim=1).cpu().numpy()
-        return result
+            return np.asarray((logits.float() / self.metadata.temperature).softmax(dim=1).cpu().numpy())
 
 
-def load(path: Path, is_bundle: bool, calibrated: bool = False, device: str | None = None) -> TorchPredictor:
+def load(path: Path, is_bundle: bool, calibrated: bool, device: str | None, threads: int | None) -> TorchPredictor:
     """Loads a checkpoint, if `calibrated` with the temperature in the file beside it, or the network of a bundle."""
+    if threads is not None:
+        torch.set_num_threads(threads)
     if is_bundle:
         metadata = bundle.verify(path, bundle.WEIGHTS)
         state = dict(weights.from_file(path / bundle.WEIGHTS).tensors)

@@ -32,22 +32,24 @@ class Source:
         return self.file.absolute().parent if self.is_bundle else runs.folder_of(self.file)
 
     def load(self, calibrated: bool = False, device: str | None = None, threads: int | None = None) -> Predictor:
-        """Like the function `load`; a bundle computes a batch with `threads`, by default one per core."""
+        """Like the function `load`; a batch is computed on the CPU with `threads`, by default one per core."""
         if not self.is_bundle:
-            return self.load_network(calibrated, device)
+            return self.load_network(calibrated, device, threads)
         predictor = bundle.OnnxPredictor(self.file, threads)
         if calibrated and not predictor.metadata.calibrated:
             raise UserError(f"{self.file} gives raw probabilities; make another bundle by export --calibrated.")
         return predictor
 
-    def load_network(self, calibrated: bool = False, device: str | None = None) -> "TorchPredictor":
+    def load_network(
+        self, calibrated: bool = False, device: str | None = None, threads: int | None = None
+    ) -> "TorchPredictor":
         """Like `load`, but always as a PyTorch network, a bundle's at the bundle's own temperature."""
         limit_threads()
         try:
             from project.inference import checkpoint
         except ModuleNotFoundError as error:
             raise UserError(f"{self.file} needs {error.name}; without it, predict and serve take bundles.") from error
-        return checkpoint.load(self.file, self.is_bundle, calibrated, device)
+        return checkpoint.load(self.file, self.is_bundle, calibrated, device, threads)
 
 
 def locate(path: str | os.PathLike[str] | None = None) -> Source:

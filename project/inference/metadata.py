@@ -4,14 +4,15 @@ import importlib.metadata
 import importlib.util
 import math
 import platform
+import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from project.data import workers
-from project.data.images import Resize
+from project.data.images import RESIZE
 from project.errors import UserError, command
 from project.inference import calibration
 
@@ -25,7 +26,7 @@ class Metadata:
     model: str  # as `models.build` takes it
     class_names: list[str]
     image_size: int  # side of the square images, in pixels
-    resize: Resize
+    resize: str
     mean: list[float]  # of the pixels, one per channel, on the scale of 0 to 1
     std: list[float]
     config: dict[str, Any]  # the run's options: the sections data, model and trainer, and others by name
@@ -44,11 +45,9 @@ class Metadata:
 
     @classmethod
     def parse(cls, content: Any, refusal: str) -> "Metadata":
-        """Validates the content of a file, whoever wrote it.
+        """Validates the content of a file, whoever wrote it: values by name, of which unknown ones are ignored.
 
-        Args:
-            content: Values by name; unknown names are ignored.
-            refusal: How the error message begins: the file, and what it is not.
+        The error message begins with `refusal`: the file, and what it is not.
 
         Raises:
             UserError: A value is missing or invalid.
@@ -82,10 +81,7 @@ class Metadata:
 
 
 def _is_text(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and value.encode("utf-8", "surrogateescape") is not None  # a folder's name
-    except UnicodeEncodeError:
-        return False
+    return isinstance(value, str) and not re.search("[\ud800-\udc7f\udd00-\udfff]", value)  # as a folder's name
 
 
 def _are_names(value: Any) -> bool:
@@ -109,7 +105,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "model": ("a name", _is_text),
     "class_names": ("a list of different names", _are_names),
     "image_size": (f"a number of pixels up to {MAX_SIZE}", lambda size: type(size) is int and 0 < size <= MAX_SIZE),
-    "resize": (f"one of {', '.join(get_args(Resize))}", lambda resize: _is_text(resize) and resize in get_args(Resize)),
+    "resize": ("a known way to resize", lambda resize: isinstance(resize, str) and bool(RESIZE.fullmatch(resize))),
     "mean": ("three numbers", lambda mean: _are_numbers(mean) and len(mean) == 3),
     "std": ("three numbers above 0", lambda std: _are_numbers(std) and len(std) == 3 and min(std) > 0),
     "max_logits": ("a list of numbers", _are_numbers),

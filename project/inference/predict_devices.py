@@ -14,9 +14,9 @@ from project.errors import FailedRun, UserError
 from project.inference.load import Source
 from project.inference.metadata import Metadata
 from project.inference.predictions import Prediction
-from project.inference.predictor import Predictor
 
 TASK, AHEAD = 8, 2  # batches of a task, within which images are read ahead; tasks of a process at a time
+_load = cache(Source.load)  # once in each process
 
 
 def predict(
@@ -30,8 +30,7 @@ def predict(
 ) -> tuple[Metadata, Generator[Prediction, None, None]]:
     """Labels images in several processes: one per accelerator, or, without one and for bundles, several on the CPU.
 
-    Returns:
-        The classifier's metadata, and the predictions in the order of the images.
+    Returns the classifier's metadata, and the predictions in the order of the images.
 
     Raises:
         UserError: The checkpoint cannot be used, or there are fewer devices.
@@ -81,13 +80,4 @@ def _device_names(source: Source, devices: int) -> list[str]:
 def _label(
     source: Source, calibrated: bool, threads: int, options: dict[str, Any], device: str, paths: list[str]
 ) -> list[Prediction]:
-    return _load(source, calibrated, threads, device).predict(paths, **options)
-
-
-@cache
-def _load(source: Source, calibrated: bool, threads: int, device: str) -> Predictor:
-    if not source.is_bundle:
-        import torch
-
-        torch.set_num_threads(threads)
-    return source.load(calibrated, device, threads)
+    return _load(source, calibrated, device, threads).predict(paths, **options)

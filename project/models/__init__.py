@@ -17,14 +17,11 @@ def build(
     """Creates a network with random weights; those of the head are small, so that all classes are equally likely.
 
     Args:
-        name: `alexnet`, any of torchvision's classification networks, or `timm/` and one of timm's.
+        name: `alexnet`, any of torchvision's classification networks, or `timm/` and one of timm's; else a UserError.
         num_classes: K.
         mean: Of the pixels the network was trained on, a channel each, on the scale of 0 to 1; by default 0.5.
         std: Their standard deviation.
         of: The checkpoint or bundle that names the network, for the error.
-
-    Raises:
-        UserError: There is no network of that name.
     """
     from torch import nn
 

@@ -11,9 +11,6 @@ class AlexNet(nn.Module):
 
     Weights start as He et al. 2015 (arXiv:1502.01852) derive for ReLUs: PyTorch's own start makes every layer's output
     smaller than its input, and a network without batch norm then spends its first epochs at chance level.
-
-    Args:
-        num_classes: K.
     """
 
     def __init__(self, num_classes: int) -> None:

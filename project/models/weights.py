@@ -17,7 +17,7 @@ from project import models
 from project.errors import UserError, some
 
 FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
-DESCRIPTION = ("mean", "std", "class_names", "model")  # keys of a checkpoint's metadata, in the order of Weights
+DESCRIPTION = ("mean", "std", "class_names", "model", "resize")  # keys of a checkpoint's metadata, as in Weights
 OPTIONAL = re.compile("aux|Aux|num_batches_tracked")  # models.build makes no side outputs; a count is not a weight
 
 
@@ -30,6 +30,7 @@ class Weights(NamedTuple):
     std: Sequence[float] | None = None
     class_names: Sequence[str] | None = None
     model: str | None = None  # name of the network
+    resize: str | None = None  # as `images.read` takes it
 
 
 def start(name: str, class_names: Sequence[str], weights: str) -> tuple[nn.Sequential, str, bool]:
@@ -50,17 +51,13 @@ def start(name: str, class_names: Sequence[str], weights: str) -> tuple[nn.Seque
     """
     if weights == "none":
         return models.build(name, len(class_names)), "", False
-    file = Path(weights)
-    if file.is_dir():  # a bundle's or a run's
-        bundled = file / "model.safetensors"
-        file = bundled if bundled.is_file() else file / "checkpoints" / "best.ckpt"
-    loaded = from_file(file) if file.suffix in FILES or file.is_file() else published(name, weights)
+    loaded = from_file(file) if (file := _file(weights)) else published(name, weights)
     if loaded.model not in (None, name):
         raise UserError(
             f"{loaded.source} holds the weights of {loaded.model}, not of {name}; give --model.name {loaded.model}."
         )
     scale = ""
-    if loaded.mean is None and (known := _scale(name)):
+    if loaded.mean is None and "mean" in (known := _described(name)):
         loaded = loaded._replace(**known)
         scale = f"; it does not say how pixels are normalised, so as for the published weights of {name}"
     network = models.build(name, len(class_names), loaded.mean, loaded.std, loaded.source if loaded.model else "")
@@ -68,17 +65,44 @@ def start(name: str, class_names: Sequence[str], weights: str) -> tuple[nn.Seque
     return network, f"weights: {loaded.source}{head or ', head included'}{scale}", bool(head)
 
 
-def _scale(name: str, choice: str = "DEFAULT") -> dict[str, Any]:
-    """Mean and standard deviation of the pixels that published weights were trained on; nothing for -1 to 1."""
+def _file(weights: str) -> Path | None:
+    """The file that --model.weights names, in the folder of a bundle or run, too; None for published weights."""
+    file = Path(weights)
+    if file.is_dir():
+        bundled = file / "model.safetensors"
+        return bundled if bundled.is_file() else file / "checkpoints" / "best.ckpt"
+    return file if file.suffix in FILES or file.is_file() else None
+
+
+def resize(name: str, weights: str) -> str:
+    """How images are made square for weights, as `images.read` takes it; downloads nothing; UserError if not known."""
+    own = from_file(file).resize if (file := _file(weights)) else None
+    if not (known := own or _described(name, "DEFAULT" if file else weights).get("resize")):
+        raise UserError(
+            f"--model.weights {weights} of {name} has no known resize; give others, or --data.resize crop:bicubic:0.9."
+        )
+    return str(known)
+
+
+def _described(name: str, choice: str = "DEFAULT") -> dict[str, Any]:
+    """What is known of the images of published weights, if there are any: no mean and deviation for -1 to 1."""
     from torchvision.models import get_model_weights
 
     if name.startswith(models.TIMM):
-        known: Any = models.import_timm().get_pretrained_cfg(name.removeprefix(models.TIMM))
-    elif name in ("googlenet", "inception_v3") or name not in models.torchvision_names():
-        return {}
+        tagged = name.removeprefix(models.TIMM) + f".{choice}" * (choice != "DEFAULT")
+        try:
+            known: Any = models.import_timm().get_pretrained_cfg(tagged, allow_unregistered=False)
+        except RuntimeError:  # there are none
+            return {}
+        way = {"squash": "stretch", "border": "pad"}.get(known.crop_mode, "crop")
+        interpolation, share = known.interpolation, known.crop_pct
+    elif name in models.torchvision_names() and choice in (entries := get_model_weights(name)).__members__:
+        known, way = entries[choice].transforms(), "crop"
+        interpolation, share = known.interpolation.value, known.crop_size[0] / known.resize_size[0]
     else:
-        known = get_model_weights(name)[choice].transforms()
-    return {"mean": list(known.mean), "std": list(known.std)}
+        return {}
+    pixels = {} if name in ("googlenet", "inception_v3") else {"mean": list(known.mean), "std": list(known.std)}
+    return {"resize": f"{way}:{interpolation}" + f":{share:.4g}" * (share != 1), **pixels}
 
 
 def _load(network: nn.Module, name: str, weights: Weights, class_names: Sequence[str]) -> str:
@@ -143,7 +167,7 @@ def published(name: str, choice: str) -> Weights:
         ) from error
     except Exception as error:  # bytes from anywhere make the unpickler raise anything
         raise UserError(f"{cached} is damaged; remove it, and it is downloaded again.") from error
-    return Weights(tensors, f"{name} {entry.name}", **_scale(name, choice))
+    return Weights(tensors, f"{name} {entry.name}", **_described(name, choice))
 
 
 def _of_timm(name: str, choice: str) -> Weights:
@@ -155,8 +179,7 @@ def _of_timm(name: str, choice: str) -> Weights:
             f"Cannot get the weights of {tagged.removeprefix(models.TIMM)} ({type(error).__name__}); without a "
             "connection, download its model.safetensors elsewhere and give that file by --model.weights."
         ) from error
-    config: Any = network.pretrained_cfg
-    return Weights(network.state_dict(), tagged, list(config["mean"]), list(config["std"]))
+    return Weights(network.state_dict(), tagged, **_described(name, choice))
 
 
 def from_file(file: Path) -> Weights:

@@ -171,11 +171,7 @@ class Routes:
 
 
 async def uploads(request: Request, limit: int) -> list[Upload]:
-    """Receives the images of a request.
-
-    Raises:
-        HTTPException: 400 a malformed form, 413 too many images, 415 another content type, 422 no image.
-    """
+    """The images of a request; HTTPException 400 a malformed form, 413 too many, 415 another content type, 422 none."""
     kind = request.headers.get("content-type", BYTES).lower()
     if kind.startswith(FORM):
         async with request.form(max_files=limit + 1000) as form:

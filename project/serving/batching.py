@@ -28,12 +28,8 @@ class Batcher:
 
     A batch starts as soon as the network is free and the batch is full, nothing more is being decoded, or its first
     image has waited for `settings.batch_wait`. The images of the next batch gather meanwhile, so batches grow with the
-    load, and a single client never waits.
-
-    Args:
-        read: From an image's bytes to pixels (H, W, 3) uint8.
-        compute: From pixels (B, H, W, 3) to probabilities (B, K).
-        settings: The limits.
+    load, and a single client never waits. `read` maps an image's bytes to pixels (H, W, 3) uint8, and `compute` pixels
+    (B, H, W, 3) to probabilities (B, K).
     """
 
     def __init__(
@@ -46,11 +42,7 @@ class Batcher:
         self._started: dict[Future[Any], float] = {}  # when unfinished work was handed to the threads
 
     async def probabilities(self, content: bytes) -> list[float]:
-        """Decodes an image and computes its K probabilities.
-
-        Raises:
-            ImageError: The image cannot be read.
-        """
+        """Decodes an image, or raises ImageError, and computes its K probabilities."""
         loop = asyncio.get_running_loop()
         self._decoding += 1
         try:
@@ -86,13 +78,9 @@ class Batcher:
                 return
             count = min(size, -(-len(self._waiting) // free))  # the images are divided among the free networks
             batch = [self._waiting.popleft() for _ in range(count)]
-            rows = self.run(self._rows, [image.pixels for image in batch])
+            rows = self.run(lambda pixels: self._compute(np.stack(pixels)).tolist(), [image.pixels for image in batch])
             for index, image in enumerate(batch):
                 image.start.set_result((rows, index))
-
-    def _rows(self, pixels: list[Pixels]) -> list[list[float]]:
-        rows: list[list[float]] = self._compute(np.stack(pixels)).tolist()  # (B, K)
-        return rows
 
     def _release(self, _: asyncio.Future[Any]) -> None:
         self._computing -= 1

@@ -20,13 +20,7 @@ if TYPE_CHECKING:
 
 
 class Model:
-    """A trained classifier and its identity.
-
-    Args:
-        path: A bundle, a checkpoint or a run's folder.
-        calibrated: As `project.load`.
-        threads: Threads that compute.
-        parallel: Batches that share the threads.
+    """A trained classifier and its identity; `parallel` batches share the threads.
 
     Attributes:
         predictor: From pixels to probabilities.
@@ -42,7 +36,7 @@ class Model:
         if parallel > 1 and not self._source.is_bundle:  # heat maps hang hooks into the same network
             raise UserError(f"--parallel is {parallel}, but a checkpoint computes one batch at a time; export it.")
         self.predictor = self._source.load(calibrated, threads=max(1, threads // parallel))
-        self._network: TorchPredictor | None = None
+        self._network = None if self._source.is_bundle else cast("TorchPredictor", self.predictor)
         needed = ["torch", "captum"]
         if self._source.is_bundle:
             sums = (self._source.file / bundle.SUMS).read_text(encoding="utf-8").splitlines()
@@ -50,7 +44,6 @@ class Model:
             needed.append("safetensors")
         else:
             checksum = calibration.fingerprint(self._source.file)
-            self.network()
         self.id = f"{self.predictor.metadata.model}-{checksum}"
         missing = [name for name in needed if importlib.util.find_spec(name) is None]
         self.unexplained = f"This server has no {missing[0]}, which heat maps need." if missing else None
@@ -64,13 +57,8 @@ class Model:
 
     def network(self) -> "TorchPredictor":
         """PyTorch's network; a bundle's is loaded on first use, which takes seconds."""
-        import torch
-
         with self._lock:
-            if self._network is None:
-                is_bundle = self._source.is_bundle
-                self._network = self._source.load_network() if is_bundle else cast("TorchPredictor", self.predictor)
-                torch.set_num_threads(self._threads)
+            self._network = self._network or self._source.load_network(threads=self._threads)
             return self._network
 
     def explanation(self, image: bytes, target: int | None) -> bytes:
@@ -80,14 +68,12 @@ class Model:
             ImageError: The image cannot be read.
             UserError: The network has no maps that Grad-CAM could use.
         """
-        import torch
-
         from project.evaluation import figures
 
         pixels, network = self.read(image), self.network()
         index = int(self.predictor.probabilities(pixels[None]).argmax()) if target is None else target
         with self._lock:  # Captum hangs hooks into the network
-            (heat,), _ = attribution.heat_maps(network, torch.from_numpy(pixels[None]).permute(0, 3, 1, 2), [index])
+            (heat,), _ = attribution.heat_maps(network, pixels[None], [index])
         stream = io.BytesIO()
         Image.fromarray(figures.overlay(pixels, heat)).save(stream, "PNG")
         return stream.getvalue()

@@ -5,7 +5,7 @@ import os
 import random
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -120,8 +120,7 @@ class PredictionWriter(Callback):
 
 def data_of(trainer: Any) -> ImageData:
     """The data module of a Trainer."""
-    data: ImageData = trainer.datamodule
-    return data
+    return cast(ImageData, trainer.datamodule)
 
 
 def tensorboard(trainer: Trainer) -> Any:

@@ -29,11 +29,8 @@ class AsyncCheckpointIO(TorchCheckpointIO):
 
     A checkpoint is copied in memory (AlexNet with Adam, 685 MB: some tenths of a second), written beside its target and
     renamed. best.ckpt stays in memory until last.ckpt is written, and holds weights and metadata only. The last.ckpt
-    before the newest stays beside it as previous.ckpt. (Lightning's AsyncCheckpointIO is not atomic where the temporary
-    folder is on another file system.)
-
-    Args:
-        folder: The run's checkpoints/, for best.ckpt and last.ckpt; other files may be anywhere.
+    before the newest stays beside it as previous.ckpt. They are in `folder`, the run's checkpoints/; other files may be
+    anywhere. (Lightning's AsyncCheckpointIO is not atomic where the temporary folder is on another file system.)
     """
 
     def __init__(self, folder: Path) -> None:
@@ -121,11 +118,7 @@ class AsyncCheckpointIO(TorchCheckpointIO):
             self._held = None
 
     def finish(self) -> None:
-        """Checks that everything is on the disk, and removes previous.ckpt, which a finished run does not need.
-
-        Raises:
-            FailedRun: A file could not be written.
-        """
+        """Waits, then removes previous.ckpt, which a finished run does not need; FailedRun if a file is not written."""
         self.teardown()
         if self._failed:
             target, reason = next(iter(self._failed.items()))
@@ -137,11 +130,9 @@ class AsyncCheckpointIO(TorchCheckpointIO):
 
 
 def on_cpu(content: Any, copies: bool = True) -> Any:
-    """Nested dicts, lists and tuples with each tensor on the CPU; attributes such as `_metadata` are kept.
+    """New nested dicts, lists and tuples with each tensor on the CPU, one that is there already as a copy if `copies`.
 
-    Args:
-        content: Is not changed.
-        copies: Whether tensors that are on the CPU are copied, too.
+    Attributes such as `_metadata` are kept.
     """
     if isinstance(content, Tensor):
         return content.detach().to("cpu", copy=copies)

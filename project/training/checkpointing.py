@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from project.errors import UserError
 from project.training.callbacks import data_of, gather
@@ -18,15 +19,11 @@ from project.training.ema import EMA
 from project.training.loggers import MetricsFile
 from project.training.loop_state import LOOP_STATE, LoopState, is_between_steps
 from project.training.resume import Run
-from project.training.signals import REQUEUE, Ranks, Signals
+from project.training.signals import INTERRUPT, REQUEUE, Signals
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """best.ckpt, the weights with the lowest val/loss; a class of its own, to keep its state apart from a user's.
-
-    Args:
-        folder: The run's checkpoints/.
-    """
+    """best.ckpt, the weights with the lowest val/loss; a class of its own, to keep its state apart from a user's."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder), Path(BEST).stem, monitor="val/loss", enable_version_counter=False)
@@ -65,13 +62,8 @@ class ResumeCheckpoint(Callback):
     """last.ckpt, with everything that a fit needs to continue; and the way a fit stops.
 
     Saved every `minutes`, when a signal stops the fit, and at its end. Comes before every other callback, so that a
-    checkpoint holds their state between two steps.
-
-    Args:
-        io: Writes the checkpoints; None where none are saved.
-        run: The run.
-        minutes: How much training a killed process may lose.
-        begin: Called on the first rank once the fit can begin, before it changes a file of a resumed run.
+    checkpoint holds their state between two steps. Where none are saved, `io` is None. `begin` is called on the first
+    rank once the fit can begin, before it changes a file of a resumed run.
 
     Attributes:
         restoring: Lightning is loading the checkpoint that the fit starts from.
@@ -109,14 +101,13 @@ class ResumeCheckpoint(Callback):
             state = state._replace(batch=0, validate=False)
             resumed |= {"at": state._asdict(), "sums": []}
         state.put_into(checkpoint)
-        data.start_from(state.epoch, state.batch)
+        data.start = state.epoch, state.batch
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restores the running sums of the epoch, and listens for signals."""
         module: Any = pl_module
         _require_matching_moments(trainer.optimizers)
         self._signals.listen(trainer)
-        self._ranks = Ranks(trainer)
         self._start = self._saved_at = time.monotonic()
         if self._resumed:
             state = LoopState(**self._resumed["at"])
@@ -159,7 +150,7 @@ class ResumeCheckpoint(Callback):
             self._save(trainer)
 
     def _stop_or_save(self, trainer: Trainer, due: bool) -> None:
-        word = self._ranks.all_reduce_max(2 * self._signals.requested + due)
+        word = self._signals.all_reduce_max(2 * self._signals.requested + due)
         if word == 1:
             self._save(trainer)
         if requested := word // 2:
@@ -173,7 +164,7 @@ class ResumeCheckpoint(Callback):
                 else:
                     self._save(trainer)
             trainer.strategy.barrier()
-            self._signals.end(requested)
+            raise KeyboardInterrupt if requested == INTERRUPT else SIGTERMException  # after which Lightning cleans up
 
     def _save(self, trainer: Trainer) -> None:
         if self._file is None:

@@ -4,6 +4,7 @@ Layers of a setting, the last one wins: the signatures, the run of a checkpoint,
 """
 
 import json
+import math
 import os
 import sys
 from enum import Enum
@@ -20,7 +21,7 @@ from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from project import arguments, runs
+from project import arguments, optim, runs
 from project.classifier import Classifier
 from project.data.datamodule import ImageData
 from project.data.loader import LostWorker
@@ -28,6 +29,7 @@ from project.errors import FailedRun, UserError, command
 from project.evaluation import report, scores
 from project.inference import metadata
 from project.inference.load import locate, locate_checkpoint
+from project.models import weights
 from project.training import fit, resume, signals, trainer
 from project.training.callbacks import PredictionWriter, Unreadable
 from project.training.checkpoint_io import AsyncCheckpointIO
@@ -126,8 +128,7 @@ class Cli(LightningCLI):
         self.config = self.parser.parse_args([self.verb, f"--config={run.folder / 'config.yaml'}", *self.argv])
         self.recorded, options = self._plain_options(), self.config.fit
         os.environ[runs.VARIABLE] = str(run.folder)
-        for line in run.changes(self.recorded):
-            print(f"resume: {line}", flush=True)
+        changes = run.changes(self.recorded)
         if (split := run.folder / "split.csv").is_file():
             options.data.split = str(split)
             for option in SPLIT_OPTIONS:
@@ -141,6 +142,8 @@ class Cli(LightningCLI):
             # a run that is not finished may have been killed after its last save
             is_finished = runs.read_status(run.folder).get("state") == "finished"
             self.source.require_more_to_do(options.trainer, is_finished)
+        for line in changes:
+            print(f"resume: {line}", flush=True)
 
     def _start_from_checkpoint(self) -> None:
         """Parses once more, with the settings of the checkpoint's run below the command line."""
@@ -163,16 +166,19 @@ class Cli(LightningCLI):
                     f"{root} is not the run's {run_root}, so the run's split.csv is not used; --data.split would use it"
                 )
         self.source.require_root(Path(options.data.root))
-        if (weights := options.model.weights) != str(path):
-            raise UserError(f"--model.weights {weights} and {path} are two sources of weights; leave one out.")
+        if (given := options.model.weights) != str(path):
+            raise UserError(f"--model.weights {given} and {path} are two sources of weights; leave one out.")
+        self.recorded = self._plain_options() | {"ckpt_path": str(path)}
         if self.verb == "fit":
             self.source.require_more_to_do(options.trainer)
-            self.recorded = self._plain_options() | {"ckpt_path": str(path)}
         else:
             print(f"checkpoint: {path}", flush=True)
 
     def _plain_options(self) -> dict[str, Any]:
-        """The verb's options as plain types."""
+        """The verb's options as plain types, with the resize that `weights` stands for."""
+        options = self.config[self.verb]
+        if options.data.resize == "weights":
+            options.data.resize = weights.resize(options.model.name, options.model.weights)
         return dict(yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.verb]) | {"resume": None}
 
     # objects
@@ -225,7 +231,8 @@ class Cli(LightningCLI):
         """The Trainer's arguments for a fit: a default length, the run's loggers, callbacks and checkpoints."""
         chosen = self.config.fit
         if [options[limit] for limit in ("max_epochs", "max_steps", "max_time")] == [None, -1, None]:
-            options["max_epochs"] = chosen.trainer.max_epochs = self.datamodule.epochs
+            most = optim.FINE_TUNING_EPOCHS if self.model.has_new_head else math.inf
+            options["max_epochs"] = chosen.trainer.max_epochs = int(min(self.datamodule.epochs, most))
         if none := [name for name in ("max_epochs", "max_steps", "limit_train_batches") if options[name] == 0]:
             raise UserError(f"There is nothing to train: --trainer.{none[0]} is 0.")
         if chosen.patience and options["limit_val_batches"] == 0:
@@ -233,7 +240,8 @@ class Cli(LightningCLI):
         fit.require_usable(users["callbacks"], self.model, chosen)
         self.recorded["trainer"]["max_epochs"] = chosen.trainer.max_epochs
         if self.run is None:  # their defaults depend on where the weights come from
-            self.recorded["model"] |= {name: self.model.hparams[name] for name in ("backbone_lr", "freeze_bn")}
+            resolved = ("lr", "backbone_lr", "label_smoothing", "freeze_bn")
+            self.recorded["model"] |= {name: self.model.hparams[name] for name in resolved}
             self.run = self.new_run()
         config = {key: value for key, value in self.recorded.items() if key not in ("name", "ckpt_path", "resume")}
         entries = {"config": config, "resize": self.datamodule.resize, **metadata.provenance()}
@@ -286,9 +294,7 @@ class Cli(LightningCLI):
 def run(verb: str, argv: list[str], cli: type[Cli] = Cli) -> int:
     """Runs fit, validate or test with the words after it; the exit code is 0, 130 after Ctrl-C, 143 after SIGTERM.
 
-    Raises:
-        UserError: A mistake in the options, the data or the checkpoint.
-        FailedRun: The disk is full or fails, or a worker has ended.
+    Raises UserError for a mistake in options, data or checkpoint; FailedRun where a disk is full or fails, or a worker.
     """
     trainer.quieten()
     if rank() == 0:

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from project import runs
+from project import optim, runs
 from project.classifier import Classifier
 from project.data.datamodule import ImageData
 from project.errors import UserError, command
@@ -45,9 +45,9 @@ def callbacks(
         StepSeed(),
         ProgressLines(),
         FrozenFeatures(),
-        throughput,
-        Diagnostics(throughput),
         *([FirstBatchImages()] if logs and not run.state.total else []),
+        throughput,  # after the drawing, which is no waiting for images
+        Diagnostics(throughput),
         *([LearningRateMonitor("step"), ValidationPlots(), Embeddings()] if logs else []),
         *([Histograms()] if logs and options.histograms else []),
         *([EMA(float(options.average))] if options.average else []),
@@ -72,12 +72,14 @@ def require_usable(users: list[Callback], model: Classifier, options: Any) -> No
         raise UserError("--patience and the EarlyStopping of --trainer.callbacks both watch val/loss; leave one out.")
     if not all(type(own).__module__.startswith("lightning.") for own in users):
         return  # one's own callback may log more
+    optimizer: Any = optim.configure(model.network, model.head, model.hparams, total_steps=1, fused=False)["optimizer"]
+    rates = [f"lr-{type(optimizer).__name__}{'/' * ('name' in g)}{g.get('name', '')}" for g in optimizer.param_groups]
     known = ["train/loss", "train/loss_step", "train/accuracy", "val/loss", *map(str, model.val_metrics.keys())]
+    known += rates if options.trainer.logger is not False else []  # by LearningRateMonitor
     source = inspect.getsource(sys.modules[Classifier.__module__]).replace("{split}/", "val/")  # where one may log more
     for own in users:
         name = str(getattr(own, "monitor", None) or "epoch")
-        is_rate = name.startswith("lr-") and options.trainer.logger is not False
-        if name not in ("epoch", "step", *known) and not is_rate and f'"{name}"' not in source:
+        if name not in ("epoch", "step", *known) and f'"{name}"' not in source:
             raise UserError(f"{type(own).__name__} monitors {name}, but a fit logs {', '.join(known)}.")
 
 
@@ -90,12 +92,15 @@ def introduce(data: ImageData, model: Classifier, trainer: Any, run: Run) -> Non
         print(f"positive class: {data.class_names[positive]} (--model.positive chooses the other)")
     if model.weights_note and run.source is None:
         print(model.weights_note)
+    if model.has_new_head and model.transfer != "backbone" and run.source is None:
+        recipe = "{optimizer}, lr {lr:g}, below the head {backbone_lr:g} of it, label smoothing {label_smoothing:g}"
+        print(f"fine-tuning: {recipe.format(**model.hparams)}, {trainer.max_epochs} epochs")
     if model.transfer != "none" and not model.weights_note:
         print(f"--model.freeze {model.transfer} without --model.weights: the frozen layers are random")
     millions = sum(p.numel() for p in model.network.parameters()) / 1e6
     print(
-        f"{model.name}, {millions:.1f} M parameters, {data.image_size} px, batches of {data.batch_size}, "
-        f"on {trainer.world_size} x {trainer.strategy.root_device.type}: {run.folder}",
+        f"{model.name}, {millions:.1f} M parameters, {data.image_size} px ({data.resize}), batches of "
+        f"{data.batch_size}, on {trainer.world_size} x {trainer.strategy.root_device.type}: {run.folder}",
         flush=True,
     )
 
@@ -113,8 +118,9 @@ def summarize(trainer: Any, run: Run) -> None:
     size = sum(file.stat().st_size for file in run.folder.rglob("*") if file.is_file())
     print(f"run: {run.folder} ({size / 1e6:,.0f} MB)")
     if (run.checkpoints / BEST).exists():
-        base = run.folder.parent.parent
-        board = "make board" + (f" RUNS={shlex.quote(str(base))}" if base != runs.ROOT else "")
+        base, is_checkout = shlex.quote(str(run.folder.parent.parent)), Path("scripts/board.sh").is_file()
+        board = f"make board RUNS={base}".removesuffix(f" RUNS={runs.ROOT}")
+        board = board if is_checkout else f"tensorboard --logdir {base}"
         print(f"next: {board} | {command('test', run.folder)} | {command('predict', run.folder)} IMAGES...")
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from project import arguments, files
 from project.errors import UserError
 
+NO_SETTINGS = "this is no YAML file of settings in UTF-8; configs/default.yaml is one."
 GROUPS = ("", "data", "model")  # whose options --help lists; those of Lightning's Trainer are listed on request
 
 
@@ -26,10 +27,17 @@ class Parser(arguments.Parser, LightningArgumentParser):
 
     def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Any:
         self._words = tuple(word.split("=")[0] for word in args or ())  # argparse does not parse what follows --help
-        values = super().parse_args(args, *more, **options)
+        try:
+            values = super().parse_args(args, *more, **options)
+        except UnicodeDecodeError as error:  # of a file that --model or another group is given
+            given = [value for word in args or () if os.path.isfile(value := word.rpartition("=")[2])]  # noqa: PTH113
+            raise UserError(f"{', '.join(given)}: {NO_SETTINGS}") from error
         for key, value in list(values.items()):
-            if isinstance(value, str):  # of a YAML file; on the command line it is done already
-                values[key] = files.with_home(value)
+            if isinstance(value, str):
+                name = re.sub(r"^(fit|validate|test)\.", "", key)
+                if not name.startswith("trainer.") and name != "data.keep":  # a class of Lightning's may take ""
+                    arguments.require_word(f"--{name}", value)
+                values[key] = files.with_home(value)  # of a YAML file; on the command line it is done already
         return values
 
     def parse_path(self, path: Any, *more: Any, **options: Any) -> Any:
@@ -37,8 +45,8 @@ class Parser(arguments.Parser, LightningArgumentParser):
             return super().parse_path(path, *more, **options)
         except (UserError, UnicodeDecodeError) as error:
             is_unusable = re.search("Unexpected config|unacceptable character|codec can't decode", str(error))
-            reason = "this is no YAML file of settings in UTF-8; configs/default.yaml is one." if is_unusable else error
-            raise UserError(f"{path}: {reason}".replace('"<unicode string>", ', "")) from error
+            reason = NO_SETTINGS if is_unusable else str(error).replace('"<unicode string>", ', "")
+            raise UserError(f"{path}: {reason}") from error
 
     def format_help(self, *formatter: Any) -> str:
         names = [(name, action) for action in arguments.actions(self) for name in action.option_strings]

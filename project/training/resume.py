@@ -92,19 +92,16 @@ class Run:
     def resume(cls, folder: Path, lock: RunLock | None) -> "Run":
         """A run at the position of its newest usable checkpoint; at the start, if it was killed before its first."""
         refused = []
-        for file in (folder / "checkpoints" / name for name in (LAST, PREVIOUS)):
-            if not file.exists():
-                continue
+        for file in filter(Path.exists, (folder / "checkpoints" / name for name in (LAST, PREVIOUS))):
             try:
                 source = SourceCheckpoint(file)
-            except UserError as error:
-                refused.append(str(error))
-            else:
                 if (state := LoopState.saved_in(source.content)) is not None:
                     return cls(folder, lock, source, state, resumed=True)
-                refused.append(f"{file} does not hold the position of its fit: another version or callback saved it.")
-            if lock is not None:
-                print(f"resume: {refused[-1]}", flush=True)
+                raise UserError(f"{file} does not hold the position of its fit: another version or callback saved it.")
+            except UserError as error:
+                refused.append(str(error))
+                if lock is not None:
+                    print(f"resume: {error}", flush=True)
         if refused:
             raise UserError(
                 f"No checkpoint of {folder} can be used: {' '.join(refused)} "
@@ -134,11 +131,8 @@ class Run:
 def find(choice: str | None, runs_root: Path, options: Any) -> Run | None:
     """The run that --resume names, or that this SLURM job began before it was requeued; None for a new one.
 
-    Args:
-        choice: A run's folder; `newest`, the newest unfinished run; `auto`, the newest of the same name and images as
-            far as `options` have them, or None if there is none.
-        runs_root: Where unfinished runs are looked for.
-        options: Of the command line.
+    The choice is a run's folder; `newest`, the newest unfinished run in `runs_root`; or `auto`, the newest of the same
+    name and images as far as the options of the command line have them, or None if there is none.
     """
     if choice is None and os.environ.get("SLURM_RESTART_COUNT", "0").strip("0"):
         own = [run for run in runs.unfinished(runs_root) if runs.read_status(run).get("job") == job()]
@@ -199,8 +193,7 @@ def write_config(folder: Path, options: Mapping[str, Any]) -> None:
 
 def rank() -> int:
     """The number of this process among those of a distributed fit; Lightning reads it from the launcher's variables."""
-    number: int = getattr(rank_zero_only, "rank", 0)
-    return number
+    return int(getattr(rank_zero_only, "rank", 0))
 
 
 def job() -> str | None:

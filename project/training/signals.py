@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 NONE, INTERRUPT, TERMINATE, REQUEUE = range(4)  # ordered: the highest request over all ranks wins
 
@@ -60,9 +59,12 @@ class Signals:
     def __init__(self) -> None:
         self.requested = NONE  # on this rank
         self._slurm: Any = None
+        self._group: Any = None  # of all ranks, where there are several
 
     def listen(self, trainer: Trainer) -> None:
         """Installs the handlers; `restored` restores the previous ones."""
+        if trainer.world_size > 1:
+            self._group = torch.distributed.new_group(backend="gloo")
         if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
             return
         requests = {signal.SIGINT: INTERRUPT, signal.SIGTERM: TERMINATE}
@@ -85,20 +87,8 @@ class Signals:
         """Lets Lightning's SLURM handler save a checkpoint and requeue the job."""
         self._slurm(int(signal.SIGUSR1), None)
 
-    @staticmethod
-    def end(requested: int) -> None:
-        """Ends the fit with the exception after which Lightning cleans up."""
-        raise KeyboardInterrupt if requested == INTERRUPT else SIGTERMException
-
-
-class Ranks:
-    """Agreement of all ranks, over the CPUs: no accelerator is waited for."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._group: Any = torch.distributed.new_group(backend="gloo") if trainer.world_size > 1 else None
-
     def all_reduce_max(self, number: int) -> int:
-        """The highest number of any rank."""
+        """The highest number of any rank, over the CPUs: no accelerator is waited for."""
         if self._group is None:
             return number
         numbers = torch.tensor([number])

@@ -21,11 +21,7 @@ SPLIT_OPTIONS = ("folds", "fold", "group", "exclude")  # replaced by their resul
 
 
 class SourceCheckpoint:
-    """A checkpoint that a verb starts from, and its run.
-
-    Raises:
-        UserError: The file is damaged, holds code, or is not a checkpoint of this project.
-    """
+    """A checkpoint that a verb starts from, and its run; see `checkpoint.read` for the errors."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.run = path, runs.folder_of(path)

@@ -53,7 +53,6 @@ class RunTrainer(Trainer):
         """Trains the network.
 
         Args:
-            *args: As for Lightning's Trainer.
             name: Folder in runs/; by default the data folder's name, with the fold.
             average: Validate and save a moving average of the weights with this decay, e.g. 0.99.
             resume: Continue an unfinished run: its folder; no value for the newest; auto starts one if there is none.
@@ -62,7 +61,6 @@ class RunTrainer(Trainer):
             histograms: Show in TensorBoard how the weights and gradients of each layer are distributed.
             seeds: Fit and test with this number of seeds, from seed_everything on, and print mean and deviation.
             folds: Cross-validate: fit and test each of this number of folds, and print mean and deviation.
-            **kwargs: As for Lightning's Trainer.
         """
         super().fit(*args, **kwargs, weights_only=True)  # type: ignore[misc]
 
@@ -70,9 +68,7 @@ class RunTrainer(Trainer):
         """Measures the metrics on the test images and writes them into the checkpoint's run.
 
         Args:
-            *args: As for Lightning's Trainer.
             report: Write report.html into the run, too.
-            **kwargs: As for Lightning's Trainer.
         """
         return super().test(*args, **kwargs, weights_only=True)  # type: ignore[misc]
 

@@ -10,7 +10,6 @@ from PIL import Image
 from project import cli
 from project.data.check import check_dataset
 from project.data.duplicates import near_groups
-from project.data.images import RESIZERS
 from project.evaluation import figures
 from tests.conftest import COLOURS, SMALL, make_images, read_csv
 
@@ -126,12 +125,21 @@ def test_preview_names_each_image_and_its_class_and_shows_other_ways_to_resize_o
     photos.joinpath("red").rename(photos / ("red " * 20).strip())
     shown, draw = [], figures.image_grid
     monkeypatch.setattr(figures, "image_grid", lambda *args, **named: shown.append(args[1]) or draw(*args, **named))
-    for resize, ways in ((["--resize", "crop"], {"crop"}), ([], {"stretch"}), (["--resize", "all"], set(RESIZERS))):
+    for resize, ways in (
+        (["--resize", "crop"], {"crop"}),
+        (["--resize", "pad:nearest"], {"pad:nearest"}),
+        ([], {"stretch"}),
+        (["--resize", "all"], {"stretch", "crop", "pad"}),
+    ):
         assert cli.main(["check", str(photos), "--preview", f"{len(shown)}.png", *resize]) == 0
         titles = [title.split("\n") for title in shown[-1]]
         assert {lines[-1] for lines in titles} == {f"{split}, {way}" for split in ("train", "val") for way in ways}
         assert {lines[0] for lines in titles} == {"blue", "green", "red red red red"}
         assert all((photos / lines[0] / lines[1]).is_file() for lines in titles if lines[0] in COLOURS)
+
+
+def test_unknown_resize_is_refused_before_anything_is_read(refused):
+    assert refused("check", "nowhere", "--resize", "crop:cubic").startswith("There is no resize crop:cubic; give")
 
 
 def test_small_unequal_and_differing_classes_are_findings(workplace):

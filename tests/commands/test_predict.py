@@ -198,7 +198,9 @@ def test_single_image_is_answered_without_a_file_and_more_get_the_first_default_
     assert Path("asked.csv").exists()
 
 
-def test_own_output_is_read_back_from_any_folder(predict, lively, tmp_path):
+def test_own_output_is_read_back_from_any_folder_and_after_a_move_below_the_images(
+    predict, lively, tmp_path, monkeypatch
+):
     (tmp_path / "deep").mkdir()
     images = ["photos/red/000.png", str(Path("photos/blue/001.png").absolute())]
     first = predict(*images, source=lively, out="deep/first.csv")
@@ -208,6 +210,11 @@ def test_own_output_is_read_back_from_any_folder(predict, lively, tmp_path):
         (Path(row["path"]).resolve(), row["label"]) for row in first
     ]
     assert all((file.parent / row.path).exists() for row in manifest.read_rows(file))
+    (tmp_path / "photos").symlink_to(Path("photos").absolute())
+    (below := file.parent / "er").mkdir()
+    file.rename(below / "moved.csv")
+    monkeypatch.chdir(below)
+    assert [Path(row.path).exists() for row in manifest.read_rows(Path("moved.csv"))] == [True, True]
 
 
 def test_options_of_the_predictor_reach_it(predict, lively, tmp_path):

@@ -148,3 +148,7 @@ def test_auto_decides_by_free_space_and_explains(photos, monkeypatch):
     for index, other in enumerate((photos / "red", ["red/001.png"], SIZE + 1, "pad")):  # each has its own cache
         changed = [*options[:index], other, *options[index + 1 :]]
         assert choose("on", folder, *changed)[0].file != choose("on", folder, *options)[0].file
+    ways = ("crop", "crop:bicubic", "crop:bicubic:0.875", "crop:bicubic:0.87")
+    ours = {choose("on", folder, *options[:3], way)[0].file.name for way in ways}
+    assert len(ours) == 4
+    assert not any(":" in name for name in ours)  # which Windows does not allow

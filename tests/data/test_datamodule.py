@@ -40,6 +40,11 @@ def test_a_row_and_a_batch_are_uint8_images_and_labels(photos):
     assert (batch.label.shape, batch.label.dtype, batch.failed) == ((7,), torch.int64, [])
 
 
+def test_unknown_resize_is_refused_at_once():
+    with pytest.raises(UserError, match=r"^There is no resize crop:cubic; give"):
+        ImageData("nowhere", resize="crop:cubic")
+
+
 def test_a_set_without_a_readable_image_is_refused(photos):
     rows = manifest.load(photos)
     for split, count in (("val", 12), ("train", 84)):

@@ -2,8 +2,10 @@
 
 import errno
 import io
+import itertools
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -14,10 +16,12 @@ import numpy as np
 import pillow_heif
 import pytest
 from PIL import Image
+from torchvision.transforms import v2
 
 from project import cli
 from project.data.check import check_dataset, inspect_image
-from project.data.images import ImageError, is_image, read, require_short_decoding
+from project.data.images import ImageError, is_image, parse_resize, read, require_short_decoding
+from project.errors import UserError
 from project.inference import predictions
 from tests.conftest import SMALL
 
@@ -36,7 +40,7 @@ def ramp(dtype, high):
     return np.tile(np.linspace(0, high, 64).astype(dtype), (64, 1))
 
 
-@pytest.mark.parametrize("resize", ["stretch", "crop", "pad"])
+@pytest.mark.parametrize("resize", ["stretch", "crop", "pad", "stretch:nearest", "crop:bicubic:0.875", "pad:lanczos"])
 def test_grey_image_is_resized_as_if_it_were_rgb_and_a_very_long_one_is_read(resize):
     image = noise((90, 131))
     pixels = read(encoded(image), 64, resize)
@@ -185,6 +189,49 @@ def test_stretch_is_pillows_bilinear_resize_crop_keeps_the_centre_and_pad_everyt
     assert (crop[15, 2:-2] == (0, 0, 255)).all()
     assert (pad[:9] == 0).all()
     assert (pad[15, [2, 15]] == [(255, 0, 0), (0, 0, 255)]).all()
+
+
+def test_another_interpolation_is_pillows_and_a_share_is_of_the_short_side():
+    image = noise((37, 53, 3))
+    for name in ("nearest", "bilinear", "bicubic", "lanczos"):
+        resampling = Image.Resampling[name.upper()]
+        expected = {
+            f"stretch:{name}": image.resize((24, 24), resampling),
+            f"crop:{name}": image.resize((24, 24), resampling, (8, 0, 45, 37)),
+            f"crop:{name}:.5": image.resize((24, 24), resampling, (17.25, 9.25, 35.75, 27.75)),
+            f"pad:{name}": Image.new("RGB", (24, 24)),
+        }
+        expected[f"pad:{name}"].paste(image.resize((24, 17), resampling), (0, 3))
+        for resize, square in expected.items():
+            assert (read(encoded(image), 24, resize) == np.asarray(square)).all(), resize
+    for name, resize in itertools.product(("stretch", "crop", "pad"), ("{}:bilinear", "{}")):
+        assert parse_resize(resize.format(name)) == (name, Image.Resampling.BILINEAR, 1)
+    assert (read(encoded(image), 24, "crop:bicubic:1") == read(encoded(image), 24, "crop:bicubic")).all()
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize(("side", "share"), [(256, "0.875"), (232, "0.9655"), (224, "1")])
+def test_crop_is_that_of_torchvisions_transforms(interpolation, side, share):
+    """Where the long side or the margins are not whole pixels, theirs rounds them: off by up to half a pixel."""
+    theirs = v2.Compose([v2.Resize(side, v2.InterpolationMode(interpolation)), v2.CenterCrop(224)])
+    for width, height, most in ((480, 320, 0.05), (500, 375, 2), (375, 500, 2)):
+        image = noise((9, 12, 3)).resize((width, height), Image.Resampling.BICUBIC)
+        ours = read(encoded(image), 224, f"crop:{interpolation}:{share}").astype(float)
+        assert np.abs(ours - np.asarray(theirs(image))).mean() < most
+        assert np.abs(ours - read(encoded(image), 224, f"stretch:{interpolation}")).mean() > 40
+
+
+@pytest.mark.parametrize(
+    "resize",
+    ["", "squash", "crop:", "crop:cubic", "crop:BICUBIC", "stretch:bicubic:0.9", "pad:bicubic:1", "crop:0.9"]
+    + [
+        f"crop:bicubic:{share}"
+        for share in ("0", "0.0", "1.15", "-0.5", "nan", "1e-1", "0.9:0.9", " 0.9", "0.9\n", "\u0660.\u0669")
+    ],
+)
+def test_unknown_resize_is_refused(resize):
+    with pytest.raises(UserError, match=rf"^There is no resize {re.escape(resize)}; give stretch, pad:nearest or crop"):
+        parse_resize(resize)
 
 
 def chunk(kind, data, damage=0):

@@ -23,7 +23,8 @@ all_methods = pytest.mark.parametrize("method", METHODS)
 
 def heat_maps(network, images, targets, method="gradcam"):
     metadata = Metadata("x", ["a", "b", "c"], images.shape[-1], "stretch", [0.5] * 3, [0.5] * 3, {})
-    return attribution.heat_maps(TorchPredictor(network.eval(), metadata), images, targets, method)[0]
+    pixels = images.permute(0, 2, 3, 1).numpy()
+    return attribution.heat_maps(TorchPredictor(network.eval(), metadata), pixels, targets, method)[0]
 
 
 def noise(count, size=SIDE):

@@ -248,7 +248,7 @@ def test_networks_of_all_kinds_pass_the_comparison_in_batches_of_any_size(change
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("resize", ["stretch", "crop", "pad"])
+@pytest.mark.parametrize("resize", ["stretch", "crop", "pad", "stretch:lanczos", "crop:bicubic:0.5", "pad:nearest"])
 def test_cards_snippet_gives_the_same_answer_without_torch(changed, tmp_path, resize):
     file = changed(resize=resize)
     folder = export(file, tmp_path / "b")

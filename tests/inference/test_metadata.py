@@ -23,7 +23,7 @@ INVALID = {
     "model": [None, 7],
     "class_names": [None, [1, 2, 3], ["only one"], ["a", "a", "b"], ["blue", "green", HALF_A_LETTER]],
     "image_size": [None, 10**9, 0, True, "32"],
-    "resize": [None, "../../etc", ["crop"]],
+    "resize": [None, "../../etc", ["crop"], "crop:hamming:0.9", "crop:bicubic:0", "crop:bicubic:1.5"],
     "mean": [None, [0.5, math.nan, 0.5], [0.5, "x", 0.5]],
     "std": [None, [0.0, 0.0, 0.0]],
     "config": [None, {"data": {}}, *({"data": d, "model": {}, "trainer": {}} for d in ({"root": 7}, {"fold": "1"}))],
@@ -37,6 +37,7 @@ INVALID = {
 def test_values_become_attributes_and_the_rest_has_defaults():
     metadata = Metadata.parse(VALID | {"versions": None, "unknown": 1}, "x")
     assert {name: value for name, value in asdict(metadata).items() if name in VALID} == VALID
+    assert Metadata.parse(VALID | {"resize": "crop:bicubic:0.875"}, "x").resize == "crop:bicubic:0.875"
     assert (metadata.versions, metadata.git_commit, metadata.temperature, metadata.calibrated) == ({}, "", 1.0, None)
 
 

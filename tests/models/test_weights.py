@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
 from torchvision.transforms import functional
 
 from project import cli, models
+from project.data.images import RESIZE, parse_resize
 from project.errors import UserError
 from project.models import weights
 from tests.conftest import SMALL, put_in_cache
@@ -92,6 +94,68 @@ def test_bundles_weights_bring_their_classes_and_pixel_scale(packed, tmp_path):
     config.write_text('{"architectures": ["others"]}')
     _, note, _ = weights.start("squeezenet1_1", ["cat", "cow", "dog"], file)
     assert "head included" in note
+
+
+@pytest.mark.parametrize(
+    ("name", "choice", "resize"),
+    [
+        ("resnet18", "DEFAULT", "crop:bilinear:0.875"),
+        ("resnet50", "IMAGENET1K_V1", "crop:bilinear:0.875"),
+        ("resnet50", "DEFAULT", "crop:bilinear:0.9655"),
+        ("swin_t", "DEFAULT", "crop:bicubic:0.9655"),
+        ("efficientnet_v2_s", "DEFAULT", "crop:bilinear"),
+        ("googlenet", "DEFAULT", "crop:bilinear:0.875"),
+        ("timm/resnet18", "DEFAULT", "crop:bicubic:0.95"),
+        ("timm/resnet18", "fb_swsl_ig1b_ft_in1k", "crop:bilinear:0.875"),
+        ("timm/resnet18.fb_swsl_ig1b_ft_in1k", "DEFAULT", "crop:bilinear:0.875"),
+        ("timm/efficientnet_lite0", "DEFAULT", "crop:bicubic:0.875"),
+        ("timm/convnext_base", "fb_in22k_ft_in1k_384", "stretch:bicubic"),
+    ],
+)
+def test_published_weights_say_without_a_connection_how_images_are_made_square(hub, name, choice, resize):
+    assert weights.resize(name, choice) == resize
+    parse_resize(resize)
+
+
+def test_resize_of_every_torchvision_network_exists_and_of_all_but_a_few_of_timm():
+    for name in models.torchvision_names():
+        for entry in torchvision.models.get_model_weights(name):
+            *_, share = parse_resize(weights.resize(name, entry.name))
+            (crop,), (short,) = entry.transforms().crop_size, entry.transforms().resize_size
+            assert round(crop / share) == short
+    names = [f"timm/{name}" for name in timm.list_pretrained()]
+    refused = [resize for name in names if not RESIZE.fullmatch(resize := weights.resize(name, "DEFAULT"))]
+    assert len(refused) < len(names) / 100
+    assert all(re.match(r"stretch:\w+:0\.9|crop:\w+:1\.15", resize) for resize in refused)
+
+
+def test_resize_of_a_file_is_its_own_or_that_of_the_published_weights(at_trained, packed, tmp_path):
+    torch.save(torchvision.models.get_model("resnet50").state_dict(), tmp_path / "it.pth")
+    assert weights.resize("resnet50", str(tmp_path / "it.pth")) == "crop:bilinear:0.9655"
+    content = torch.load(at_trained / "checkpoints" / "best.ckpt", weights_only=True)
+    content["metadata"]["resize"] = "pad:nearest"
+    torch.save(content, tmp_path / "own.ckpt")
+    bundle = shutil.copytree(packed, tmp_path / "bundle")
+    (bundle / "config.json").write_text((bundle / "config.json").read_text().replace('"stretch"', '"pad"'))
+    for source, resize in ((at_trained, "stretch"), (tmp_path / "own.ckpt", "pad:nearest"), (bundle, "pad")):
+        assert weights.resize("squeezenet1_1", str(source)) == resize
+
+
+def test_unknown_resize_of_weights_is_refused(tmp_path):
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "it.pth")
+    for name, choice in (
+        ("resnet18", "none"),
+        ("resnet18", "IMAGENET"),
+        ("resnet81", "DEFAULT"),
+        ("timm/resnet81", "DEFAULT"),
+        ("timm/resnet18", "none"),
+        ("fasterrcnn_resnet50_fpn", "DEFAULT"),
+        ("timm/resnet81", str(tmp_path / "it.pth")),
+    ):
+        with pytest.raises(UserError, match=f"^--model.weights {choice} of {name} has no known resize; give others"):
+            weights.resize(name, choice)
+    with pytest.raises(UserError, match=r"There are no weights none\.pth"):
+        weights.resize("resnet18", "none.pth")
 
 
 def test_unusable_weights_are_refused_and_no_code_in_them_is_run(workplace, hub):

@@ -372,12 +372,12 @@ def test_our_own_bug_is_logged_but_not_revealed_and_the_next_batch_is_computed(
     assert "model.onnx" in caplog.text
 
 
-def test_log_has_a_line_for_each_request_without_the_names_of_files(port, image, caplog):
+def test_log_has_a_line_for_each_request_without_the_names_of_files_and_queries(port, image, caplog):
     with caplog.at_level(logging.INFO, "uvicorn.access"):
         post(port, "/predict", *form([("secret-name.png", image)]))
-        ask(port, "GET", "/a%0apath")
+        ask(port, "GET", "/a%0apath?token=a%20secret")
     lines = [record.getMessage().split(" ", 1)[1] for record in caplog.records]
-    assert lines == ['- "POST /predict HTTP/1.1" 200', '- "GET /a%0Apath HTTP/1.1" 404']
+    assert lines == ['- "POST /predict HTTP/1.1" 200', '- "GET /a%0Apath?token=a%20secret HTTP/1.1" 404']
     shown = LogFormatter("%(asctime)s %(message)s").format(caplog.records[1])
     assert re.search(r"\d GET /a%0Apath: status 404, client 127\.0\.0\.1:\d+$", shown)
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from project import cli, runs
 from project.classifier import Classifier
+from project.evaluation import figures
 from tests.conftest import ALIVE, SMALL, make_images, read_csv
 from tests.same_run import checkpoint
 
@@ -96,6 +98,12 @@ def test_a_loss_that_is_not_finite_ends_the_fit_names_step_and_layer_and_keeps_t
     assert last["global_step"] < 14
     assert all(tensor.isfinite().all() for tensor in last["state_dict"].values())
     assert any(row["val/loss"] for row in read_csv(RUN / "metrics.csv"))
+
+
+def test_drawing_the_first_batch_is_no_waiting_for_images(photos, capsys, monkeypatch):
+    draw = figures.image_grid
+    monkeypatch.setattr(figures, "image_grid", lambda *args, **options: (time.sleep(3), draw(*args, **options))[1])
+    assert not [line for line in warnings(capsys, "--trainer.max_epochs", "1") if "waiting" in line]
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -203,6 +204,26 @@ def test_layers_signature_run_config_command_line(photos):
     assert checkpoint(resumed)["epoch"] == 1  # not from the start again
 
 
+def test_resize_of_the_weights_is_recorded_and_stays_the_same_in_what_follows(photos, refused, capsys):
+    own, squeezenet = "crop:bilinear:0.875", torchvision.models.get_model("squeezenet1_1")
+    torch.save(squeezenet.state_dict(), "it.pth")
+    weights = ["--data.resize", "weights"]
+    assert cli.main([*FIT, *weights, "--model.weights", "it.pth"]) == 0
+    assert f"32 px ({own})" in capsys.readouterr().out
+    assert yaml.safe_load((RUN / "config.yaml").read_text())["data"]["resize"] == own
+    assert checkpoint(RUN, "best")["metadata"]["resize"] == own
+    assert own in next(Path("data/cache").iterdir()).name.replace("-", ":")
+    assert cli.main([*TEST, *weights]) == 0  # its checkpoint's
+    more = ["fit", "--trainer.max_epochs", "2", "--resume", str(RUN), "--data.resize"]
+    assert f"--data.resize {own} -> crop:" in refused(*more, "crop")
+    assert cli.main([*more, "weights"]) == 0
+    assert cli.main([*FIT, "--data.resize", "pad:nearest", "--model.weights", str(RUN)]) == 0
+    last = RUN.with_name("version_1") / "checkpoints" / "last.ckpt"
+    assert cli.main(["fit", *weights, "--ckpt_path", str(last), "--trainer.max_epochs", "2"]) == 0
+    config = yaml.safe_load((RUN.with_name("version_2") / "config.yaml").read_text())
+    assert config["data"]["resize"] == "pad:nearest"
+
+
 @pytest.mark.parametrize(
     ("options", "epochs"),
     [
@@ -221,7 +242,7 @@ def test_last_checkpoint_is_truly_last_and_the_first_batch_is_drawn_once(photos,
     validated = "check_val_every_n_epoch" not in options[0] or epochs > 1
     out = capsys.readouterr().out
     assert ("best: epoch" in out) == ("There was no validation" not in out) == validated
-    assert "next: make board" in out
+    assert "next: tensorboard --logdir runs |" in out
     if "logger" in options[0]:
         assert not [*RUN.glob("events*"), *RUN.glob("projector*")]
     else:
@@ -270,6 +291,8 @@ def test_own_checkpoint_in_the_same_folder_does_not_replace_ours(photos, name):
         (own("EarlyStopping", monitor="val_loss"), ["val_loss", "val/loss, val/accuracy"]),
         (own("ModelCheckpoint", monitor="val_acc"), ["val_acc", "val/loss, val/accuracy"]),
         ([*own("EarlyStopping", monitor="lr-Adam"), "--trainer.logger", "false"], ["lr-Adam", "val/accuracy"]),
+        (own("EarlyStopping", monitor="lr-SGD"), ["lr-SGD", "val/accuracy", "lr-Adam."]),
+        ([*own("EarlyStopping", monitor="lr-Adam"), "--model.backbone_lr", "0.5"], ["lr-Adam/head, lr-Adam/below 1."]),
         ([*own("EarlyStopping", monitor="val/loss"), "--patience", "3"], ["--patience", "leave one out"]),
         (own("no.such.Thing"), ["--trainer.callbacks no.such.Thing", "No module named 'no'"]),
         (own("json.Thing"), ["json.Thing", "has no attribute 'Thing'"]),
@@ -392,6 +415,8 @@ def test_test_without_a_run_or_a_test_split_and_runs_that_cannot_be_written(work
             ([f"--trainer.{limit}", "0.01"], [f"--trainer.{limit} 0.01 is less than one of", "batches; give 1"])
             for limit in ("overfit_batches", "limit_train_batches", "limit_val_batches")
         ),
+        (["--data.resize", "crop:cubic"], ["There is no resize crop:cubic; give stretch"]),
+        (["--data.resize", "weights"], ["--model.weights none of squeezenet1_1 has no known resize; give others"]),
         (["--data.root", "nowhere"], ["no folder nowhere"]),
         (["--data.root", "empty"], ["No images in empty"]),
         (["--data.root", "a.jpg"], ["a.jpg is neither a folder nor a CSV file"]),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+import yaml
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from torch.nn import functional
@@ -101,6 +102,22 @@ def test_fine_tuning_starts_from_the_solved_head_and_keeps_the_statistics_of_bat
     assert f"freeze_bn: {str(not options).lower()}" in (run / "config.yaml").read_text()
 
 
+def test_fit_on_weights_with_other_classes_has_the_recipe_of_fine_tuning(photos, capsys):
+    torch.save(models.build("resnet18", 7)[1].state_dict(), "weights.pth")
+    fit = ["fit", "photos", "--data.image_size", "32", "--data.workers", "0", "--model.name", "resnet18"]
+    stop = "--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/loss"
+    fit += [*stop, "--trainer.callbacks.stopping_threshold=1e9"]  # after the first epoch
+    for name, weights in {"a": "weights.pth", "b": "none"}.items():
+        assert cli.main([*fit, "--model.weights", weights, "--name", name]) == 0
+    out = capsys.readouterr().out
+    assert out.count("fine-tuning: adam, lr 0.001, below the head 0.3 of it, label smoothing 0.1, 12 epochs\n") == 1
+    assert cli.main([*fit, "--model.weights", "runs/a/version_0", "--name", "c"]) == 0  # of the same classes
+    configs = [yaml.safe_load(Path(f"runs/{name}/version_0/config.yaml").read_text()) for name in "abc"]
+    names = ("lr", "backbone_lr", "label_smoothing", "freeze_bn")
+    chosen = [(each["trainer"]["max_epochs"], *(each["model"][name] for name in names)) for each in configs]
+    assert chosen == [(12, 1e-3, 0.3, 0.1, True), (24, 3e-4, 1.0, 0.0, False), (24, 3e-4, 0.1, 0.0, False)]
+
+
 def test_resumed_fit_has_the_solved_head(photos):
     fit = [*FROZEN, "--trainer.max_epochs", "3", "--name"]
     assert cli.main([*fit, "a"]) == cli.main([*fit, "b", "--ckpt_path", "runs/a/version_0/checkpoints/last.ckpt"]) == 0
@@ -164,5 +181,5 @@ def test_every_parameter_is_trained_once_and_biases_have_no_weight_decay(options
 def test_learning_rate_below_the_head_is_a_share_of_the_heads(at_trained):
     _, made = configured(name="squeezenet1_1", weights=str(at_trained), lr=0.01)
     groups = made["optimizer"].param_groups
-    assert {round(group["initial_lr"], 6) for group in groups} == {0.01, 0.001}
+    assert {round(group["initial_lr"], 6) for group in groups} == {0.01, 0.003}
     assert groups[0]["params"][0].shape[0] == 2  # the head comes first

@@ -150,7 +150,7 @@ def test_more_epochs_after_the_end_go_on_with_the_schedule_of_so_many(photos, un
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--model.lr", "0.1"], "--model.lr null -> 0.1"),
+        (["--model.lr", "0.1"], "--model.lr 0.0003 -> 0.1"),
         (
             ["--data.batch_size", "4", "--model.name", "resnet18"],
             "--data.batch_size 8 -> 4, --model.name squeezenet1_1",
@@ -207,11 +207,14 @@ def test_newest_unfinished_run_is_meant_and_what_cannot_be_resumed_is_said(photo
     ],
 )
 @pytest.mark.parametrize("state", ["finished", "stopped"])
-def test_resume_that_is_refused_changes_no_file_of_the_run(photos, undisturbed, refused, options, said, state):
+def test_resume_that_is_refused_changes_no_file_of_the_run(photos, undisturbed, capsys, options, said, state):
     shutil.copytree(undisturbed().parents[1], "runs", symlinks=True)
     runs.write_status(RUN, state=state)
     before = {file: file.read_bytes() for file in RUN.rglob("*") if file.is_file()}
-    assert said in refused("fit", "--resume", str(RUN), "--trainer.max_epochs", "5", *options)
+    assert cli.main(["fit", "--resume", str(RUN), "--trainer.max_epochs", "5", *options]) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert "completed" not in said or "resume: " not in shown.out  # not that the limit changes
     assert before == {file: file.read_bytes() for file in RUN.rglob("*") if file.is_file()}
     runs.RunLock(RUN).release()
 
