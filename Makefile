@@ -26,8 +26,8 @@ check: dev  ## format, lint, types
 test: check  ## check, then the fast tests
 	$(VENV) -m pytest -m "not slow and not full" -n auto --dist loadfile $(ARGS)
 
-test-slow: dev  ## tests with several processes, a browser or a notebook
-	$(VENV) -m pytest -m "slow and not full" $(ARGS)
+test-slow: dev  ## tests with several processes or fits, a browser or a notebook
+	$(VENV) -m pytest -m "slow and not full" -n auto --dist loadfile $(ARGS)
 
 test-full: dev  ## long and rare tests: whole trainings, the notebooks as they are, torture (half an hour)
 	$(VENV) -m pytest -m full $(ARGS)

@@ -27,7 +27,7 @@ def recipes(
         minutes: After which no further fit starts.
     """
     quieten()
-    end, is_new = time.monotonic() + 60 * minutes, not table.exists()
+    end, is_new = time.monotonic() + 60 * minutes, not table.exists() or not table.stat().st_size
     with table.open("a+", newline="") as stream:
         stream.seek(0)
         done = [tuple(row[name] for name in KEY) for row in csv.DictReader(stream)]

@@ -29,8 +29,8 @@ class Classifier(LightningModule):
         name: The network: alexnet, any of torchvision's classification networks, or timm/NAME.
         weights: What it starts from: none (random), DEFAULT or another name of published weights, or a file: a
             checkpoint of this project, a state dict, safetensors. If the classes differ, the head is re-initialised.
-        freeze: Transfer learning: backbone trains the head alone; gradual starts with the head and unfreezes the
-            layers below from the top downwards during the first half of the fit.
+        freeze: Transfer learning: backbone trains the head alone, at the lr of no weights; gradual starts with the head
+            and unfreezes the layers below from the top downwards during the first half of the fit.
         freeze_bn: Batch norm keeps the mean and variance of the weights; by default where the head is new above given
             weights, whose other layers expect them: those of a few small batches can differ by far.
         optimizer: adam, adamw or sgd (with momentum 0.9).
@@ -47,6 +47,8 @@ class Classifier(LightningModule):
         compile: Compile the network by torch.compile; if that fails, a message says so and the fit continues without.
         class_weights: Weight of each class in the training loss, from the data; None means the same.
     """
+
+    peaks: Sequence[float] = ()  # highest learning rate of each parameter group
 
     def __init__(
         self,
@@ -76,7 +78,8 @@ class Classifier(LightningModule):
         self.transfer, self.compiled = freeze, compile
         self.solved = False  # the head is the solution of a logistic regression: nothing is left to train
         network, self.weights_note, self.has_new_head = sources.start(name, class_names, weights)
-        for option, value in optim.defaults(optimizer, weights, self.has_new_head and freeze != "backbone").items():
+        self.fine_tunes = self.has_new_head and freeze != "backbone"
+        for option, value in optim.defaults(optimizer, weights, self.fine_tunes).items():
             given = self.hparams[option]
             self.hparams[option] = value if given is None else float(given)
         self.network = network.to(memory_format=torch.channels_last)
@@ -134,7 +137,7 @@ class Classifier(LightningModule):
 
     def on_train_start(self) -> None:
         for config in self.trainer.lr_scheduler_configs:
-            optim.reset_rates(config.scheduler)
+            optim.reset_rates(config.scheduler, self.peaks)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch."""
@@ -211,7 +214,9 @@ class Classifier(LightningModule):
         fused = self.trainer.precision != "16-mixed"  # a fused Adam would unscale gradients after they are clipped
         steps = self.trainer.estimated_stepping_batches
         options = {**self.hparams, "lr": 0.0} if self.solved else self.hparams
-        return optim.configure(self.network, self.head, options, total_steps=steps, fused=fused)
+        made = optim.configure(self.network, self.head, options, total_steps=steps, fused=fused)
+        self.peaks = [group["initial_lr"] for group in made["optimizer"].param_groups]
+        return made
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

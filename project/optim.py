@@ -1,7 +1,7 @@
 """The optimiser, its parameter groups and its learning-rate schedule."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -14,16 +14,16 @@ Rule = Literal["adam", "adamw", "sgd"]
 # The default peak learning rates. Adam's usual 1e-3 is known to be too high for AlexNet, which has no batch norm; 0.01
 # is that of torchvision's reference recipe for it.
 RATES: dict[Rule, float] = {"adam": 3e-4, "adamw": 3e-4, "sgd": 0.01}
-# Under a new head above given weights, which is solved for the data first; chosen in docs/recipe.md.
+# Under a new head above given weights, which is solved for the data first if it can be; chosen in docs/recipe.md.
 FINE_TUNING: dict[str, float] = {"backbone_lr": 0.3, "label_smoothing": 0.1}
 FINE_TUNING_RATES: dict[Rule, float] = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.01}
 FINE_TUNING_EPOCHS = 12
 STAGES = 4  # into which gradual unfreezing divides the backbone, with equally many parameter tensors each
 
 
-def defaults(rule: Rule, weights: str, has_new_head: bool) -> dict[str, float]:
+def defaults(rule: Rule, weights: str, fine_tunes: bool) -> dict[str, float]:
     """The options of `Classifier` whose defaults depend on where the weights come from."""
-    if has_new_head:
+    if fine_tunes:
         return {"lr": FINE_TUNING_RATES[rule], **FINE_TUNING}
     return {"lr": RATES[rule], "backbone_lr": 1.0 if weights == "none" else 0.1, "label_smoothing": 0.0}
 
@@ -97,9 +97,10 @@ def lr_factor(step: int, total: float, warmup: float, start: float = 0.0) -> flo
     return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
 
 
-def reset_rates(scheduler: Any) -> None:
-    """Sets the rates of a resumed fit to those of its own schedule: the run may have had fewer epochs before."""
-    if isinstance(scheduler, LambdaLR):  # that of tune is another
-        groups = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-        for group, base, factor in groups:
-            group["lr"] = base * factor(scheduler.last_epoch)
+def reset_rates(scheduler: Any, peaks: Sequence[float]) -> None:
+    """Sets the rates of a fit that starts from a checkpoint to those of its own options: it may have had others."""
+    if isinstance(scheduler, LambdaLR) and peaks:  # that of tune is another
+        scheduler.base_lrs = list(peaks)
+        groups = zip(scheduler.optimizer.param_groups, peaks, scheduler.lr_lambdas, strict=True)
+        for group, peak, factor in groups:
+            group["initial_lr"], group["lr"] = peak, peak * factor(scheduler.last_epoch)

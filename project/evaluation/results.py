@@ -166,9 +166,17 @@ def gather(source: Source, predictor: Predictor, data: str | None = None) -> Res
     return Results(source, metadata, test, val, temperature, curves, counts, measured, notice, status)
 
 
-def is_tested(checkpoint: Path) -> bool:
-    """Whether the predictions in the checkpoint's run are its own, and newer than it."""
-    return has_results(checkpoint) and _is_newer(runs.folder_of(checkpoint) / runs.PREDICTIONS, checkpoint)
+def is_tested(checkpoint: Path, root: str | None = None) -> bool:
+    """Whether the predictions in the checkpoint's run are its own, and newer than it.
+
+    With `root`, also whether they are of all test images of the run, from this folder or table.
+    """
+    run = runs.folder_of(checkpoint)
+    if root is not None:
+        measured, count = _measured(run), sum(row.split == "test" for row in run_split.rows(run))
+        if (measured.get("data"), measured.get("n")) != (root, count):
+            return False
+    return has_results(checkpoint) and _is_newer(run / runs.PREDICTIONS, checkpoint)
 
 
 def has_results(checkpoint: Path) -> bool:

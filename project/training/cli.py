@@ -231,7 +231,7 @@ class Cli(LightningCLI):
         """The Trainer's arguments for a fit: a default length, the run's loggers, callbacks and checkpoints."""
         chosen = self.config.fit
         if [options[limit] for limit in ("max_epochs", "max_steps", "max_time")] == [None, -1, None]:
-            most = optim.FINE_TUNING_EPOCHS if self.model.has_new_head else math.inf
+            most = optim.FINE_TUNING_EPOCHS if self.model.fine_tunes else math.inf
             options["max_epochs"] = chosen.trainer.max_epochs = int(min(self.datamodule.epochs, most))
         if none := [name for name in ("max_epochs", "max_steps", "limit_train_batches") if options[name] == 0]:
             raise UserError(f"There is nothing to train: --trainer.{none[0]} is 0.")

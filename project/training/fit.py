@@ -92,9 +92,10 @@ def introduce(data: ImageData, model: Classifier, trainer: Any, run: Run) -> Non
         print(f"positive class: {data.class_names[positive]} (--model.positive chooses the other)")
     if model.weights_note and run.source is None:
         print(model.weights_note)
-    if model.has_new_head and model.transfer != "backbone" and run.source is None:
-        recipe = "{optimizer}, lr {lr:g}, below the head {backbone_lr:g} of it, label smoothing {label_smoothing:g}"
-        print(f"fine-tuning: {recipe.format(**model.hparams)}, {trainer.max_epochs} epochs")
+        if model.transfer != "backbone":
+            recipe = "{optimizer}, lr {lr:g}, below the head {backbone_lr:g} of it, label smoothing {label_smoothing:g}"
+            epochs = f", {trainer.max_epochs} epochs" if (trainer.max_epochs or -1) > 0 else ""
+            print(f"fine-tuning: {recipe.format(**model.hparams)}{epochs}")
     if model.transfer != "none" and not model.weights_note:
         print(f"--model.freeze {model.transfer} without --model.weights: the frozen layers are random")
     millions = sum(p.numel() for p in model.network.parameters()) / 1e6
@@ -107,6 +108,8 @@ def introduce(data: ImageData, model: Classifier, trainer: Any, run: Run) -> Non
 
 def summarize(trainer: Any, run: Run) -> None:
     """Prints the result of a fit, where it lies and what to do next."""
+    found = next((c.solution for c in trainer.callbacks if isinstance(c, FrozenFeatures)), None)
+    solved = None if trainer.lightning_module.solved else found
     for callback in trainer.callbacks:
         if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
             epoch, change = callback.stopped_epoch + 1, "lower" if callback.mode == "min" else "higher"
@@ -115,6 +118,8 @@ def summarize(trainer: Any, run: Run) -> None:
             best = dict(callback.best)
             start = f"best: epoch {best.pop('epoch')}  val/loss {best.pop('val/loss'):.4f}"
             print(f"{start}  {format_scores(best)}")
+            if solved is not None and callback.best["val/loss"] > solved.loss:
+                print(f"the solved head alone had a lower val/loss, {solved.loss:.4f}: see configs/linear-probe.yaml")
     size = sum(file.stat().st_size for file in run.folder.rglob("*") if file.is_file())
     print(f"run: {run.folder} ({size / 1e6:,.0f} MB)")
     if (run.checkpoints / BEST).exists():

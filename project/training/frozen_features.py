@@ -44,7 +44,7 @@ class FrozenFeatures(Callback):
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             image = torch.zeros(2, 3, data.image_size, data.image_size, dtype=torch.uint8, device=model.device)
             inputs, logits = features_and_logits(model, image)
-            needed = rows * inputs[0].numel() * 4
+            needed = rows * inputs[0].numel() * 4 * trainer.num_devices
             is_last = inputs.ndim == 2 and torch.allclose(model.head(inputs), logits, atol=1e-5)
             if not is_last or not isinstance(model.head, nn.Linear) or model.head.bias is None:
                 note = f"trained, because {model.name} has operations after its last layer"
@@ -52,6 +52,8 @@ class FrozenFeatures(Callback):
                 note = f"trained, because the output of the layers below would take {needed / 1e9:.1f} GB of memory"
             else:
                 features = {split: _compute(model, data, split, inputs.shape[1]) for split in ("train", "val")}
+                if not all(each.values.isfinite().all() for each in features.values()):
+                    note, features = f"trained, because features are infinite in {trainer.precision}", {}
         if features:
             note = self._solve(model, data, **features)
         if features and is_frozen:
@@ -76,8 +78,9 @@ class FrozenFeatures(Callback):
         self._set_head(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Nothing changes in further epochs."""
-        trainer.should_stop = trainer.should_stop or pl_module.solved
+        """Nothing changes in further epochs, but the first ones may be without validation."""
+        is_measured = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
+        trainer.should_stop = trainer.should_stop or (pl_module.solved and is_measured)
 
     def _set_head(self, model: Any) -> None:
         if self.solution is not None:
@@ -88,11 +91,12 @@ class FrozenFeatures(Callback):
 
 def _compute(model: Any, data: ImageData, split: str, size: int) -> Features:
     """The input of the head (N, size) for the images of a split."""
-    output, failed = torch.zeros(len(data.dataset(split)), size), list[int]()
+    output, failed = torch.zeros(len(data.dataset(split)), size, dtype=torch.float32), list[int]()
     for batch in data.in_order(split):
         for row, reason in batch.failed:
             failed.append(row)
-            model.print(f"left out, unreadable: {data.dataset(split).path(row)}: {reason}")
+            if model.transfer == "backbone":  # else the fit reads it, too
+                model.print(f"left out, unreadable: {data.dataset(split).path(row)}: {reason}")
         if len(batch.row):
             output[batch.row] = features_and_logits(model, batch.image.to(model.device))[0].float().cpu()
     return Features(data.dataset(split), output, failed)

@@ -39,11 +39,11 @@ def solve(
     """
     (values, labels), (val_values, val_labels) = (_readable(features) for features in (train, val))
     mean, scale = values.mean(dim=0), values.std(dim=0, correction=0)
-    scale = scale.clamp_min(
-        scale.median()
-    )  # else a feature that hardly varies here can be 500 deviations off elsewhere
-    scale[scale <= 1e-6 * mean.abs()] = torch.inf  # one that never changes gets the weight 0
-    values, val_values = (values - mean) / scale, (val_values - mean) / scale
+    varies = scale > 1e-6 * mean.abs()
+    scale.clamp_min_(scale[varies].median())  # a feature that hardly varies here can be 500 deviations off elsewhere
+    scale[~varies] = torch.inf  # the weight 0
+    for each in (values, val_values):
+        each.sub_(mean).div_(scale)
     weight = torch.zeros(classes, values.shape[1], requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
     best, tried = Head(weight, bias, 0.0, float("inf")), 0

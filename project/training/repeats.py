@@ -60,9 +60,9 @@ class RepeatCli(Cli):
             is_finished = run is not None and runs.read_status(run).get("state") == "finished"
             print(f"\n{name}{f': {run} is finished' * is_finished}", flush=True)
             if not is_finished:
-                code = signals.run_child(["fit", *(["--resume", str(run)] if run else self.argv)])
+                code = signals.run_child(["fit", *(["--resume", str(run)] if run else []), *self.argv])
                 run = resume.same(folder, self.recorded, self.datamodule)
-            if run and not code and not results.is_tested(run / "checkpoints" / BEST):
+            if run and not code and not results.is_tested(run / "checkpoints" / BEST, str(self.datamodule.root)):
                 device = [f"--trainer.{key}={self.recorded['trainer'][key]}" for key in ("accelerator", "devices")]
                 code = signals.run_child(["test", "--ckpt_path", str(run), *device])
             if code or not run:

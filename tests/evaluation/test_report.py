@@ -165,6 +165,7 @@ def test_images_are_named_by_their_paths_in_the_data_set_which_break_between_fol
     assert re.search(r"<p class=\"soft\">(blue|green|red)/<wbr>\d+\.png</p>", page.source)
 
 
+@pytest.mark.slow
 def test_untested_or_newer_checkpoint_is_tested_first_and_a_tested_one_is_reported_without_lightning(run):
     source = locate(run)
     assert results.is_tested(source.file)

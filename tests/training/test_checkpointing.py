@@ -250,6 +250,7 @@ def test_only_a_fit_without_a_validation_is_said_to_have_none(photos, capsys, op
     assert checkpoint(RUN, "best")["metadata"]["validated"] is not never
 
 
+@pytest.mark.slow
 def test_run_that_goes_on_to_validate_has_a_validated_best_and_report_and_card_name_one_that_never_did(photos, capsys):
     assert cli.main([*FIT, "--trainer.max_steps", "3"]) == cli.main(["test"]) == cli.main(["export"]) == 0
     for file in (RUN / "report.html", RUN / "bundle" / "README.md"):

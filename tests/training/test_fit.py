@@ -204,6 +204,7 @@ def test_layers_signature_run_config_command_line(photos):
     assert checkpoint(resumed)["epoch"] == 1  # not from the start again
 
 
+@pytest.mark.slow
 def test_resize_of_the_weights_is_recorded_and_stays_the_same_in_what_follows(photos, refused, capsys):
     own, squeezenet = "crop:bilinear:0.875", torchvision.models.get_model("squeezenet1_1")
     torch.save(squeezenet.state_dict(), "it.pth")

@@ -18,7 +18,7 @@ from project.classifier import Classifier
 from project.data import images
 from project.data.dataset import Features
 from project.optim import STAGES, configure, lr_factor
-from project.training import linear_probe
+from project.training import frozen_features, linear_probe
 from project.training.linear_probe import PENALTIES
 from tests.conftest import SMALL, make_images, read_csv
 from tests.same_run import checkpoint
@@ -56,7 +56,8 @@ def test_frozen_layers_run_once_and_the_head_is_the_solution_of_a_logistic_regre
     network[1].fc = torch.nn.Identity()
     features = network(torch.from_numpy(image).permute(0, 3, 1, 2)).detach().double().numpy()
     deviation = features[split == "train"].std(axis=0)
-    scaled = (features - features[split == "train"].mean(axis=0)) / np.maximum(deviation, np.median(deviation))
+    floor = np.median(deviation[deviation > 1e-6])  # of those that are not always 0
+    scaled = (features - features[split == "train"].mean(axis=0)) / np.maximum(deviation, floor)
     losses = {}
     for penalty in PENALTIES:
         reference = LogisticRegression(C=1 / (penalty * sum(split == "train")), max_iter=10_000, tol=1e-6)
@@ -99,9 +100,12 @@ def test_fine_tuning_starts_from_the_solved_head_and_keeps_the_statistics_of_bat
     name = "layer4.1.bn2.running_var"
     assert torch.equal(after[f"network.1.{name}"], before[name]) == (not options)
     assert (float(row["val/loss"]) == pytest.approx(float(solved), abs=1e-4)) == (not options)
+    is_worse = float(row["val/loss"]) > float(solved) + 1e-4
+    assert (f"the solved head alone had a lower val/loss, {solved}: see" in out) >= is_worse
     assert f"freeze_bn: {str(not options).lower()}" in (run / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_fit_on_weights_with_other_classes_has_the_recipe_of_fine_tuning(photos, capsys):
     torch.save(models.build("resnet18", 7)[1].state_dict(), "weights.pth")
     fit = ["fit", "photos", "--data.image_size", "32", "--data.workers", "0", "--model.name", "resnet18"]
@@ -112,10 +116,16 @@ def test_fit_on_weights_with_other_classes_has_the_recipe_of_fine_tuning(photos,
     out = capsys.readouterr().out
     assert out.count("fine-tuning: adam, lr 0.001, below the head 0.3 of it, label smoothing 0.1, 12 epochs\n") == 1
     assert cli.main([*fit, "--model.weights", "runs/a/version_0", "--name", "c"]) == 0  # of the same classes
-    configs = [yaml.safe_load(Path(f"runs/{name}/version_0/config.yaml").read_text()) for name in "abc"]
+    same = "fine-tuning: adam, lr 0.0003, below the head 0.1 of it, label smoothing 0, 24 epochs\n"
+    assert same in capsys.readouterr().out
+    frozen = ["--model.weights", "weights.pth", "--model.freeze", "backbone", "--name", "d"]
+    assert cli.main([*fit, *frozen]) == 0  # the head is trained from random weights, under flips
+    assert "fine-tuning" not in capsys.readouterr().out
+    configs = [yaml.safe_load(Path(f"runs/{name}/version_0/config.yaml").read_text()) for name in "abcd"]
     names = ("lr", "backbone_lr", "label_smoothing", "freeze_bn")
     chosen = [(each["trainer"]["max_epochs"], *(each["model"][name] for name in names)) for each in configs]
-    assert chosen == [(12, 1e-3, 0.3, 0.1, True), (24, 3e-4, 1.0, 0.0, False), (24, 3e-4, 0.1, 0.0, False)]
+    assert chosen[:2] == [(12, 1e-3, 0.3, 0.1, True), (24, 3e-4, 1.0, 0.0, False)]
+    assert chosen[2:] == [(24, 3e-4, 0.1, 0.0, False), (24, 3e-4, 0.1, 0.0, True)]
 
 
 def test_resumed_fit_has_the_solved_head(photos):
@@ -123,6 +133,25 @@ def test_resumed_fit_has_the_solved_head(photos):
     assert cli.main([*fit, "a"]) == cli.main([*fit, "b", "--ckpt_path", "runs/a/version_0/checkpoints/last.ckpt"]) == 0
     heads = [checkpoint(Path(f"runs/{name}/version_0"), "last")["state_dict"]["network.1.fc.weight"] for name in "ab"]
     assert torch.equal(*heads)
+
+
+def test_fit_from_the_checkpoint_of_a_solved_head_has_its_own_learning_rates(photos):
+    assert cli.main([*FROZEN, "--trainer.max_epochs", "2", "--name", "a"]) == 0
+    last = ["--ckpt_path", "runs/a/version_0/checkpoints/last.ckpt"]
+    assert cli.main([*FROZEN, *last, "--data.augment", "flip", "--trainer.max_epochs", "3", "--name", "b"]) == 0
+    groups = checkpoint(Path("runs/b/version_0"), "last")["optimizer_states"][0]["param_groups"]
+    assert [group["initial_lr"] for group in groups] == [3e-4] * len(groups)
+    heads = [checkpoint(Path(f"runs/{name}/version_0"), "last")["state_dict"]["network.1.fc.weight"] for name in "ab"]
+    assert not torch.equal(*heads)
+
+
+def test_head_is_solved_in_any_precision_and_measured_where_the_first_epoch_has_no_validation(photos, capsys):
+    options = ["--trainer.precision", "bf16-true", "--trainer.check_val_every_n_epoch", "2"]
+    assert cli.main([*FROZEN, *options, "--trainer.max_epochs", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "head: solved for the features of 84 images" in out
+    assert "best: epoch 2" in out
+    assert "epoch 3/4" not in out
 
 
 @pytest.mark.parametrize(
@@ -136,6 +165,19 @@ def test_resumed_fit_has_the_solved_head(photos):
 def test_the_reason_for_not_computing_features_once_is_printed(photos, capsys, options, reason):
     assert cli.main([*FROZEN, *options, "--trainer.fast_dev_run", "true"]) == 0
     assert reason in capsys.readouterr().out
+
+
+def test_features_that_overflow_are_not_solved(photos, capsys, monkeypatch):
+    compute = frozen_features._compute
+
+    def overflow(*arguments):
+        features = compute(*arguments)
+        features.values[0, 0] = torch.inf
+        return features
+
+    monkeypatch.setattr(frozen_features, "_compute", overflow)
+    assert cli.main([*FROZEN, "--trainer.fast_dev_run", "true"]) == 0
+    assert "head: trained, because features are infinite in 32-true" in capsys.readouterr().out
 
 
 def configured(**options):

@@ -103,7 +103,7 @@ def every_kind(count, mark):
     return pytest.mark.parametrize("options", cases, ids=lambda options: " ".join(options) or "defaults")
 
 
-@every_kind(4, pytest.mark.slow)
+@every_kind(2, pytest.mark.slow)
 def test_fit_stopped_in_a_step_and_in_a_validation_goes_on_to_the_same_bits(photos, undisturbed, interrupt, options):
     reference = undisturbed(*options)
     assert_the_same(fit_in_parts(options, interrupt, 4, (1, 1)), reference)
@@ -170,6 +170,7 @@ def test_what_changes_the_result_is_refused(photos, undisturbed, refused, option
     assert before == {file: file.read_bytes() for file in RUN.rglob("*") if file.is_file()}
 
 
+@pytest.mark.slow
 def test_newest_unfinished_run_is_meant_and_what_cannot_be_resumed_is_said(photos, interrupt, refused, capsys):
     assert "There is no unfinished run in runs/" in refused("fit", "--resume")
     assert "There is no run nowhere" in refused("fit", "--resume", "nowhere")
@@ -336,6 +337,7 @@ def require_whole_files(run):
         assert all(None not in row and None not in row.values() for row in rows)
 
 
+@pytest.mark.slow
 def test_reader_sees_whole_files_at_any_time(photos):
     seen, done = [], threading.Event()
 
