@@ -31,7 +31,7 @@ def solve(
 
     Args:
         train: Output of the frozen layers for the training images; standardised by its own mean and deviation, which
-            counts as the median of all features where it is smaller.
+            counts as the median of all features that vary where it is smaller.
         val: The same for the validation images.
         classes: K.
         class_weights: (K,) weight of each class in the training loss.
