@@ -149,7 +149,7 @@ FULL_LATER += "sys.exit(cli.main(sys.argv[1:]))"  # as if another program had fi
             1,
             "/dev/shm is probably full",
         ),
-        *((f"ulimit -n {n}", CLI, 0, f"the limit is {n} (see ulimit -n): 0 are used") for n in (12, 16, 20, 24)),
+        *((f"ulimit -n {n}", CLI, 0, f"the limit is {n} (see ulimit -n): 0 are used") for n in (12, 20)),
         ("ulimit -n 40", CLI, 0, "the limit is 40 (see ulimit -n): 1 are used"),
     ],
 )

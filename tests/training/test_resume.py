@@ -103,7 +103,7 @@ def every_kind(count, mark):
     return pytest.mark.parametrize("options", cases, ids=lambda options: " ".join(options) or "defaults")
 
 
-@every_kind(2, pytest.mark.slow)
+@every_kind(2, pytest.mark.full)
 def test_fit_stopped_in_a_step_and_in_a_validation_goes_on_to_the_same_bits(photos, undisturbed, interrupt, options):
     reference = undisturbed(*options)
     assert_the_same(fit_in_parts(options, interrupt, 4, (1, 1)), reference)
@@ -391,7 +391,7 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("options", [[], pytest.param(AVERAGED, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("options", [[], pytest.param(AVERAGED, marks=pytest.mark.full)])
 @pytest.mark.parametrize("place", FAILURES.values(), ids=FAILURES)
 def test_failed_fit_resumes_from_its_last_save_to_the_same_bits(photos, undisturbed, monkeypatch, place, options):
     def fail():
