@@ -94,7 +94,8 @@ def introduce(data: ImageData, model: Classifier, trainer: Any, run: Run) -> Non
         print(model.weights_note)
         if model.transfer != "backbone":
             recipe = "{optimizer}, lr {lr:g}, below the head {backbone_lr:g} of it, label smoothing {label_smoothing:g}"
-            epochs = f", {trainer.max_epochs} epochs" if (trainer.max_epochs or -1) > 0 else ""
+            count = trainer.max_epochs or -1  # -1 where another limit ends the fit
+            epochs = f", {count} epoch{'s' * (count > 1)}" if count > 0 else ""
             print(f"fine-tuning: {recipe.format(**model.hparams)}{epochs}")
     if model.transfer != "none" and not model.weights_note:
         print(f"--model.freeze {model.transfer} without --model.weights: the frozen layers are random")
