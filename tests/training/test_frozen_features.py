@@ -100,8 +100,8 @@ def test_fine_tuning_starts_from_the_solved_head_and_keeps_the_statistics_of_bat
     name = "layer4.1.bn2.running_var"
     assert torch.equal(after[f"network.1.{name}"], before[name]) == (not options)
     assert (float(row["val/loss"]) == pytest.approx(float(solved), abs=1e-4)) == (not options)
-    is_worse = float(row["val/loss"]) > float(solved) + 1e-4
-    assert (f"the solved head alone had a lower val/loss, {solved}: see" in out) >= is_worse
+    if options:
+        assert f"the solved head alone had a lower val/loss, {solved}: see" in out
     assert f"freeze_bn: {str(not options).lower()}" in (run / "config.yaml").read_text()
 
 
