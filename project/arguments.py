@@ -3,8 +3,10 @@
 import argparse
 import inspect
 import itertools
+import pkgutil
 import re
-from collections.abc import Callable, Collection
+import sys
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NoReturn, get_args, get_origin
 
 import docstring_parser
@@ -16,6 +18,8 @@ from project.errors import UserError, did_you_mean
 OTHER_NAMES = {"learning_rate": "lr", "wd": "weight_decay", "gpus": "devices", "seed": "seed_everything"}
 OTHER_NAMES |= {"epoch": "max_epochs", "pretrained": "weights", "device": "accelerator", "bs": "batch_size"}
 OTHER_NAMES |= dict.fromkeys(("imgsz", "img_size", "size"), "image_size")
+
+CLASS = r"<class '([\w.]*?)(\w+)'>"  # as Python writes a class
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -38,8 +42,8 @@ def call(function: Callable[..., int | None], verb: str, argv: list[str]) -> int
     """Runs a verb: the signature is its options, the docstring its help.
 
     A parameter without a default, or a positional-only one, is a word of the command line, a list is one or more words,
-    *NAME any number; the others are options. A bool is a flag, with --no-NAME where it is on by default. Dashes may
-    replace underscores: --batch-size is --batch_size.
+    *NAME any number; the others are options. An option whose type is a tuple may be repeated. A bool is a flag, with
+    --no-NAME where it is on by default. Dashes may replace underscores: --batch-size is --batch_size.
     """
     document = docstring_parser.parse(function.__doc__ or "")
     parser = Parser(prog=f"python -m project.cli {verb}", description=document.description, allow_abbrev=False)
@@ -54,6 +58,8 @@ def call(function: Callable[..., int | None], verb: str, argv: list[str]) -> int
             options |= {"default": [], "nargs": "*"}
         if kind is bool and name not in words:
             options["action"] = argparse.BooleanOptionalAction if parameter.default else "store_true"
+        elif get_origin(kind) is tuple:
+            options |= {"action": "append", "default": list(parameter.default)}
         elif lists := [one for one in (kind, *get_args(kind)) if get_origin(one) is list]:
             options |= {"type": get_args(lists[0])[0], "nargs": "+"}
         else:
@@ -106,12 +112,15 @@ def explain(message: str, options: Collection[str]) -> UserError:
         return UserError(f"{flag[1] or 'A flag'} is given without a value; leave {flag[2] or 'it'} out.")
     if re.search("required: .*images$", message):
         return UserError("A run and images are needed, in this order; type a run first, as in: runs/latest photos/")
+    if inner := re.match(r"Option '(?:init_args\.)?(.+)' is not accepted", message):  # of a class
+        near = did_you_mean(inner[1], [option.strip("-") for option in options if not option.endswith("help")])
+        return UserError(f"it takes no {inner[1]}.{near}")
     message = re.sub(r'^Parser key "([^"]+)"', r"--\1", message).replace("NoneType", "null")
     if group := re.match(r"--(data|model|trainer):\s+Unable to load config '(.*?)'", message):
         return UserError(f"--{group[1]} takes a YAML file, not {group[2]}; one setting is --data.root or --model.name.")
-    message = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message)
     if sentence := _class_error(message):
         return UserError(sentence)
+    message = re.sub(CLASS, r"\2", message)
     message = re.sub(r"typing\.Literal\['?(.*?)'?\]", r"\1", message).replace("', '", " or ")
     value = re.search(r"(?:Got|Given) value: (.*)|: (.+) does not conform to|(?:literal|convert) .+: '(.*)'", message)
     if value is None:
@@ -127,15 +136,42 @@ def explain(message: str, options: Collection[str]) -> UserError:
 
 def _class_error(message: str) -> str:
     """What is wrong with the class that an option names; empty where the message is about something else."""
-    if not re.search("class_path|subclass of|dot import path|NestedArg", message):
+    # of a metric, which is a function of num_classes to the parser
+    form = r"Type .+ expects a function or a callable class:(.+?)(\.* Got value: .+)?$"
+    message = re.sub(form, r"Problem with given class_path '-':\1", message, flags=re.MULTILINE)
+    if not re.search("class_path|subclass of|dot import path|NestedArg|{'init_args'", message):
         return ""
+    words = re.findall(r"[\w-]+", "".join(re.findall(r"Expected a typing\.Literal\[(.*?)\]", message)))
+    classes, message = re.findall(CLASS, message), re.sub(CLASS, r"\2", message)
     # of the errors, one for each type that the option takes, those about the class
     errors = message.partition("Errors:")[2] or message
     found = re.findall(r"^ +- (?!Expected an? (?!dot)|Not |an? (?:class|dict) )(.+(?:\n {6}.+)?)", errors, re.MULTILINE)
-    error = re.sub(r"Problem with given class_path '.+':", "", found[0] if found else "no class path is given")
-    error = re.sub("Expected a dot import path .*", "Lightning has no such class; give package.module.Class", error)
-    error = re.sub("the following arguments are required:", "it needs", error)
-    option = re.match(r"--[\w.]+", message)
+    error = re.sub(r"Problem with given class_path '.+':\s*", "", found[0] if found else "no class path is given")
     name = re.search(r"class_path(?:=|': | )'([\w.]+)'|Given value: ([\w.]+)$", message)
-    what = " ".join(match[match.lastindex or 0] for match in (option, name) if match)
-    return f"{what} cannot be used: {' '.join(error.split())}"
+    path = str(name[name.lastindex or 0]) if name else ""
+    if error.startswith("Expected a dot import path"):
+        takes = f"it takes {' or '.join(words)}, or" if words else "there is no such class; give"
+        error = f"{takes} package.module.Class.{did_you_mean(path, [*words, *_subclasses(classes)])}"
+    elif absent := re.match(r"module '(.+)' has no attribute '(.+)'", error):
+        members = [name for name, value in vars(sys.modules[absent[1]]).items() if callable(value)]
+        error = f"{absent[1]} has no {absent[2]}.{did_you_mean(absent[2], members)}"
+    elif absent := re.match(r"No module named '(.+)'", error):
+        error = f"there is no module {absent[1]}.{did_you_mean(absent[1], [m.name for m in pkgutil.iter_modules()])}"
+    for old, new in (
+        (r"^--(\w+ is )", r"\1"),
+        (r"the following arguments are required:", "it needs"),
+        (r"it takes no (?:max_)?(lr|weight_decay)\..*", r"--model.\1 sets its \1."),
+        (r".*not correspond to a subclass of (\w+)", r"it is no \1, nor a function annotated -> \1"),
+    ):
+        error = re.sub(old, new, error)
+    option = re.match(r"--[\w.]+", message)
+    subject = " ".join(filter(None, (option and option[0], path)))
+    return f"{subject} cannot be used: {' '.join(error.split())}"
+
+
+def _subclasses(classes: Collection[tuple[str, str]]) -> Iterator[str]:
+    """The names of the classes, each given by module and name, and of those below them, as far as imported."""
+    kinds = [getattr(sys.modules.get(module.strip(".")), name, None) for module, name in classes]
+    for kind in kinds:
+        kinds += type.__subclasses__(kind) if isinstance(kind, type) else []
+        yield getattr(kind, "__name__", "")

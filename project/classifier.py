@@ -1,47 +1,70 @@
-"""Classifier: the network with its loss, metrics and optimiser. Change the loss here, the optimiser in optim.py."""
+"""Classifier: the network with its loss, metrics and optimiser. A loss is in losses.py, an optimiser in optim.py."""
 
 import copy
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.nn import functional
 from torchmetrics import MetricCollection
 from torchvision.transforms import v2
 
-from project import models, optim
-from project.batch import Batch
-from project.metrics import Mean, metrics
+from project import losses, models, optim, parts
+from project.batch import Batch, as_batch
+from project.errors import UserError
+from project.inference import metadata
+from project.metrics import Mean, MetricFactory
+from project.metrics import metrics as measures
 from project.models import weights as sources
 from project.models.normalize import BATCH_NORMS
 
+if TYPE_CHECKING:
+    Network = str | dict[str, Any]
+    Loss = Network
+    Optimizer = Network
+    LRScheduler = Network
+    Factory = Network
+else:  # for the command line's parser, which gives a class path and its arguments
+    Network, Loss, Factory = nn.Module, nn.Module, MetricFactory
+    Optimizer, LRScheduler = torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler
+
 
 class Classifier(LightningModule):
-    """Trains a network to classify images, with cross-entropy and Adam.
+    """Trains a network to classify images, by default with cross-entropy and Adam.
 
     Args:
         class_names: K names, from the data.
         image_size: Side of the square images, in pixels, from the data.
         name: The network: alexnet, any of torchvision's classification networks, or timm/NAME.
+        network: Instead of `name`, the class path of a network that takes num_classes, with its other arguments.
         weights: What it starts from: none (random), DEFAULT or another name of published weights, or a file: a
             checkpoint of this project, a state dict, safetensors. If the classes differ, the head is re-initialised.
         freeze: Transfer learning: backbone trains the head alone, at the lr of no weights; gradual starts with the head
             and unfreezes the layers below from the top downwards during the first half of the fit.
         freeze_bn: Batch norm keeps the mean and variance of the weights; by default where the head is new above given
             weights, whose other layers expect them: those of a few small batches can differ by far.
-        optimizer: adam, adamw or sgd (with momentum 0.9).
-        lr: Highest learning rate; by default 3e-4, with a new head above weights 1e-3, for sgd 0.01.
+        loss: cross_entropy; focal (gamma 2); bce, each class against the rest; or the class path of a module that makes
+            one number, or one an image, of logits (B, K) and labels (B,); --data.balance and --model.label_smoothing
+            set its weight and label_smoothing. Probabilities stay the softmax.
+        optimizer: adam, adamw, sgd (with momentum 0.9), or the class path of another, which gets lr and weight_decay.
+        lr: Peak learning rate; by default 3e-4, with a new head above weights 1e-3, for sgd 0.01, of a class its own.
         backbone_lr: Learning rate below the head, as a share of `lr`; by default 1, with weights 0.3 below a new head
             and else 0.1.
-        warmup: Share of the steps over which the learning rate rises, before it falls along a cosine.
+        layer_decay: Factor of the learning rate from each layer below the head to the next lower one, e.g. 0.75.
+        scheduler: cosine, step (to a tenth after each third), one-cycle (arXiv:1708.07120), plateau (to a tenth after 4
+            validations without a lower val/loss), constant, or the class path of an LRScheduler, which goes on after
+            each epoch, or after each step if it takes total_steps.
+        warmup: Share of steps in which the rate rises; by default 0.1 for cosine and step, 0.3 for one-cycle, else 0.
         weight_decay: Pull of weights towards 0 at each step; biases and norms have none.
         label_smoothing: Share of the target that is spread over all classes, in training; by default 0, with a new
             head above weights 0.1.
         positive: Of two classes, the one that precision, recall and F1 are about; by default the second.
+        metrics: Class paths of further metrics, such as torchmetrics.CohenKappa with task: multiclass; they are given
+            num_classes and validate_args: false, and their name is cohen_kappa.
         mix: Training images are blended (mixup, arXiv:1710.09412) or cut and pasted (cutmix, arXiv:1905.04899) in
             pairs, their labels likewise: none, mixup or cutmix.
         compile: Compile the network by torch.compile; if that fails, a message says so and the fit continues without.
@@ -49,22 +72,29 @@ class Classifier(LightningModule):
     """
 
     peaks: Sequence[float] = ()  # highest learning rate of each parameter group
+    run_metadata: dict[str, Any] | None = None  # the run's options and provenance, where a verb trains
+    watched = optim.WATCHED
 
     def __init__(
         self,
         class_names: list[str],
         image_size: int,
         name: str = "alexnet",
+        network: Network | None = None,
         weights: str = "none",
         freeze: Literal["none", "backbone", "gradual"] = "none",
         freeze_bn: bool | None = None,
-        optimizer: optim.Rule = "adam",
+        loss: losses.Name | Loss = "cross_entropy",
+        optimizer: optim.Rule | Optimizer = "adam",
         lr: PositiveFloat | None = None,
         backbone_lr: PositiveFloat | None = None,
-        warmup: ClosedUnitInterval = 0.1,
+        layer_decay: ClosedUnitInterval = 1.0,
+        scheduler: optim.Shape | LRScheduler = "cosine",
+        warmup: ClosedUnitInterval | None = None,
         weight_decay: NonNegativeFloat = 0.0,
         label_smoothing: ClosedUnitInterval | None = None,
         positive: str | None = None,
+        metrics: list[Factory] | None = None,
         mix: Literal["none", "mixup", "cutmix"] = "none",
         compile: bool = False,
         class_weights: list[float] | None = None,
@@ -73,18 +103,26 @@ class Classifier(LightningModule):
         self.save_hyperparameters(logger=False, ignore="weights")  # when resuming, `weights` is the run's checkpoint
         # plain numbers: jsonargparse's types would be code in a checkpoint
         self.hparams.update({key: float(value) for key, value in self.hparams.items() if isinstance(value, float)})
-        measured = metrics(class_names, positive)
+        measured = measures(class_names, positive, metrics or ())
+        if network is not None:
+            if name != "alexnet":
+                raise UserError(f"--model.name {name} and --model.network are two networks; leave one out.")
+            self.hparams["network"] = network = parts.part(network)
+            name = network["class_path"]
         self.name, self.class_names, self.image_size = name, class_names, image_size
         self.transfer, self.compiled = freeze, compile
         self.solved = False  # the head is the solution of a logistic regression: nothing is left to train
-        network, self.weights_note, self.has_new_head = sources.start(name, class_names, weights)
+        built, self.weights_note, self.has_new_head = sources.start(name, class_names, weights, network)
         self.fine_tunes = self.has_new_head and freeze != "backbone"
-        for option, value in optim.defaults(optimizer, weights, self.fine_tunes).items():
+        self.hparams["optimizer"] = optimizer if optimizer in [*optim.RATES] else parts.part(optimizer)
+        for option, value in optim.defaults(self.hparams, weights, self.fine_tunes).items():
             given = self.hparams[option]
             self.hparams[option] = value if given is None else float(given)
-        self.network = network.to(memory_format=torch.channels_last)
-        models.require_size(self.network, name, image_size)
+        self.network = built.to(memory_format=torch.channels_last)
+        models.require_size(self.network, name, image_size, len(class_names))
         self.head_name = models.head(self.network)[0]
+        if freeze != "none" and not self.head_name:
+            raise UserError(f"--model.freeze {freeze} needs a last layer, Linear or Conv2d, which {name} has not.")
         if freeze == "backbone":
             self.network.requires_grad_(False).eval()
             self.head.requires_grad_(True)
@@ -95,8 +133,23 @@ class Classifier(LightningModule):
         self.mix = mixers.get(mix)  # with alpha as in torchvision's reference training
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", torch.tensor(class_weights) if class_weights else None, persistent=False)
+        if str(loss) not in losses.LOSSES:
+            self.hparams["loss"] = loss = parts.part(loss)
+            if label_smoothing is None and not parts.taken(loss, "model.loss", {"label_smoothing": 0}):
+                self.hparams["label_smoothing"] = 0.0
+        smoothing = self.hparams["label_smoothing"]
+        self.loss = losses.LOSSES.get(str(loss)) or losses.Loss(loss, classes, self.class_weights, smoothing, mix)
         self.train_loss, self.val_loss, self.test_loss, self.train_accuracy = (Mean() for _ in range(4))
         self.val_metrics, self.test_metrics = measured.clone("val/"), measured.clone("test/")
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, trust: Collection[str] = (), **options: Any) -> Any:
+        """As Lightning's; refuses class paths in the checkpoint that are neither well-known nor in `trust`."""
+        read: Any = sources.read(Path(checkpoint_path))
+        parts.require_trusted_options(
+            {"model": read["hyper_parameters"], "data": {}, "trainer": {}}, trust, checkpoint_path
+        )
+        return super().load_from_checkpoint(checkpoint_path, *args, **options | {"weights_only": True})
 
     def forward(self, image: Tensor) -> Any:
         """Maps images (B, 3, H, W) uint8 to logits (B, K)."""
@@ -121,7 +174,8 @@ class Classifier(LightningModule):
         if not self.compiled:
             return
         trainer: Any = self.trainer
-        shape = (max(2, trainer.datamodule.batch_size // trainer.world_size), 3, self.image_size, self.image_size)
+        images = getattr(trainer.datamodule, "batch_size", 2) // trainer.world_size
+        shape = (max(2, images), 3, self.image_size, self.image_size)
         image = torch.zeros(shape, dtype=torch.uint8, device=self.device).to(memory_format=torch.channels_last)
         trial = copy.deepcopy(self.network)  # a failure leaves the network as it is; otherwise the code is cached
         trial.compile()
@@ -139,12 +193,25 @@ class Classifier(LightningModule):
         for config in self.trainer.lr_scheduler_configs:
             optim.reset_rates(config.scheduler, self.peaks)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def on_train_batch_start(self, *_: Any) -> None:
+        optim.set_mode(self.trainer.optimizers, "train")
+
+    def on_validation_start(self) -> None:
+        optim.set_mode(self.trainer.optimizers, "eval")
+
+    on_train_epoch_end = on_validation_start
+
+    def on_validation_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            optim.step_plateau(self.trainer.lr_scheduler_configs, self.trainer.callback_metrics)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of a batch."""
-        loss, _ = self._step(batch, "train")
+        loss, _ = self._step(as_batch(batch), "train")
         self.log_epoch()
         trainer: Any = self.trainer
-        if trainer.world_size > 1:  # DDP takes the mean of the ranks, whose shares of the batch may differ
+        if trainer.world_size > 1 and trainer.datamodule and isinstance(batch, Batch):
+            # DDP takes the mean of the ranks, whose shares of the batch may differ
             share = (len(batch.row) + len(batch.failed)) / trainer.datamodule.batch_size
             loss = loss * (share * trainer.world_size)
         self.log("train/loss_step", loss.detach(), prog_bar=True, batch_size=1, sync_dist=True)
@@ -164,13 +231,18 @@ class Classifier(LightningModule):
         for metric, (total, count) in zip((self.train_loss, self.train_accuracy), sums, strict=True):
             metric.update(torch.tensor(total, device=self.device), count)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Adds a batch to the validation metrics and returns its probabilities (B, K)."""
-        return self._evaluate(batch, "val")
+        return self._evaluate(as_batch(batch), "val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def test_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Adds a batch to the test metrics and returns its probabilities (B, K)."""
-        return self._evaluate(batch, "test")
+        return self._evaluate(as_batch(batch), "test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Probabilities (B, K) of the images that could be read."""
+        logits: Tensor = self.network(as_batch(batch).image)
+        return logits.float().softmax(dim=1)
 
     def _evaluate(self, batch: Batch, split: str) -> Tensor:
         _, logits = self._step(batch, split)
@@ -200,7 +272,7 @@ class Classifier(LightningModule):
         if not len(target):  # no image could be read; the batch still takes part, so that no rank waits for another
             return logits.sum(), logits
         weight, smoothing = (self.class_weights, self.hparams["label_smoothing"]) if split == "train" else (None, 0.0)
-        loss = functional.cross_entropy(logits, target, weight, reduction="sum", label_smoothing=smoothing)
+        loss = self.loss(logits, target, weight, smoothing)
         mean: Mean = getattr(self, f"{split}_loss")
         mean.update(loss.detach(), len(target))
         if split == "train":
@@ -213,7 +285,7 @@ class Classifier(LightningModule):
         """The optimiser and its schedule; see optim.py."""
         fused = self.trainer.precision != "16-mixed"  # a fused Adam would unscale gradients after they are clipped
         steps = self.trainer.estimated_stepping_batches
-        options = {**self.hparams, "lr": 0.0} if self.solved else self.hparams
+        options = {**self.hparams, "watched": self.watched} | ({"lr": 0.0} if self.solved else {})
         made = optim.configure(self.network, self.head, options, total_steps=steps, fused=fused)
         self.peaks = [group["initial_lr"] for group in made["optimizer"].param_groups]
         return made
@@ -229,7 +301,9 @@ class Classifier(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the metadata that readers of the checkpoint need, as plain types."""
         normalize: Any = self.network[0]
-        checkpoint["metadata"] = checkpoint.get("metadata", {}) | {  # with what callbacks have added
+        added = checkpoint.get("metadata", {})  # by callbacks
+        checkpoint["metadata"] = added | (self.run_metadata or metadata.of_plain_fit(self.trainer, self.hparams))
+        checkpoint["metadata"] |= {
             "model": self.name,
             "class_names": list(self.class_names),
             "image_size": self.image_size,

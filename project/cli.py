@@ -35,14 +35,9 @@ MOVED_BENCHMARKS = ("predict", "accuracy", "bundle", "serve")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command line.
+    """Runs the words after the program's name, by default the process's own; returns the exit code.
 
-    Args:
-        argv: The words after the program's name; by default the process's own.
-
-    Returns:
-        The exit code: 0 success, 1 findings or a failed run, 2 the user's mistake, 130 Ctrl-C, 141 a closed pipe, 143
-        SIGTERM.
+    0 success, 1 findings or a failed run, 2 the user's mistake, 130 Ctrl-C, 141 a closed pipe, 143 SIGTERM.
     """
     for stream in (sys.stdout, sys.stderr, sys.stdin):  # a file name may not be text in this locale
         if isinstance(stream, io.TextIOWrapper):

@@ -1,12 +1,13 @@
 """Files that appear whole or not at all, whenever the process is killed."""
 
+import csv
 import itertools
 import json
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +40,12 @@ def write_json(file: Path, content: Any) -> None:
     text = json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
     with replacing(file, "wb") as stream:  # what UTF-8 cannot encode in a path becomes an escape of JSON
         stream.write(text.encode("utf-8", "backslashreplace"))
+
+
+def write_csv(file: Path, rows: Iterable[Iterable[Any]]) -> None:
+    """Writes a CSV file."""
+    with replacing(file) as stream:
+        csv.writer(stream).writerows(rows)
 
 
 @contextmanager

@@ -1,11 +1,13 @@
-"""The metrics: one definition for validation, test and report. A further one is one line in `metrics`.
+"""The metrics: one definition for validation, test and report. A further one is one line in `metrics`, or an option.
 
 The article's own precision and recall compare a (B, 1) with a (B,) tensor, which broadcasts to (B, B), and its AUC
 ranks a raw logit; tests/test_metrics.py shows what that gives. scikit-learn's definitions are the reference.
 """
 
+import re
+import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,13 +16,20 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, Mul
 from torchmetrics.functional.classification import binary_auroc
 from torchmetrics.utilities import dim_zero_cat
 
+from project import parts
 from project.errors import UserError, some
 
 UNCHECKED: Any = {"validate_args": False}  # the check would read the values, which waits for the device at every step
 
 
-def metrics(class_names: Sequence[str], positive: str | None = None) -> MetricCollection:
-    """Accuracy, precision, recall, F1 and AUROC; update with probabilities (B, K) and label (B,).
+class MetricFactory(Protocol):
+    """A metric to the command line's parser: a class, without the arguments that `metrics` gives it."""
+
+    def __call__(self, *, num_classes: int, validate_args: bool) -> Metric: ...
+
+
+def metrics(class_names: Sequence[str], positive: str | None = None, more: Sequence[Any] = ()) -> MetricCollection:
+    """Accuracy, precision, recall, F1, AUROC and `more`; update with probabilities (B, K) and label (B,).
 
     Two classes: binary metrics of the positive class. More: accuracy over all images, the others macro averages
     over the classes that have images. AUROC is exact (all predictions are stored).
@@ -28,20 +37,51 @@ def metrics(class_names: Sequence[str], positive: str | None = None) -> MetricCo
     Args:
         class_names: K names.
         positive: The positive class of two; by default the second.
+        more: Class paths of further ones, CohenKappa as cohen_kappa; see parts.py.
 
     Raises:
-        UserError: `positive` is not among the names, or there are not two of them.
+        UserError: `positive` is not among the names, there are not two of them, or a metric cannot be used.
     """
     index, classes = positive_index(class_names, positive), len(class_names)
-    return MetricCollection(
-        {
-            "accuracy": MulticlassAccuracy(classes, average="micro", **UNCHECKED),
-            "precision": Score(classes, index, false_positives=1, false_negatives=0),
-            "recall": Score(classes, index, false_positives=0, false_negatives=1),
-            "f1": Score(classes, index, false_positives=0.5, false_negatives=0.5),
-            "auroc": AUROC(classes, index),
-        }
-    )
+    found: dict[str, Metric | MetricCollection] = {
+        "accuracy": MulticlassAccuracy(classes, average="micro", **UNCHECKED),
+        "precision": Score(classes, index, false_positives=1, false_negatives=0),
+        "recall": Score(classes, index, false_positives=0, false_negatives=1),
+        "f1": Score(classes, index, false_positives=0.5, false_negatives=0.5),
+        "auroc": AUROC(classes, index),
+    }
+    for entry in more:
+        own = parts.part(entry)["class_path"].rpartition(".")[2]
+        own = re.sub(r"(?<=[a-z\d])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", own).lower()
+        names = (own, *(f"{own}_{number}" for number in range(2, 3 + len(more))))
+        found[next(name for name in names if name not in {"loss", *found})] = _own(entry, classes)
+    # torchmetrics would let all share their state that happen to be equal after the first batch
+    return MetricCollection(found, compute_groups=[["precision", "recall", "f1"]])
+
+
+def _own(entry: Any, classes: int) -> Metric:
+    """A metric by its class path; UserError where it does not make one number of probabilities and labels."""
+    option, path = "model.metrics", parts.part(entry)["class_path"]
+
+    def make(**checks: bool) -> Metric:
+        made: Metric = parts.make(entry, option, **parts.taken(entry, option, {"num_classes": classes, **checks}))
+        return made
+
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            (trial := make()).update(torch.eye(classes), torch.arange(classes))
+            value = trial.compute()
+    except UserError:
+        raise
+    except Exception as error:  # metrics refuse their input in many ways
+        raise UserError(
+            f"--{option} {path} does not take probabilities (B, {classes}) and labels (B,), as one of the task "
+            f"multiclass does: {' '.join(str(error).split())}"
+        ) from error
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        made = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise UserError(f"--{option} {path} makes {made} of a split; a metric is one number, as an average is.")
+    return make(**UNCHECKED)
 
 
 def positive_index(class_names: Sequence[str], positive: str | None) -> int | None:
@@ -54,7 +94,7 @@ def positive_index(class_names: Sequence[str], positive: str | None) -> int | No
 class Mean(Metric):
     """A mean that propagates NaN, which torchmetrics' MeanMetric drops and waits for the device to find."""
 
-    full_state_update = False
+    full_state_update = higher_is_better = False  # it is that of a loss
     total: Tensor
     count: Tensor
 
@@ -78,6 +118,8 @@ class Score(MulticlassStatScores):
     It is true positives / (true positives + weighted false positives + weighted false negatives), and nan where no
     image has the class; torchmetrics gives 0.
     """
+
+    higher_is_better = True
 
     def __init__(self, classes: int, positive: int | None, false_positives: float, false_negatives: float) -> None:
         super().__init__(classes, average="none", **UNCHECKED)

@@ -118,7 +118,9 @@ def newest_checkpoint(root: Path = ROOT) -> Path:
     """The best.ckpt of the newest run that has one; raises UserError where there is none."""
     checkpoints = list(root.glob("*/version_*/checkpoints/best.ckpt"))
     if not checkpoints:
-        raise UserError(f"No run in {root}/ has a best.ckpt; train one first: python -m project.cli fit.")
+        raise UserError(
+            f"No run in {root}/ has a best.ckpt; train one first, python -m project.cli fit, or give a run."
+        )
     return max(checkpoints, key=lambda file: _started(folder_of(file)))
 
 
@@ -152,10 +154,7 @@ def read_metrics(file: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 def write_metrics(file: Path, columns: list[str], rows: list[Any]) -> None:
     """Writes a metrics.csv atomically."""
-    with files.replacing(file) as stream:
-        writer = csv.DictWriter(stream, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    files.write_csv(file, [columns, *([row.get(name) for name in columns] for row in rows)])
 
 
 def curves(file: Path) -> dict[str, Curve]:

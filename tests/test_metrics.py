@@ -9,8 +9,12 @@ from project.evaluation.scores import ScoredPredictions
 from project.metrics import Mean, metrics
 
 
-def measured(probabilities, label, names, positive=None):
-    collection = metrics(names, positive).clone("val/")
+def part(name, **options):
+    return {"class_path": f"torchmetrics.{name}", "init_args": options}
+
+
+def measured(probabilities, label, names, positive=None, more=()):
+    collection = metrics(names, positive, more).clone("val/")
     for part in np.array_split(np.arange(len(label)), 3):  # in batches, one of which may be empty
         if len(part):
             collection.update(torch.tensor(probabilities[part]).float(), torch.tensor(label[part]))
@@ -63,6 +67,46 @@ def test_without_an_image_of_the_positive_class_nothing_but_the_accuracy_is_meas
         assert figures["accuracy"] > 0.5
         assert np.isnan([figures[name] for name in ("precision", "recall", "f1", "auroc")]).all()
     assert measured(probabilities[:3], label[:3], ["no", "yes"])["accuracy"] == 1
+
+
+def test_further_metrics_have_their_class_name_and_keep_apart_from_those_that_begin_alike():
+    probabilities, label = drawn(0, [0, 1, 2], k=3)
+    first = label[: len(label) // 3 + 1]
+    label[: len(first)] = np.where(first == 2, 0, first)  # the first batch has no image of the class 2
+    guess, kept = probabilities.argmax(1), label != 2
+    score = "classification.MulticlassAccuracy"
+    more = [
+        part("CohenKappa", task="multiclass", weights="quadratic"),
+        "torchmetrics.classification.MulticlassMatthewsCorrCoef",
+        part(score, average="micro"),
+        part(score, average="micro", ignore_index=2),
+    ]
+    found = measured(probabilities, label, "abc", more=more)
+    theirs = {
+        "cohen_kappa": reference.cohen_kappa_score(label, guess, weights="quadratic"),
+        "multiclass_matthews_corr_coef": reference.matthews_corrcoef(label, guess),
+        "multiclass_accuracy": found["accuracy"],
+        "multiclass_accuracy_2": reference.accuracy_score(label[kept], guess[kept]),
+    }
+    assert {name: found[name] for name in theirs} == pytest.approx(theirs, abs=1e-6)
+    assert found["multiclass_accuracy_2"] != pytest.approx(found["accuracy"])
+    assert list(metrics("ab", None, [part("AUROC", task="multiclass")])) == [*sorted([*metrics("ab"), "auroc_2"])]
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (part("CohenKappa", task="binary"), r"does not take probabilities \(B, 2\).* task multiclass does: "),
+        ("torchmetrics.classification.BinaryF1Score", "as one of the task multiclass does"),
+        (part("F1Score", task="multiclass", average=None), r"makes \(2,\) of a split; a metric is one number"),
+        ("torchmetrics.classification.MulticlassROC", "makes tuple of a split"),
+        ("torchmetrics.CohenKapa", r"no such class.* Did you mean CohenKappa\?"),
+        ("torch.nn.ReLU", "ReLU does not take probabilities"),
+    ],
+)
+def test_metric_that_is_no_number_of_probabilities_and_labels_is_refused(entry, words):
+    with pytest.raises(UserError, match=rf"--model\.metrics torch.*{words}"):
+        metrics(["no", "yes"], None, [entry])
 
 
 def test_positive_class_must_be_one_of_two():

@@ -124,6 +124,7 @@ def test_options_exist(workplace, capsys):
         options |= {f"--{key}.{name}" for name in value} if isinstance(value, dict) else {f"--{key}"}
     # of make bench, pip and docker
     foreign = {"--target", "--epochs", "--seconds", "--no", "--config", "--help", "--ckpt_path", "--shm", "--cpus"}
+    foreign |= {"--model.optimizer.help", "--model.optimizer.betas"}  # of a class
 
     for file, text in PAGES.items():
         assert set(re.findall(r"(?<![\w-])--[a-z][\w.]*\w", text)) <= options | foreign, file

@@ -1,7 +1,6 @@
 """How fast this machine trains and reads, and what saving costs: python -m project.cli bench [training|data|saving]."""
 
 import contextlib
-import csv
 import io
 import itertools
 import statistics
@@ -76,19 +75,15 @@ def make_photographs(root: Path, count: int) -> Path:
 
 
 def write_table(root: Path | None, count: int) -> list[tuple[str, str]]:
-    """Writes randomly chosen images, in two classes whatever their own, into images.csv; returns those for training.
-
-    Two more, one of each class, are for validation, without which fit does not start.
-    """
+    """Writes randomly chosen images, in two classes whatever their own, into images.csv; returns those for training."""
     root = root or make_photographs(Path("photos"), count + 2)
     paths = sorted(path for path, _ in gather([str(root)]))
     if len(paths) < 4:
         raise UserError(f"bench needs at least 4 images; {root} has {len(paths)}.")
     np.random.default_rng(0).shuffle(paths)
-    splits = ["val", "val", *["train"] * count]
+    splits = ["val", "val", *["train"] * count]  # one of each class, for without a validation set fit does not start
     rows = list(zip(paths, itertools.cycle("ab"), splits, strict=False))
-    with files.replacing(Path("images.csv")) as stream:
-        csv.writer(stream).writerows([("path", "label", "split"), *rows])
+    files.write_csv(Path("images.csv"), [("path", "label", "split"), *rows])
     train = [(path, label) for path, label, split in rows if split == "train"]
     print(f"{root}: {len(train):,} training images, {SIZE} px, batches of {min(BATCH, len(train))}\n")
     return train

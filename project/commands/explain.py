@@ -31,6 +31,7 @@ def explain(
     method: Method = "gradcam",
     target: str | None = None,
     out: str | None = None,
+    trust: tuple[str, ...] = (),
 ) -> int:
     """Draws heat maps over images where the network finds evidence for a class, as a folder of PNG files.
 
@@ -49,10 +50,11 @@ def explain(
             to 170 forward passes. The last two work with every network.
         target: The class to explain; by default the predicted one.
         out: The folder to write; must not exist. By default explanations, or explanations-2 if there is one, and so on.
+        trust: Class path of the checkpoint's network, if that is neither this package's nor a library's; repeatable.
     """
     folder = files.unused(Path("explanations")) if out is None else Path(out)
     files.require_new(folder, "out")
-    source, given = locate(checkpoint), dict(gather(images))  # true classes by path
+    source, given = locate(checkpoint, trust), dict(gather(images))  # true classes by path
     attribution.captum()
     from rich.console import Console
     from rich.progress import track
@@ -119,8 +121,8 @@ def _draw(explanations: Iterable[_Explanation], folder: Path, total: int) -> tup
     from project.evaluation import figures
 
     def write(name: str, shown: list[_Explanation], titles: list[str], columns: int, side: float) -> None:
-        _, images, heats, _, captions, notes = zip(*shown, strict=True)
-        figures.explanations(images, heats, titles, captions, columns, side, notes[0]).savefig(folder / name, dpi=120)
+        rows = [(entry.image, entry.heat, title, entry.caption) for entry, title in zip(shown, titles, strict=True)]
+        figures.explanations(rows, columns, side, shown[0].note).savefig(folder / name, dpi=120)
 
     count, note, explanations = 0, "", iter(explanations)
     while sheet := list(islice(explanations, SHEET)):

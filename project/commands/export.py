@@ -18,6 +18,7 @@ def export(
     pt2: bool = False,
     calibrated: bool = False,
     data: str | None = None,
+    trust: tuple[str, ...] = (),
 ) -> int:
     """Packs a checkpoint for use elsewhere, and verifies that it predicts the same there.
 
@@ -35,6 +36,7 @@ def export(
         pt2: Write model.pt2 too, for torch.export.load, which runs code from the file: for your own use.
         calibrated: Build in the temperature that `report` has found, so that probabilities match frequencies.
         data: Where the run's images are now; by default where they were.
+        trust: Class path of the checkpoint's network, if that is neither this package's nor a library's; repeatable.
     """
     file = locate_checkpoint(checkpoint)
     run = runs.folder_of(file)
@@ -45,7 +47,7 @@ def export(
     from project.inference.metadata import provenance
 
     versions = onnx.library_versions()
-    network = Source(file, is_bundle=False).load_network(calibrated, device="cpu")
+    network = Source(file, False, trust).load_network(calibrated, device="cpu")
     metadata = replace(network.metadata, export={"versions": versions, "git_commit": provenance()["git_commit"]})
     images = verify.draw_images(run, "val", verify.MAX_IMAGES, metadata, data)
     samples = verify.training_samples(run, network, data) if quantize is not None else []

@@ -1,7 +1,10 @@
 """Lists the networks: python -m project.cli models 'resnet*'."""
 
 import fnmatch
+import importlib
+import inspect
 import math
+import pkgutil
 
 from project import models as networks
 from project.errors import UserError, did_you_mean
@@ -19,7 +22,8 @@ def models(pattern: str = "*", /) -> int:
     """
     wanted = pattern if any(mark in pattern for mark in "*?[") else f"*{pattern}*"
     timm = networks.import_timm() if pattern.startswith(networks.TIMM) else None
-    known = [networks.TIMM + name for name in timm.list_models()] if timm else networks.torchvision_names()
+    own = _own()
+    known = [networks.TIMM + name for name in timm.list_models()] if timm else [*networks.torchvision_names(), *own]
     names = fnmatch.filter(known, wanted)
     if not names:
         near = did_you_mean(pattern, known)
@@ -34,6 +38,9 @@ def models(pattern: str = "*", /) -> int:
     width = max(map(len, names))
     print(f"{'name':{width}}  {'parameters':>12}  {'GFLOPs':>7}  {'top-1':>6}  {'top-5':>6}  --model.weights")
     for name in names:
+        if name in own:
+            print(f"{name}  an own network: --model.network {name}")
+            continue
         choices = get_model_weights(name)
         for entry in choices:
             accuracy = entry.meta.get("_metrics", {}).get("ImageNet-1K", {})
@@ -42,3 +49,14 @@ def models(pattern: str = "*", /) -> int:
             figures = f"{entry.meta['num_params']:12,}  {entry.meta.get('_ops', math.nan):7.2f}  {'  '.join(top)}"
             print(f"{name:{width}}  {figures}  {entry.name}{default}")
     return 0
+
+
+def _own() -> list[str]:
+    """The class paths of the networks in project/models/ that have no short name."""
+    found = []
+    for entry in pkgutil.iter_modules(networks.__path__, f"{networks.__name__}."):
+        for name, kind in vars(importlib.import_module(entry.name)).items():
+            is_own = inspect.isclass(kind) and kind.__module__ == entry.name and name != "AlexNet"
+            if is_own and "num_classes" in inspect.signature(kind).parameters:
+                found.append(f"{entry.name}.{name}")
+    return found

@@ -33,6 +33,7 @@ def predict(
     batch_size: PositiveInt = 64,
     workers: PositiveInt | None = None,
     devices: PositiveInt = 1,
+    trust: tuple[str, ...] = (),
 ) -> int:
     """Labels images, and writes one row for each, in the given order; of a single one, prints the likeliest classes.
 
@@ -56,13 +57,14 @@ def predict(
         batch_size: Images at a time.
         workers: Threads that read images; by default one per core.
         devices: Processes that share the images: one per accelerator, or several on the CPU.
+        trust: Class path of the checkpoint's network, if that is neither this package's nor a library's; repeatable.
     """
     to_stdout = out == STREAM
     if to_stdout and top is not None:
         raise UserError("--top prints on standard output, where --out - writes; give --out a file.")
     if tta and unknown is not None:
         raise UserError("The false alarms of --unknown are not known with --tta; give one of the two.")
-    source = locate(checkpoint)
+    source = locate(checkpoint, trust)
     paths, true = zip(*gather(images), strict=True)
     if out is None and len(paths) > 1:
         out = "predictions.csv" if overwrite else str(files.unused(Path("predictions.csv")))

@@ -19,6 +19,7 @@ def report(
     compare: list[str] | None = None,
     data: str | None = None,
     unknown: OpenUnitInterval | None = None,
+    trust: tuple[str, ...] = (),
 ) -> int:
     """Writes one self-contained HTML page about a checkpoint.
 
@@ -32,16 +33,18 @@ def report(
         compare: Runs to compare with, which have been tested on the same images, or bundles.
         data: The folder or table with the images of bundles; by default that of their runs.
         unknown: Show the test images that `predict --unknown` flags with this share of false alarms, such as 0.05.
+        trust: Class path of the checkpoint's network, if that is neither this package's nor a library's; repeatable.
     """
     if out is not None:
         files.require_new(Path(out), "out")
     others = [ComparedRun.of(path, data) for path in compare or []]
-    source = locate(checkpoint)
+    source = locate(checkpoint, trust)
     if data is not None and not any(each.is_bundle for each in (source, *map(locate, compare or []))):
         raise UserError(f"--data is for bundles; run: {command('test', source.file, '--data.root', data)}")
     if not source.is_bundle and not results.is_tested(source.file):
         from project.training import cli as trainer_cli  # Lightning: only where its Trainer is needed
 
-        trainer_cli.run("test", ["--ckpt_path", str(source.file), "--report", "false"])
+        words = ["--ckpt_path", str(source.file), "--report", "false", *(f"--trust={name}" for name in trust)]
+        trainer_cli.run("test", words)
     print(f"report: {page.write(source, None if out is None else Path(out), others, data, unknown)}")
     return 0

@@ -42,6 +42,7 @@ def serve(
     timeout: PositiveFloat = 30,
     max_images: PositiveInt = 32,
     max_body: PositiveInt = 32,
+    trust: tuple[str, ...] = (),
 ) -> int:
     """Serves predictions over HTTP: a web page at /, POST /predict and POST /explain for programs; /docs explains them.
 
@@ -67,6 +68,7 @@ def serve(
         timeout: Seconds until a request must be answered.
         max_images: Images in a request.
         max_body: Megabytes of a request.
+        trust: Class path of the checkpoint's network, if that is neither this package's nor a library's; repeatable.
     """
     if port > 65535:
         raise UserError(f"--port is {port}; it must be at most 65535.")
@@ -108,7 +110,7 @@ def serve(
             threads=threads or usable_cores(),
             parallel=parallel,
         )
-        served = Model(model, calibrated, settings.threads, settings.parallel)
+        served = Model(model, calibrated, settings.threads, settings.parallel, trust)
         metadata = served.predictor.metadata
         print(f"{model}: {served.id}, {len(metadata.class_names):,} classes, {metadata.calibration} probabilities")
         print(f"http://{name}:{port} (Ctrl-C ends it)", flush=True)

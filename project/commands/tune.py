@@ -14,7 +14,7 @@ from lightning.pytorch.tuner.tuning import Tuner
 from project import files
 from project.errors import UserError, command
 from project.evaluation import figures
-from project.optim import make_optimizer
+from project.optim import make_optimizer, set_mode
 from project.training import cli as trainer_cli
 from project.training.throughput import seconds_per_step
 
@@ -109,19 +109,16 @@ class Tuning(trainer_cli.Cli):
 
     def _speed(self, size: int) -> float:
         """Images a second in training steps of a batch size, reading excluded."""
-        device = self.trainer.strategy.root_device
-        model = self.model.to(device).train()
+        model = self.model.to(self.trainer.strategy.root_device).train()
         groups = [{"params": list(model.network.parameters()), "lr": 0.0}]  # no weight changes
         optimizer = make_optimizer(model.hparams["optimizer"], groups, fused=self.trainer.precision != "16-mixed")
+        set_mode([optimizer], "train")
         with self.trainer.precision_plugin.forward_context():
-            return size / seconds_per_step(model.network, optimizer, size, self.datamodule.image_size, device)
+            return size / seconds_per_step(model.network, optimizer, size, self.datamodule.image_size)
 
 
 def suggest(rates: np.ndarray[Any, Any], losses: np.ndarray[Any, Any]) -> tuple[float | None, str]:
-    """Chooses a learning rate from a range test: rising rates (N,) and the smoothed training loss after each (N,).
-
-    It is a tenth of the rate with the lowest loss, or None where the fall of the loss may be noise; and a sentence.
-    """
+    """A tenth of the rate (N,) with the lowest smoothed loss (N,), None where its fall may be noise; and a sentence."""
     finite = np.isfinite(losses)
     rates, losses = rates[finite], losses[finite]
     if len(losses) < ENOUGH * 2 / 3:

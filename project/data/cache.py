@@ -24,14 +24,10 @@ class Cache:
     """Images by row, written when they are first read, by any number of processes at once.
 
     A row is two numbers, stamp and checksum, and its pixels. It counts only if the stamp is that of the image's file
-    as it is now and the checksum that of the pixels. So after a changed image, a write that was killed half-way or
-    two writers of one row, the row is missing and the image is read again.
+    as it is now and the checksum that of the pixels: not after a changed image, a write that was killed half-way or
+    two of one row at once. Rows that are not written take no space. `size` is the side of the square images, in pixels.
 
-    Read and written by file calls, not through a map: on a full disk these fail with an error, while touching a map of
-    the unwritten part kills the process on some file systems (SIGBUS on tmpfs).
-
-    The file is created with the first row; rows that are not written take no space. `size` is the side of the square
-    images, in pixels.
+    Read and written by file calls: on a full disk these fail, while a memory map kills the process (SIGBUS on tmpfs).
     """
 
     def __init__(self, file: Path, rows: int, size: int) -> None:
@@ -86,10 +82,7 @@ def checksum(pixels: Pixels) -> int:
 def choose(
     choice: Choice, folder: Path, root: Path, paths: list[str], size: int, resize: str
 ) -> tuple[Cache | None, str]:
-    """The cache for the images `paths` of `root`, if any, and a sentence about it.
-
-    With the choice `auto` there is one if all images fit into half of the free space.
-    """
+    """The cache of `root`'s images, with `auto` if it takes at most half of the free space, and a sentence about it."""
     if choice == "off":
         return None, ""
     key = repr((PIL.__version__, str(root.resolve()))) + "\0".join(paths)

@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from project.errors import UserError
 
 SIDE = 16  # of the thumbnail, in pixels
 CONSTANT = 2.0  # standard deviation of the thumbnail's grey levels below which an image shows nearly nothing
-ONES = np.full(1024, 1 / 1024, dtype=np.float32)
 SMALL_CLASS, IMBALANCE = 10, 10.0
 INSPECTED = np.dtype(
     [
@@ -65,21 +65,21 @@ def inspect_image(path: str) -> tuple[npt.NDArray[np.void], str]:
     try:
         with images.opened(path) as image:
             row["format"], row["mode"], row["size"] = image.format, image.mode, image.size
-            row["rotated"] = images.orientation(image) not in (0, 1)
+            with suppress(Exception):  # damaged metadata raises anything
+                row["rotated"] = int(image.getexif().get(images.ORIENTATION, 1)) not in (0, 1)
             content = Path(path).read_bytes()
             images.require_short_decoding(content, path)
             row["digest"] = np.frombuffer(hashlib.sha256(content).digest()[:16], np.uint64)
             image.draft(image.mode, (96, 96))  # a JPEG is read to its end, but decoded at a fraction of its size
             images.upright(image)
-            plain = image if images.is_plain_grey(image) else images.to_rgb(image)
+            plain = images.to_8_bits(image)
             row["no_data"] = image.info.get("has_no_data", False)
             sample = np.asarray(plain.resize((32, 32), Image.Resampling.NEAREST), dtype=np.float32).reshape(1024, -1)
             small = plain.resize((SIDE, SIDE), Image.Resampling.HAMMING, reducing_gap=4.0).convert("L")
     except images.ImageError as error:
         return row, error.reason
     sample /= 255
-    mean, products = ONES @ sample, sample.T @ sample / 1024  # of a grey image, the same for each channel
-    row["mean"], row["square"] = mean, np.diagonal(products)
+    row["mean"], row["square"] = sample.mean(axis=0), np.square(sample).mean(axis=0)  # grey: the same for each channel
     row["thumbnail"] = np.frombuffer(small.tobytes(), np.uint8)
     return row, ""
 
@@ -90,12 +90,9 @@ def check_dataset(
     layout: Layout | None = None,
     keep: str = "",
 ) -> Report:
-    """Inspects every image of a data set, which is given as for `manifest.load`.
+    """Inspects every image of a data set, which is given as for `manifest.load`; UserError where there is none.
 
     `progress` wraps the iterator over the images, given it and their number, `total`.
-
-    Raises:
-        UserError: There is no image.
     """
     skipped = Skipped(keep)
     rows = sorted(row._replace(label=normalize("NFC", row.label)) for row in manifest.scan(root, skipped, layout))

@@ -4,15 +4,16 @@ import mmap
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import chain, takewhile
+from numbers import Number
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt, register_type
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
-from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
 from project.batch import Batch
 from project.data import cache as caches
@@ -21,13 +22,18 @@ from project.data import workers as processes
 from project.data.dataset import Features, ImageDataset, read_size
 from project.data.folders import Layout
 from project.data.images import parse_resize
-from project.data.loader import BatchSampler, loader
+from project.data.loader import BatchSampler, Loader, loader
 from project.data.manifest import Manifest
-from project.data.transforms import Augment
+from project.data.transforms import Augment, augmentation
 from project.errors import UserError, some
 
+if TYPE_CHECKING:
+    Transforms = list[Any]
+else:
+    Transforms = list[v2.Transform]  # for the command line's parser, which gives class paths and their arguments
+    register_type(Number, float, float, fail_already_registered=False)  # the degrees of RandomRotation
 Balance = Literal["none", "loss", "sample"]
-STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 
 
 class ImageData(LightningDataModule):
@@ -49,8 +55,11 @@ class ImageData(LightningDataModule):
         image_size: Side of the square images, in pixels; by default 64 for the bundled digits, else 224.
         resize: How an image becomes square: stretch, crop (the centre) or pad (black borders), by interpolation and
             share of the short side, if given (pad:lanczos, crop:bicubic:0.875); weights: as --model.weights expect it.
-        augment: What is done to training images, each adding to the one before: none, flip, crop
-            (RandomResizedCrop) or trivial (TrivialAugmentWide); by default none for the digits, else flip.
+        augment: What is done to training images, each adding to the one before: none, flip, crop (RandomResizedCrop);
+            trivial (TrivialAugmentWide) and randaugment (RandAugment) add to crop; by default none for the digits, else
+            flip.
+        transforms: What is done to training images after that: class paths, as of torchvision.transforms.v2, with
+            arguments; from Python also such transforms themselves. They take and give uint8 (3, S, S).
         balance: Against unequal classes: none, loss (rare classes weigh more) or sample (they are drawn more often).
         cache: Keep decoded images in data/cache: on, off or auto, which means on where there is room.
         batch_size: Images a step, over all devices; by default 64, less for fewer than 512 training images.
@@ -72,6 +81,7 @@ class ImageData(LightningDataModule):
         image_size: PositiveInt | None = None,
         resize: str = "stretch",
         augment: Augment | None = None,
+        transforms: Transforms | None = None,
         balance: Balance = "none",
         cache: caches.Choice = "auto",
         batch_size: PositiveInt | None = None,
@@ -79,6 +89,9 @@ class ImageData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(logger=False)
+        for key, value in self.hparams.items():  # plain: a Path or jsonargparse's types would be code in a checkpoint
+            self.hparams[key] = int(value) if isinstance(value, int | np.integer) else value and str(value)
         self.root = Path(root)
         self._query: dict[str, Any] = {"split": Path(split) if split else None, "seed": split_seed, "group": group}
         self._query |= {"folds": folds, "fold": fold, "exclude": Path(exclude) if exclude else None}
@@ -90,6 +103,8 @@ class ImageData(LightningDataModule):
         parse_resize(resize)  # its error
         self.resize = resize
         self.augment: Augment = augment or ("none" if self.is_bundled else "flip")
+        self.augmentation = augmentation(self.augment, transforms, self.image_size)
+        self.transforms = transforms or []
         self.balance, self.cache, self.seed = balance, cache, seed
         default = 0 if self.is_bundled else min(processes.usable_cores(), 8)
         self.workers = default if workers is None else int(workers)
@@ -99,6 +114,7 @@ class ImageData(LightningDataModule):
         self._features: dict[str, Features] = {}
         self.start = (0, 0)  # epoch and batch at which training starts
         self._checked: set[str] = set()  # splits
+        self._unreadable: set[str] = set()  # paths that have been printed
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -146,46 +162,24 @@ class ImageData(LightningDataModule):
         steps = max(1, len(self.manifest.rows("train")) // self.batch_size)
         return min(24, max(6, round(600 / steps)))
 
-    def setup(self, stage: str) -> None:
-        """Reads the rows and checks that the stage can run; decodes each class up to its first readable image.
+    def setup(self, stage: str | None = None) -> None:
+        """Checks that the stage can run, by default each that has images; decodes each class to its first readable one.
 
         Raises:
             UserError: No test split, a class without readable training images, or a batch larger than the training set.
         """
-        for split in STAGE_SPLITS[stage]:
+        splits = STAGE_SPLITS[stage or "fit"] + ("test",) * (stage is None and len(self.dataset("test")) > 0)
+        for split in splits:
             if not len(self.dataset(split)):
                 raise UserError(f"{self.root} has no {split} images; put some in {self.root}/{split}/<class>/.")
             if split not in self._checked:
-                self._require_readable(split)
+                _require_readable(self.dataset(split), split, self.class_names)
                 self._checked.add(split)
-        if stage == "fit" and self.batch_size > (count := len(self.dataset("train"))):
+        if "train" in splits and self.batch_size > (count := len(self.dataset("train"))):
             raise UserError(
                 f"--data.batch_size {self.batch_size} is larger than the training set of {count} images; give a "
                 "smaller one."
             )
-
-    def _require_readable(self, split: str) -> None:
-        dataset = self.dataset(split)
-
-        def failures(rows: npt.NDArray[np.int64]) -> list[tuple[int, str]]:
-            tried = (dataset.__getitems__([(0, row)]).failed for row in rows.tolist())
-            failed = [*chain.from_iterable(takewhile(bool, tried))]  # up to the first readable image
-            return failed if len(failed) == len(rows) else []
-
-        order = np.argsort(dataset.labels, kind="stable")
-        classes = np.split(order, np.flatnonzero(np.diff(dataset.labels[order])) + 1)  # rows of each
-        with ThreadPoolExecutor(processes.usable_cores()) as pool:
-            failed = [*chain.from_iterable(pool.map(failures, classes))]
-        if not failed:
-            return
-        names = [self.class_names[label] for label in np.unique(dataset.labels[[row for row, _ in failed]])]
-        of = f" of {some(names)}" * (len(failed) < len(dataset))
-        first = some([f"{dataset.path(row)} ({reason})" for row, reason in failed], 3)
-        text = f"None of the {len(failed):,} {split} images{of} can be read; the first: {first}"
-        if split == "train" or not of:
-            raise UserError(f"{text}. Replace them{', or leave the class out' * bool(of)}.")
-        text += ". Precision, recall and AUROC of such a class cannot be measured; averages leave it out."
-        rank_zero_only(print)(text, flush=True)
 
     def require_enough_for(self, ranks: int, stage: str) -> None:
         """Raises UserError where a split, or a batch, has fewer images than there are ranks."""
@@ -213,6 +207,8 @@ class ImageData(LightningDataModule):
                 cache=self.image_cache(augment)[0],
                 cache_rows=rows,
             )
+            if split == "train":
+                self._datasets[split].augment = self.augmentation
         return self._datasets[split]
 
     def image_cache(self, augment: Augment) -> tuple[caches.Cache | None, str]:
@@ -220,17 +216,29 @@ class ImageData(LightningDataModule):
         size = read_size(self.image_size, augment)
         return caches.choose(self.cache, caches.FOLDER, self.root, self.manifest.paths, size, self.resize)
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> Loader:
         """Shuffled batches of `Batch`; an incomplete last one is dropped."""
         return self._loader("train")
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> Loader:
         return self._loader("val")
 
-    def test_dataloader(self) -> DataLoader[Batch]:
+    def test_dataloader(self) -> Loader:
         return self._loader("test")
 
-    def _loader(self, split: str) -> DataLoader[Batch]:
+    predict_dataloader = test_dataloader
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Prints path and reason of each image that could not be read, once."""
+        trainer: Any = self.trainer
+        split = trainer.state.stage.dataloader_prefix.replace("predict", "test")
+        for row, reason in batch.failed:
+            if (path := self.dataset(split).path(row)) not in self._unreadable:
+                self._unreadable.add(path)
+                print(f"left out, unreadable: {path}: {reason}", flush=True)  # on the rank that read it
+        return batch
+
+    def _loader(self, split: str) -> Loader:
         dataset = self.dataset(split)
         trainer: Any = self.trainer
         sampler = BatchSampler(
@@ -252,7 +260,7 @@ class ImageData(LightningDataModule):
             pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
         )
 
-    def in_order(self, split: str) -> DataLoader[Batch]:
+    def in_order(self, split: str) -> Loader:
         """Every image of a split once, in the order of its rows, the same on each rank."""
         dataset = self.dataset(split)
         return loader(dataset, BatchSampler(len(dataset), self.batch_size, shuffle=False), *self.reading)
@@ -266,3 +274,27 @@ class ImageData(LightningDataModule):
     def use_features(self, features: dict[str, Features]) -> None:
         """Makes the batches of these splits hold features instead of images."""
         self._features = features
+
+
+def _require_readable(dataset: ImageDataset, split: str, class_names: list[str]) -> None:
+    """Raises UserError where no image of a training class, or none of a split, can be read; prints it of others."""
+
+    def failures(rows: npt.NDArray[np.int64]) -> list[tuple[int, str]]:
+        tried = (dataset.__getitems__([(0, row)]).failed for row in rows.tolist())
+        failed = [*chain.from_iterable(takewhile(bool, tried))]  # up to the first readable image
+        return failed if len(failed) == len(rows) else []
+
+    order = np.argsort(dataset.labels, kind="stable")
+    classes = np.split(order, np.flatnonzero(np.diff(dataset.labels[order])) + 1)  # rows of each
+    with ThreadPoolExecutor(processes.usable_cores()) as pool:
+        failed = [*chain.from_iterable(pool.map(failures, classes))]
+    if not failed:
+        return
+    names = [class_names[label] for label in np.unique(dataset.labels[[row for row, _ in failed]])]
+    of = f" of {some(names)}" * (len(failed) < len(dataset))
+    first = some([f"{dataset.path(row)} ({reason})" for row, reason in failed], 3)
+    text = f"None of the {len(failed):,} {split} images{of} can be read; the first: {first}"
+    if split == "train" or not of:
+        raise UserError(f"{text}. Replace them{', or leave the class out' * bool(of)}.")
+    text += ". Precision, recall and AUROC of such a class cannot be measured; averages leave it out."
+    rank_zero_only(print)(text, flush=True)

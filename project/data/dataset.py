@@ -21,16 +21,9 @@ Key = tuple[int, int]  # epoch, row: the epoch travels with the row, so that wor
 class ImageDataset(Dataset[tuple[Tensor, int]]):
     """Reads images on demand; holds paths, never pixels.
 
-    Args:
-        root: Folder that `paths` are relative to.
-        paths: One an image.
-        labels: (N,) integers; None if they are unknown, -1 in batches.
-        image_size: Side of the square images, in pixels.
-        resize: How an image becomes square; see `images.read`.
-        augment: Name of the augmentation, from `transforms.AUGMENTATIONS`.
-        seed: Augmentation is drawn from (seed, epoch, row).
-        cache: Decoded images of `read_size`.
-        cache_rows: (N,) the row of each image in the cache; by default 0 to N - 1.
+    `paths` are relative to `root`; `labels` are (N,) integers, or None if unknown, -1 in batches. `resize`, see
+    `images.read`, makes an image a square of `read_size` pixels, and the augmentation named `augment`, drawn from
+    (seed, epoch, row), one of `image_size`. `cache` has the former, in the rows `cache_rows` (N,) or in order.
     """
 
     def __init__(

@@ -15,10 +15,7 @@ IMAGE_SIZE = 64  # the images are 8x8; AlexNet needs 63
 
 
 def write(root: Path = ROOT) -> None:
-    """Writes `root/train|val|test/<digit>/<number>.png` (70/10/20), unless `root` exists.
-
-    The folder appears by one rename, so that of several processes that start together none sees half of it.
-    """
+    """Writes `root/train|val|test/<digit>/<number>.png` (70/10/20), whole or not at all, unless `root` exists."""
     if root.exists():
         return
     with np.load(Path(__file__).with_name("digits.npz")) as stored:

@@ -64,8 +64,7 @@ def normalized(name: str) -> str:
 def scan(root: Path, skipped: Skipped, layout: Layout | None = None) -> Iterator[Row]:
     """Yields the images of root/train|val|test/<class>/, or else of root/<class>/; links are followed.
 
-    Raises:
-        UserError: The root cannot be read, or in two ways; two folders are for one split, or none is for train.
+    UserError where the root cannot be read, or in two ways; where two folders are for one split, or none is for train.
     """
     if layout == "classes" or not (splits := _splits(root, skipped, layout)):
         yield from _classes(root, "", "", skipped)

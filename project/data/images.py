@@ -49,12 +49,7 @@ assert not ImageFile.LOAD_TRUNCATED_IMAGES, "a truncated image must raise, not t
 
 
 class ImageError(Exception):
-    """An image that cannot be used.
-
-    Attributes:
-        path: The file as it was given, or a name for bytes.
-        reason: Why, in a few words.
-    """
+    """An image that cannot be used: `path`, as it was given, or a name for bytes; `reason`, in a few words."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)  # both, so that it pickles across worker processes
@@ -68,7 +63,7 @@ def read(source: str | os.PathLike[str] | bytes, size: int, resize: str = "stret
     """Reads one image as the network sees it.
 
     EXIF orientation is applied, transparency is laid on white, an animation gives its first frame, 16-bit and float
-    greys are scaled to 8 bits (see `to_rgb`). Metadata that cannot be read counts as absent.
+    greys are scaled to 8 bits (see `to_8_bits`). Metadata that cannot be read counts as absent.
 
     Args:
         source: A path, or the encoded bytes of an image.
@@ -77,23 +72,19 @@ def read(source: str | os.PathLike[str] | bytes, size: int, resize: str = "stret
             square, `pad` keeps everything and adds black borders. By BILINEAR unless another follows; see `RESIZE`.
 
     Returns:
-        (size, size, 3) uint8, RGB.
-
-    Raises:
-        ImageError: The file is missing, unreadable, truncated, not an image, or larger than `MAX_PIXELS`.
+        (size, size, 3) uint8, RGB; ImageError where the file is missing, unreadable, truncated, not an image, or larger
+        than `MAX_PIXELS`.
     """
     with opened(source) as image:
         upright(image)
-        plain = image if is_plain_grey(image) else to_rgb(image)  # a third of the work for grey, and the same pixels
-        return np.array(_square(plain, size, resize).convert("RGB"))
+        return np.array(_square(to_8_bits(image), size, resize).convert("RGB"))
 
 
 @contextmanager
 def opened(source: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
     """Opens an image whose header is in order; it may not be decoded yet.
 
-    Raises:
-        ImageError: As `read`; an exception inside the `with` block becomes one, too, unless too many files are open.
+    ImageError as by `read`; an exception inside the `with` block becomes one, too, unless too many files are open.
     """
     name = "<bytes>" if isinstance(source, bytes) else os.fspath(source)
     try:
@@ -161,28 +152,12 @@ def without_metadata(content: bytes) -> bytes:
 
 
 def require_short_decoding(content: bytes, name: str = "<bytes>") -> None:
-    """Checks that a small file does not keep its decoder busy for minutes, as a stranger's upload may.
-
-    Raises ImageError for too many scans in a JPEG, each of which covers the whole image, or comments in a text PPM.
-    """
+    """ImageError for what may decode for minutes: a JPEG of many scans, each of the whole image, a PPM of comments."""
     scans = content.count(b"\xff\xda\x00") if content.startswith(b"\xff\xd8") else 0
     comments = content.count(b"#") if content.startswith((b"P1", b"P2", b"P3")) else 0
     for count, what in ((scans, "scans"), (comments, "comments")):
         if count > MAX_MARKERS:
             raise ImageError(name, f"{count:,} {what}, more than the {MAX_MARKERS} allowed")
-
-
-def is_plain_grey(image: Image.Image) -> bool:
-    """Whether an image is 8-bit grey without transparency."""
-    return image.mode == "L" and "transparency" not in image.info
-
-
-def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 where there is none that can be read."""
-    try:
-        return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # damaged metadata raises anything
-        return 1
 
 
 def upright(image: Image.Image) -> None:
@@ -192,15 +167,15 @@ def upright(image: Image.Image) -> None:
         ImageOps.exif_transpose(image, in_place=True)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts any mode to 8-bit RGB.
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Converts any mode to 8-bit RGB, but for 8-bit grey, which is a third of the work to resize.
 
     Integer greys are scaled by their type, not by their content, so that brightness stays comparable between
     images: 16 bits by 1/257; 32-bit values and floats by the smallest of the usual ranges that holds them
     (0 to 1 for floats, 0 to 255, 0 to 65535), and by their own minimum and maximum where none does. No-data values
     such as -9999 do not count for that. An alpha channel that is 0 everywhere says nothing: the colours are used.
     """
-    if image.mode == "RGB" and not image.has_transparency_data:
+    if image.mode in ("L", "RGB") and not image.has_transparency_data:
         return image
     if image.mode.startswith(("I", "F")):
         return _scaled(image).convert("RGB")

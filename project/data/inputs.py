@@ -16,13 +16,9 @@ STREAM = "-"  # standard input
 def gather(arguments: Iterable[str]) -> list[tuple[str, str]]:
     """Collects path and true class, empty where it is unknown, of the images that the arguments mean, in their order.
 
-    Args:
-        arguments: A file means itself; a folder, all images below it in order of name, without hidden ones; a pattern
-            like photos/*.jpg, its matches; a CSV file, its column path, relative to the file; a dash, the lines of
-            standard input.
-
-    Raises:
-        UserError: An argument is none of these, or means no image.
+    A file means itself; a folder, all images below it in order of name, without hidden ones; a pattern like
+    photos/*.jpg, its matches; a CSV file, its column path, relative to the file; a dash, the lines of standard input.
+    UserError where an argument is none of these, or means no image.
     """
     pairs = list[tuple[str, str]]()
     for name in arguments:

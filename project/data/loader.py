@@ -3,12 +3,12 @@
 import multiprocessing
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Sampler, get_worker_info
 
 from project.batch import Batch
 from project.data import workers
@@ -22,15 +22,8 @@ class BatchSampler(Sampler[list[Key]]):
     Every rank gets the same number of batches and every row is seen once, without the repeats that
     `DistributedSampler` adds to even out the ranks; a rank's share of the last batch may be empty.
 
-    Args:
-        rows: Number of rows.
-        batch_size: Rows in a global batch.
-        shuffle: New order each epoch, drawn from (seed, epoch).
-        seed: The run's seed.
-        rank: Of this process, among the `world_size` that share a batch.
-        world_size: Their number.
-        weights: (rows,) relative frequency of each row; an epoch then draws with replacement.
-        same: Every epoch is the first one again, in order and augmentation.
+    `shuffle` draws the order of an epoch from (seed, epoch), with replacement by `weights`, the relative frequencies
+    (rows,). With `same`, every epoch is the first one again, in order and augmentation.
     """
 
     def __init__(
@@ -71,11 +64,8 @@ class BatchSampler(Sampler[list[Key]]):
         self.epoch = 0 if self.same else epoch
 
     def start_from(self, epoch: int, batch: int) -> None:
-        """Makes the next iteration start at a batch of an epoch; an iteration of another epoch starts at its beginning.
-
-        Sets the epoch, too, because workers draw batches before Lightning calls `set_epoch`.
-        """
-        self.set_epoch(epoch)
+        """Makes the next iteration start at a batch of an epoch; one of another epoch starts at its beginning."""
+        self.set_epoch(epoch)  # workers draw batches before Lightning calls it
         self._start = (self.epoch, batch)
 
     @property
@@ -88,18 +78,31 @@ class LostWorker(FailedRun):
     """Why a worker has ended; the fit can be resumed."""
 
 
-class Loader(DataLoader[Batch]):
-    """A DataLoader that tells why a worker has ended."""
+class Loader:
+    """The batches of a DataLoader; tells why a worker has ended.
 
-    workers: tuple[BaseProcess, ...] = ()
+    No DataLoader itself, because Lightning would give one another sampler, under DDP and to predict. Its workers live
+    until Lightning, at the end of a fit, ends them through `_iterator`, as it does those of a DataLoader.
+    """
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+    def __init__(self, dataset: Any, batch_sampler: BatchSampler, **options: Any) -> None:
+        self.dataset, self.batch_sampler, self._options = dataset, batch_sampler, options
+        self._iterator: Any = None
+        self._workers: tuple[BaseProcess, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._iterator is None:
+            self._batches = DataLoader(self.dataset, batch_sampler=self.batch_sampler, **self._options)
+            self._workers = ()
         try:
-            batches = super().__iter__()
-            self.workers = self.workers or tuple(multiprocessing.active_children())
-            yield from batches
+            self._iterator = iter(self._batches)
+            self._workers = self._workers or tuple(multiprocessing.active_children())
+            yield from self._iterator
         except (EOFError, OSError, RuntimeError) as error:
-            if self.num_workers and (reason := workers.why_lost(error, self.workers)):
+            if self._batches.num_workers and (reason := workers.why_lost(error, self._workers)):
                 raise LostWorker(reason) from error
             raise
 
@@ -110,8 +113,8 @@ def loader(
     num_workers: int,
     ahead: int = workers.AHEAD,
     pin_memory: bool = False,
-) -> DataLoader[Batch]:
-    """A DataLoader whose workers live as long as it does and leave Ctrl-C and SIGTERM to the main process.
+) -> Loader:
+    """A loader whose workers live from epoch to epoch and leave Ctrl-C and SIGTERM to the main process.
 
     Where the system supports it they are forked from a small server process: a worker forked from the training process
     would keep its weights and optimiser state alive as they were at that moment, 0.7 GB for AlexNet.
@@ -119,8 +122,8 @@ def loader(
     if num_workers:
         workers.start_server()
     return Loader(
-        cast(Dataset[Batch], dataset),  # `__getitems__` returns a Batch
-        batch_sampler=sampler,
+        dataset,
+        sampler,
         num_workers=num_workers,
         collate_fn=_whole_batch,
         pin_memory=pin_memory,

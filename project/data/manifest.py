@@ -4,11 +4,11 @@ import csv
 import os
 import posixpath
 import re
-import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import numpy.typing as npt
@@ -39,12 +39,9 @@ class Manifest:
     def write_split(self, file: Path) -> None:
         """Writes path, label, split and, where there are groups, group of every row; `load(split=file)` reads it."""
         names = [self.class_names[label] for label in self.labels.tolist()]
-        columns = [self.paths, names, [SPLITS[split] for split in self.splits.tolist()]]
-        columns += [self.groups] if self.groups else []
-        with files.replacing(file) as stream:
-            writer = csv.writer(stream)
-            writer.writerow(("path", "label", "split", "group")[: len(columns)])
-            writer.writerows(zip(*columns, strict=True))
+        columns = {"path": self.paths, "label": names, "split": [SPLITS[split] for split in self.splits.tolist()]}
+        columns |= {"group": self.groups} if self.groups else {}
+        files.write_csv(file, [columns, *zip(*columns.values(), strict=True)])
 
     def summary(self) -> str:
         """One line: images, classes and the size of each split."""
@@ -68,11 +65,8 @@ def load(
 
     A root `root/<class>/**.jpg` is split here into 70 % train, 10 % val and 20 % test, or into folds;
     `root/train|val|test/<class>/**.jpg` (or other names in use) is taken as it is, as is the column split of a CSV
-    file, whose paths are relative to it.
-
-    Raises:
-        UserError: There is no such folder, no image, a single class, a class with fewer than three images, or a class
-            that one split has and another has not; the sentence names it.
+    file, whose paths are relative to it. UserError where there is no such folder, no image, a single class, a class
+    with fewer than three images, or a class that one split has and another has not.
     """
     if (folds is None) != (fold is None):
         raise UserError("--data.folds, the number of parts, and --data.fold, the part to test on, need each other.")
@@ -91,12 +85,10 @@ def load(
     for folder in skipped.get(folders.EMPTY, ()):
         if unread := [path for path in skipped.get(folders.UNREAD, ()) if path.startswith(f"{folder}/")]:
             raise UserError(f"No image in {folder} has a format that is read: {some(unread, 3)}; convert them to JPEG.")
-    spelling = {unicodedata.normalize("NFC", row.label): row.label for row in rows if row.split in ("train", "")}
+    spelling = {normalize("NFC", row.label): row.label for row in rows if row.split in ("train", "")}
     again = sorted({row.label for row in rows if row.split in ("train", "")} - {*spelling.values()})
-    notices += [
-        f"{name!a} is read as {spelling[unicodedata.normalize('NFC', name)]!a}, which looks alike" for name in again
-    ]
-    rows = [row._replace(label=spelling.get(unicodedata.normalize("NFC", row.label), row.label)) for row in rows]
+    notices += [f"{name!a} is read as {spelling[normalize('NFC', name)]!a}, which looks alike" for name in again]
+    rows = [row._replace(label=spelling.get(normalize("NFC", row.label), row.label)) for row in rows]
     if group is not None:
         rows = _grouped(rows, group, notices)
     if exclude is not None:
@@ -108,10 +100,8 @@ def load(
         rows = splits.assign(rows, seed, folds, fold)
     elif split is None:
         rows = _completed(rows, root, seed, notices)
-    sides: dict[str, set[str]] = defaultdict(set)
-    for row in rows:
-        sides[row.group].add(row.split)
-    if several := [name for name in sides if name and len(sides[name]) > 1]:
+    sides = Counter(group for group, _ in dict.fromkeys((row.group, row.split) for row in rows))
+    if several := [name for name, count in sides.items() if name and count > 1]:
         notices.append(
             f"{len(several):,} groups lie on both sides of a split ({some(several, 3)}): the figures of val and "
             "test will be better than on new groups"
@@ -125,11 +115,7 @@ def load(
 
 
 def scan(root: Path, skipped: Skipped, layout: Layout | None = None) -> Iterator[Row]:
-    """Yields the rows of a folder or CSV file as they are there: without a split where none is given.
-
-    Raises:
-        UserError: The folder or file does not exist or cannot be read.
-    """
+    """Yields the rows of a folder or CSV file, without a split where none is given; UserError if it cannot be read."""
     if os.path.isdir(root):  # noqa: PTH112 (False for a name that is too long, too)
         yield from folders.scan(root, skipped, layout)
     elif root.suffix.lower() == ".csv" and os.path.isfile(root):  # noqa: PTH113
@@ -148,9 +134,7 @@ def read_rows(file: Path, is_split_file: bool = False) -> list[Row]:
     """The images that a CSV file lists, as `read_csv` reads it.
 
     Every row of a split file needs a split, and its names are taken as they are: `Manifest.write_split` wrote them.
-
-    Raises:
-        UserError: The file cannot be read, a needed column or value is missing, or a path is listed twice.
+    UserError as by `read_csv`, and where a path is listed twice.
     """
     rows, needed = list[Row](), {"path", "label"} | ({"split"} if is_split_file else set())
     for line in read_csv(file, needed, tidy=not is_split_file):
@@ -166,13 +150,9 @@ def read_rows(file: Path, is_split_file: bool = False) -> list[Row]:
 def read_csv(file: Path, needed: set[str], tidy: bool) -> Iterator[dict[str, str]]:
     """Yields the rows of a CSV file by the names of its columns in lower case; an empty string for a missing value.
 
-    Args:
-        file: Has a header, with or without a byte order mark; the columns may have any order.
-        needed: Columns that must be there and filled, path among them.
-        tidy: Strip blanks, read a backslash as a slash (a table from Windows) and shorten `a/./b` and `a/../b`.
-
-    Raises:
-        UserError: The file cannot be read or is not UTF-8, or a needed column or value is missing.
+    The header may follow a byte order mark, and have the columns in any order; those `needed`, path among them, must be
+    filled. `tidy` strips blanks, reads a backslash as a slash (a table from Windows) and shortens `a/./b` and `a/../b`.
+    UserError where the file cannot be read or is not UTF-8, or a needed column or value is missing.
     """
     try:
         with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:

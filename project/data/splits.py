@@ -35,10 +35,7 @@ def assign(rows: Sequence[Row], seed: int, folds: int | None = None, fold: int |
     """Gives every row a split: 70 % train, 10 % val and 20 % test of each class, at least one image to each.
 
     Rows of one group get the same split. With `folds`, test is one of that many equal parts, the one with the number
-    `fold`, from 0, and val a tenth of all rows, taken from the rest.
-
-    Raises:
-        UserError: Classes are too small; the sentence names them.
+    `fold`, from 0, and val a tenth of all rows, taken from the rest. UserError where classes are too small.
     """
     least = {None: 3, 2: 4}.get(folds) or max(3, folds or 0)  # two folds of three would leave nothing for train
     if not any(row.group for row in rows):

@@ -1,16 +1,22 @@
 """Augmentation of uint8 images: a function of the pixels and a random generator, nothing else."""
 
 import math
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+import random as python
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from threading import Lock
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from project.data.images import Pixels
+from project.errors import UserError
 
-Augment = Literal["none", "flip", "crop", "trivial"]
+Augment = Literal["none", "flip", "crop", "trivial", "randaugment"]
 Transform = Callable[[Pixels, np.random.Generator, int], Pixels]
+_GLOBAL = Lock()  # for the generators of the process
 
 
 class Augmentation(NamedTuple):
@@ -45,20 +51,71 @@ def crop(image: Pixels, random: np.random.Generator, size: int) -> Pixels:
     return np.asarray(part.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + width, top + height)))
 
 
-def trivial(image: Pixels, random: np.random.Generator, size: int) -> Pixels:
-    """One random operation of random strength (TrivialAugmentWide, arXiv:2103.10158), after `crop`."""
-    import torch
+def drawn(of: str, image: Pixels, random: np.random.Generator, size: int) -> Pixels:
+    """An augmentation of torchvision's that draws its operations, after `crop`."""
     from torchvision.transforms import v2  # the other augmentations do without
 
     cropped = Image.fromarray(crop(image, random, size))
-    with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
-        torch.default_generator.manual_seed(int(random.integers(2**63)))
-        return np.asarray(v2.TrivialAugmentWide()(cropped))
+    with _seeded(random):
+        return np.asarray(getattr(v2, of)()(cropped))
+
+
+def then(
+    transforms: Sequence[Any], augment: Transform, image: Pixels, random: np.random.Generator, size: int
+) -> Pixels:
+    """Transforms of uint8 tensors (3, S, S), after an augmentation; UserError where one gives something else."""
+    import torch
+
+    tensor = torch.from_numpy(np.array(augment(image, random, size))).permute(2, 0, 1)  # a copy: Pillow's is read-only
+    with _seeded(random):
+        for transform in transforms:
+            try:
+                tensor, given = transform(tensor), tensor
+                if (tensor.dtype, tensor.shape) != (given.dtype, given.shape):
+                    raise ValueError(f"it gives {tensor.dtype} {tuple(tensor.shape)}")
+            except Exception as error:  # transforms refuse images in many ways
+                reason = " ".join(str(error).split()) or type(error).__name__
+                name = f"--data.transforms {type(transform).__name__}"
+                raise UserError(f"{name} does not make a uint8 image (3, {size}, {size}) of one: {reason}") from error
+    return tensor.permute(1, 2, 0).numpy()
+
+
+@contextmanager
+def _seeded(random: np.random.Generator) -> Iterator[None]:
+    """Seeds the global generators of torch, NumPy and Python, which transforms draw from; leaves them as they were."""
+    import torch
+
+    numpy: Any = np.random  # its stubs do not export all of it
+    with _GLOBAL, torch.random.fork_rng(devices=[]):
+        state, bits = python.getstate(), numpy.get_bit_generator()
+        torch.default_generator.manual_seed(seed := int(random.integers(2**63)))
+        python.seed(seed)
+        numpy.set_bit_generator(random.bit_generator)
+        try:
+            yield
+        finally:
+            python.setstate(state)
+            numpy.set_bit_generator(bits)
 
 
 AUGMENTATIONS = {
     "none": Augmentation(none),
     "flip": Augmentation(flip),
     "crop": Augmentation(crop, margin=8 / 7),  # 256 px for 224, as in torchvision's reference
-    "trivial": Augmentation(trivial, margin=8 / 7),
+    "trivial": Augmentation(partial(drawn, "TrivialAugmentWide"), margin=8 / 7),  # arXiv:2103.10158
+    "randaugment": Augmentation(partial(drawn, "RandAugment"), margin=8 / 7),  # arXiv:1909.13719
 }
+
+
+def augmentation(name: Augment, transforms: Sequence[Any] | None, size: int) -> Augmentation:
+    """An augmentation, with transforms after it: objects, or their class paths; UserError where they cannot be used."""
+    from project import parts  # its parser is of no use to the processes that read images
+
+    chosen = AUGMENTATIONS[name]
+    if transforms:
+        made = [entry if callable(entry) else parts.make(entry, "data.transforms") for entry in transforms]
+        chosen = Augmentation(partial(then, made, chosen.apply), chosen.margin)
+        side = round(size * chosen.margin)
+        for trial in range(20):  # some transforms change an image only now and then
+            chosen.apply(np.zeros((side, side, 3), np.uint8), np.random.default_rng(trial), size)
+    return chosen

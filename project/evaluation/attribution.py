@@ -34,19 +34,10 @@ def heat_maps(
 ) -> "tuple[npt.NDArray[np.float32], str]":
     """Computes heat maps of the evidence for a class, and leaves the network unchanged.
 
-    Args:
-        predictor: Its network begins with Normalize; gradients start behind it.
-        pixels: (B, H, W, 3) uint8, RGB, square images.
-        targets: B class indices.
-        method: See `attributions`.
-
-    Returns:
-        (B, H, W), 0 to 1: the positive part of `attributions` (for ig, averaged over squares of a sixteenth of the
-        side), divided by its maximum; all 0 where there is no evidence for the class. And a note that the maps are
-        too coarse, empty where they are not.
-
-    Raises:
-        UserError: Captum is missing, or the method does not suit the network.
+    Pixels are (B, H, W, 3) uint8, RGB, square images, targets B class indices. The maps are (B, H, W), 0 to 1: the
+    positive part of `attributions` (for ig, averaged over squares of a sixteenth of the side), divided by its maximum;
+    all 0 where there is no evidence for the class. With them comes a note that they are too coarse, empty where they
+    are not. UserError where Captum is missing, or the method does not suit the network.
     """
     import torch
     from torch.nn.functional import avg_pool2d
@@ -109,10 +100,8 @@ def last_maps(network: "nn.Module", pixels: "Tensor") -> "nn.Module":
 
     The network, which is the layers behind Normalize, is run once, on pixels (1, 3, H, W) float. The last layer with
     parameters whose output is spatial gives the size of the maps; the last module from there on with maps of this size,
-    which ran once, is returned: a whole block where there are blocks.
-
-    Raises:
-        UserError: The network has no maps in its last layers, like vision transformers.
+    which ran once, is returned: a whole block where there are blocks. UserError where the last layers have no maps, as
+    in vision transformers.
     """
     import torch
 

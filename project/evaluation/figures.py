@@ -1,7 +1,7 @@
 """Figures: arrays and predictions drawn with matplotlib."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -46,10 +46,7 @@ def _axes(width: float, height: float, x: str = "", y: str = "") -> tuple[Figure
 def image_grid(
     images: Pixels, titles: Sequence[str], columns: int = 8, wrong: Sequence[bool] = (), side: float = 1.0
 ) -> Figure:
-    """Images (N, H, W, 3) uint8, RGB, in rows, each above its title; those that are `wrong` are marked in red.
-
-    The side of an image is given in inches.
-    """
+    """Images (N, H, W, 3) uint8 RGB in rows, each `side` inches wide above its title; `wrong` ones have a red frame."""
     rows, lines = max(1, math.ceil(len(images) / columns)), max((text.count("\n") + 1 for text in titles), default=1)
     height = 1.1 + 0.2 * lines / side  # of a row, where an image is 1 wide
     figure = Figure(figsize=(1.1 * columns * side, height * rows * side))
@@ -82,10 +79,7 @@ def rate_finder(rates: Array, losses: Array, chosen: float | None) -> Figure:
 
 @mpl.rc_context(STYLE)
 def confusion_matrix(counts: npt.NDArray[Any], class_names: Sequence[str]) -> Figure:
-    """Images (K, K) by true class (rows) and predicted class; colours and percentages are shares of the row.
-
-    Where the names of many classes do not fit, the most confused pairs are listed beside the matrix.
-    """
+    """Images (K, K) by true class (rows) and predicted class; colours and percentages are shares of the row."""
     counts = np.asarray(counts, dtype=np.float64)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     classes, is_named = len(class_names), len(class_names) <= NAMED
@@ -106,7 +100,7 @@ def confusion_matrix(counts: npt.NDArray[Any], class_names: Sequence[str]) -> Fi
             colour, size = "white" if share > 0.55 else "#08306b", 9 if classes < 6 else 7
             axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
         return figure
-    wrong = np.where(np.eye(classes, dtype=bool), 0, counts)
+    wrong = np.where(np.eye(classes, dtype=bool), 0, counts)  # the most confused pairs stand beside the matrix
     order = np.argsort(-wrong, axis=None, kind="stable")[:15]
     pairs = [divmod(int(index), classes) for index in order if wrong.flat[index]]
     labels = [f"{names[true]} → {names[predicted]}" for true, predicted in pairs]
@@ -133,10 +127,8 @@ def precision_recall(predictions: ScoredPredictions, class_names: Sequence[str])
     figure, axes = _axes(6.2, 4.6, "recall", "precision")
     if predictions.positive is not None:
         axes.axhline((predictions.true == predictions.positive).mean(), label="always positive", **DOTTED)
-    curves = [
-        (class_names[index], ranked.average_precision(), *ranked.precision_recall(), ranked.thresholds)
-        for index, ranked in predictions.ranked.items()
-    ]
+    ranked = predictions.ranked.items()
+    curves = [(class_names[i], r.average_precision(), *r.precision_recall(), r.thresholds) for i, r in ranked]
     return _draw_curves(figure, axes, curves, "AP")
 
 
@@ -169,8 +161,7 @@ def _draw_curves(
 def reliability(scored: ScoredPredictions, calibrated: ScoredPredictions | None = None, name: str = "raw") -> Figure:
     """Accuracy over confidence; below, how many images are in each bin of confidence.
 
-    A bin with fewer than `FEWEST` images is a gap in the line, for its accuracy is chance. `calibrated` are the same
-    predictions at the fitted temperature, if there is one; `name` tells whether the first are raw.
+    `calibrated` are the same predictions at the fitted temperature, if there is one; `name` says what the first are.
     """
     figure = Figure(figsize=(5.4, 5.4), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
@@ -179,7 +170,7 @@ def reliability(scored: ScoredPredictions, calibrated: ScoredPredictions | None 
     for label, drawn, colour in ((name, scored, "tab:blue"), ("calibrated", calibrated, "tab:orange")):
         if drawn is not None:
             count, confidence, accuracy = drawn.bins()
-            accuracy[count < FEWEST] = np.nan
+            accuracy[count < FEWEST] = np.nan  # a gap in the line: it is chance
             above.plot(confidence, accuracy, "o-", color=colour, ms=4, label=f"{label}: ECE {drawn.ece():.3f}")
             below.stairs(count, edges, color=colour)
     count, _, _ = scored.bins()
@@ -237,10 +228,7 @@ def _mark_thresholds(axes: Axes, x: Floats, y: Floats, thresholds: Floats) -> No
 
 
 def overlay(image: Pixels, heat: Array) -> Pixels:
-    """Lays a heat map (H, W), 0 to 1, in colour over an image (H, W, 3) uint8, which becomes grey.
-
-    The hotter, the less of the image shows through.
-    """
+    """Lays a heat map (H, W), 0 to 1, in colour over an image (H, W, 3) uint8, in grey; heat hides the image."""
     luma = image @ np.array([0.299, 0.587, 0.114])  # of ITU-R BT.601, as Pillow's mode L
     grey = 51 + 0.6 * luma[..., None]  # black and white would change the colours
     colour = mpl.colormaps["inferno"](0.3 + 0.7 * heat)[..., :3] * 255  # without its dark end, which is like shadow
@@ -249,22 +237,14 @@ def overlay(image: Pixels, heat: Array) -> Pixels:
 
 
 @mpl.rc_context(STYLE)
-def explanations(
-    images: Iterable[Pixels],
-    heats: Iterable[Array],
-    titles: Iterable[str],
-    captions: Iterable[str],
-    columns: int,
-    side: float,
-    note: str = "",
-) -> Figure:
-    """Pairs in rows: each image above its title, and beside it its `overlay` with a heat map above a caption.
+def explanations(shown: Sequence[tuple[Pixels, Array, str, str]], columns: int, side: float, note: str) -> Figure:
+    """Pairs in rows: each image above its title, and beside it its `overlay` with the heat map above the caption.
 
     Below are the scale of the colours and the note. `columns` are pairs, `side` is that of an image in inches.
     """
     width = round(side * 72 / 8 / 0.7)  # letters in a line: wide ones of DejaVu are 0.7 of their size, 8 points
-    pairs = [pixels for image, heat in zip(images, heats, strict=True) for pixels in (image, overlay(image, heat))]
-    texts = [wrapped(text, width) for pair in zip(titles, captions, strict=True) for text in pair]
+    pairs = [pixels for image, heat, *_ in shown for pixels in (image, overlay(image, heat))]
+    texts = [wrapped(text, width) for _, _, *pair in shown for text in pair]
     figure = image_grid(np.stack(pairs), texts, 2 * columns, side=side)
     (wide, high), below = figure.get_size_inches(), 0.6  # inches, for the scale
     figure.set_size_inches(wide, high + below)
@@ -279,10 +259,7 @@ def explanations(
 
 
 def filter_grid(filters: "Tensor") -> Figure:
-    """A convolution's first 256 filters (N, C, h, w), in colour where C is 3, else their mean over C in grey.
-
-    Each is scaled by its largest weight; a weight of 0 is middle grey.
-    """
+    """A convolution's first 256 filters (N, C, h, w), in colour where C is 3, else the mean over C; 0 is mid-grey."""
     from torchvision.utils import make_grid
 
     shown = filters[:256] if filters.shape[1] == 3 else filters[:256].mean(dim=1, keepdim=True)

@@ -40,9 +40,7 @@ def write(
     The page is `out`, by default report.html in the run or in the bundle. It compares with the runs `others`, and shows
     images that may be of none of the classes if `unknown` is a share of false alarms among the validation images. For
     `data` see `results.gather`; `pooled` are the results of `results.pool`, of folds the first of which is the source.
-
-    Raises:
-        UserError: Predictions are missing or damaged, or the page cannot be written.
+    UserError where predictions are missing or damaged, or the page cannot be written.
     """
     predictor = source.load()
     result = pooled or results.gather(source, predictor, data)
@@ -107,10 +105,10 @@ def _galleries(result: Results, predictor: Predictor, threshold: float) -> dict[
     """The most confident errors, the least certain and the flagged images, as far as they can be read."""
     scored, table = result.scored, result.test
     folder = manifest.folder_of(Path(str(result.measured.get("data", ""))))
-    errors, uncertain = confident_errors(scored).tolist(), least_certain(scored).tolist()
     logits = calibration.max_logits(scored.probabilities)
-    flagged = np.argsort(logits, kind="stable")[: np.sum(logits < threshold)].tolist()
-    indices = sorted({*errors, *uncertain, *flagged[:SHOWN]})
+    flagged = np.argsort(logits, kind="stable")[: np.sum(logits < threshold)]
+    shown = {"errors": confident_errors(scored), "uncertain": least_certain(scored), "unknown": flagged[:SHOWN]}
+    indices = np.unique(np.concatenate([*shown.values()])).tolist()
     (batch,) = predictor.batches([table.paths[index] for index in indices], len(indices))
     readable = [index for number, index in enumerate(indices) if number not in batch.failed]
     heats, heat_text = _heat_maps(batch.pixels, scored.predicted[readable].tolist(), result, predictor)
@@ -123,13 +121,8 @@ def _galleries(result: Results, predictor: Predictor, threshold: float) -> dict[
         }
         items[index] |= {"path": os.path.relpath(table.paths[index], folder), "image": html.image(pixels)}
         items[index] |= {"heat": None if heat is None else html.image(figures.overlay(pixels, heat))}
-    return {
-        "errors": [items[index] for index in errors if index in items],
-        "uncertain": [items[index] for index in uncertain if index in items],
-        "unknown": [items[index] for index in flagged[:SHOWN] if index in items],
-        "flagged": len(flagged),
-        "heat_text": heat_text,
-    }
+    galleries = {name: [items[index] for index in chosen.tolist() if index in items] for name, chosen in shown.items()}
+    return galleries | {"flagged": len(flagged), "heat_text": heat_text}
 
 
 def confident_errors(scored: ScoredPredictions) -> Integers:

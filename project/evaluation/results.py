@@ -142,9 +142,7 @@ def gather(source: Source, predictor: Predictor, data: str | None = None) -> Res
     """Collects the results of a tested checkpoint, or predicts the test images with a bundle.
 
     What a bundle does not hold is read from the run that it lies in; `data` is its data set, by default the run's.
-
-    Raises:
-        UserError: A file is damaged, or there are no test images.
+    UserError where a file is damaged, or there are no test images.
     """
     run, metadata, val, temperature, notice = source.run, predictor.metadata, None, None, ""
     if source.is_bundle:
@@ -167,12 +165,9 @@ def gather(source: Source, predictor: Predictor, data: str | None = None) -> Res
 
 
 def is_tested(checkpoint: Path, root: str | None = None) -> bool:
-    """Whether the predictions in the checkpoint's run are its own, and newer than it.
-
-    With `root`, also whether they are of all test images of the run, from this folder or table.
-    """
+    """Whether the predictions in the checkpoint's run are its own, and newer than it."""
     run = runs.folder_of(checkpoint)
-    if root is not None:
+    if root is not None:  # also of all test images of the run, from this folder or table
         measured, count = _measured(run), sum(row.split == "test" for row in run_split.rows(run))
         if (measured.get("data"), measured.get("n")) != (root, count):
             return False

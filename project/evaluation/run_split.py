@@ -22,10 +22,8 @@ class SplitImages(NamedTuple):
 def images(run: Path, split: str, metadata: Metadata, data: str | None) -> SplitImages:
     """Finds the images of one split, by the run's split.csv, or by splitting the data again with the run's options.
 
-    `data` is the data set's folder or table, by default the run's.
-
-    Raises:
-        UserError: The folder cannot be read, or its classes are not the network's.
+    `data` is the data set's folder or table, by default the run's; UserError where it cannot be read, or has classes
+    that the network does not have.
     """
     options, notice = metadata.config["data"], ""
     location = data or options.get("root") or ""

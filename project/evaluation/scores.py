@@ -83,10 +83,7 @@ class ScoredPredictions:
         return np.array([ranked.auroc(weight) for ranked in self.ranked.values()])
 
     def scores(self, weight: Floats | None = None) -> dict[str, float]:
-        """All scores by name; macro averages are over the classes that occur.
-
-        `weight` (N,) is how often each image counts, by default once.
-        """
+        """All scores by name, macro averages over the classes that occur; `weight` (N,): how often an image counts."""
         each, aurocs = self.per_class(weight), self.aurocs(weight)
         absent = np.where(each["support"] > 0, 0.0, np.nan)
         averaged: Any = absent == 0 if self.positive is None else [self.positive]

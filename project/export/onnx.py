@@ -40,8 +40,7 @@ def library_versions() -> dict[str, str]:
 def trace(network: nn.Module, temperature: float, image_size: int) -> torch.export.ExportedProgram:
     """Returns the graph from pixels to probabilities, for batches of any size.
 
-    Raises:
-        UserError: The network depends on its input in a way that no graph can express, or is too large.
+    UserError where the network depends on its input in a way that no graph can express, or is too large.
     """
     size = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
     if size > MAX_BYTES:

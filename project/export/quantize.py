@@ -23,9 +23,7 @@ def write_int8(source: Path, file: Path, properties: dict[str, str], samples: It
     channel and 7 bits, so that sums of products fit into the 16 bits that some processors accumulate in, and accuracy
     is the same on all. Linear layers keep their outputs in 32 bits: quantisation steps would show in the
     probabilities. So do attention's matrix products, which have no weights. Samples are arrays (B, H, W, 3) uint8, RGB.
-
-    Raises:
-        UserError: The quantiser cannot handle the network.
+    UserError where the quantiser cannot handle the network.
     """
     import onnx as library
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static

@@ -41,8 +41,7 @@ def draw_images(
 ) -> LabelledImages:
     """Draws up to `count` images of a run's split; without a split.csv in the run, prints how they were found.
 
-    Raises:
-        UserError: None of the images is there, or they have other classes.
+    UserError where none of the images is there, or they have other classes.
     """
     kind, found = {"train": "training", "val": "validation"}[split], run_split.images(run, split, metadata, data)
     order = np.random.default_rng(0).permutation(len(found.pairs)).tolist()
@@ -59,11 +58,7 @@ def draw_images(
 
 
 def training_samples(run: Path, network: Predictor, data: str | None) -> list[Pixels]:
-    """Reads training images for the scales of 8 bits: arrays (B, H, W, 3) uint8, RGB, of up to 8 images.
-
-    Raises:
-        UserError: None of the images is there or can be read.
-    """
+    """Training images for the scales of 8 bits, up to 8 an array (B, H, W, 3) uint8, RGB; UserError without any."""
     images = draw_images(run, "train", MAX_SAMPLES, network.metadata, data)
     batches = list(network.batches(images.paths, batch_size=8))
     samples = [batch.pixels for batch in batches if len(batch.pixels)]
@@ -76,11 +71,7 @@ def compare(network: Predictor, exported: Predictor, images: LabelledImages) -> 
     """Compares two predictors on the same files, prints how much they differ, and returns that and the first's outputs.
 
     Where all probabilities are equal within `TOLERANCE`, another label is a tie: which of two equal probabilities is
-    larger is chance.
-
-    Raises:
-        FailedRun: The outputs differ.
-        UserError: No image can be read.
+    larger is chance. FailedRun where the outputs differ, UserError where no image can be read.
     """
     # batches of different size, so that neither can depend on it
     expected, outputs = predict(network, images, batch_size=64), predict(exported, images, batch_size=7)

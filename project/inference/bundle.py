@@ -32,10 +32,8 @@ ANEW = "make the bundle anew by python -m project.cli export"
 class OnnxPredictor(Predictor):
     """A bundle's model.onnx; several threads may use it at once.
 
-    Each batch is computed by `threads`, by default one per core that this process may use.
-
-    Raises:
-        UserError: A file is missing or damaged, or contradicts another.
+    Each batch is computed by `threads`, by default one per core that this process may use. UserError where a file is
+    missing or damaged, or contradicts another.
     """
 
     def __init__(self, folder: Path, threads: int | None = None) -> None:
@@ -73,8 +71,7 @@ def seal(folder: Path, metadata: Metadata) -> None:
 def verify(folder: Path, needed: str) -> Metadata:
     """Compares the files that are there with SHA256SUMS, and reads config.json; only `needed` must be there besides.
 
-    Raises:
-        UserError: A file is missing or damaged, or config.json is not a bundle's.
+    UserError where one of these is missing, a file is damaged, or config.json is not a bundle's.
     """
     for name in (SUMS, CONFIG, needed):
         if not (folder / name).is_file():

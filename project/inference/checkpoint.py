@@ -4,6 +4,7 @@ A checkpoint holds all that a verb needs after training: weights, class names, s
 tensors and plain types. Nothing is ever unpickled: `torch.load(weights_only=True)` refuses code.
 """
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from project import models
+from project import models, parts
 from project.data.images import Pixels
 from project.errors import UserError, command
 from project.inference import bundle, calibration
@@ -25,11 +26,7 @@ METADATA = "metadata"  # the key of a checkpoint under which Metadata's values a
 
 
 def read(path: Path) -> tuple[dict[str, Any], Metadata]:
-    """Reads a checkpoint's content and its metadata; tensors stay on disk until they are used.
-
-    Raises:
-        UserError: The file is damaged, holds code, or is not a checkpoint of this project.
-    """
+    """A checkpoint's content, whose tensors stay on disk until they are used, and metadata; UserError if not usable."""
     content, refusal = weights.read(path), f"{path} is not a checkpoint of this project"
     metadata = Metadata.parse(content.get(METADATA) if isinstance(content, dict) else None, refusal)
     state = content.get("state_dict")
@@ -39,11 +36,7 @@ def read(path: Path) -> tuple[dict[str, Any], Metadata]:
 
 
 class TorchPredictor(Predictor):
-    """A trained PyTorch network.
-
-    Attributes:
-        network: (B, 3, H, W) uint8 to logits (B, K), in evaluation mode.
-    """
+    """A trained PyTorch `network`, (B, 3, H, W) uint8 to logits (B, K), in evaluation mode."""
 
     def __init__(self, network: nn.Module, metadata: Metadata) -> None:
         super().__init__(metadata)
@@ -56,8 +49,13 @@ class TorchPredictor(Predictor):
             return np.asarray((logits.float() / self.metadata.temperature).softmax(dim=1).cpu().numpy())
 
 
-def load(path: Path, is_bundle: bool, calibrated: bool, device: str | None, threads: int | None) -> TorchPredictor:
-    """Loads a checkpoint, if `calibrated` with the temperature in the file beside it, or the network of a bundle."""
+def load(
+    path: Path, is_bundle: bool, calibrated: bool, device: str | None, threads: int | None, trust: Collection[str] = ()
+) -> TorchPredictor:
+    """Loads a checkpoint, if `calibrated` with the temperature in the file beside it, or the network of a bundle.
+
+    Raises UserError where the file names a network that is not in `trust` nor in a library: see parts.py.
+    """
     if threads is not None:
         torch.set_num_threads(threads)
     if is_bundle:
@@ -72,7 +70,9 @@ def load(path: Path, is_bundle: bool, calibrated: bool, device: str | None, thre
         metadata = replace(metadata, temperature=temperature, calibrated=calibrated, max_logits=max_logits)
         entries = content["state_dict"].items()
         state = {name.removeprefix("network."): tensor for name, tensor in entries if name.startswith("network.")}
-    network = models.build(metadata.model, len(metadata.class_names), metadata.mean, metadata.std, str(path))
+    parts.require_trusted(metadata.part, trust, path)
+    pixels = metadata.mean, metadata.std
+    network = models.build(metadata.model, len(metadata.class_names), *pixels, str(path), metadata.part)
     try:
         network.load_state_dict(state, assign=True)
     except RuntimeError as error:

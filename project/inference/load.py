@@ -4,6 +4,7 @@ No other module decides whether a path is a checkpoint, a run or a bundle. torch
 """
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ class Source:
 
     file: Path  # the checkpoint, or the bundle's folder
     is_bundle: bool
+    trust: tuple[str, ...] = ()  # class paths of networks that it may name: see parts.py
 
     @property
     def run(self) -> Path:
@@ -49,23 +51,24 @@ class Source:
             from project.inference import checkpoint
         except ModuleNotFoundError as error:
             raise UserError(f"{self.file} needs {error.name}; without it, predict and serve take bundles.") from error
-        return checkpoint.load(self.file, self.is_bundle, calibrated, device, threads)
+        return checkpoint.load(self.file, self.is_bundle, calibrated, device, threads, self.trust)
 
 
-def locate(path: str | os.PathLike[str] | None = None) -> Source:
+def locate(path: str | os.PathLike[str] | None = None, trust: Collection[str] = ()) -> Source:
     """The classifier that a path means, by default the newest run's best.ckpt; UserError where it means none."""
+    trusted = tuple(trust)
     if path is None:
-        return Source(runs.newest_checkpoint(), is_bundle=False)
+        return Source(runs.newest_checkpoint(), False, trusted)
     try:
         target = runs.resolve_latest(Path(path))
         if _is_bundle(target):
-            return Source(target, is_bundle=True)
+            return Source(target, True, trusted)
         file = target / "checkpoints" / "best.ckpt" if target.is_dir() else target
         if file.name in bundle.PARTS and _is_bundle(file.parent):
             raise UserError(f"{file} is a part of a bundle; give the folder, {file.parent}.")
         is_data = is_image(file.name) or file.suffix.lower() == ".csv"
         if file.is_file() and not is_data:
-            return Source(file, is_bundle=False)
+            return Source(file, False, trusted)
         is_data |= any(is_image(found.name) for depth in ("*", "*/*", "*/*/*") for found in target.glob(depth))
     except OSError as error:  # a name that is too long, a folder without permission
         raise UserError(f"Cannot read {path}: {error.strerror}; give a .ckpt file or a run's folder.") from error
@@ -89,8 +92,13 @@ def locate_checkpoint(path: str | os.PathLike[str] | None = None) -> Path:
     return source.file
 
 
-def load(path: str | os.PathLike[str] | None = None, calibrated: bool = False, device: str | None = None) -> Predictor:
-    """Loads a trained classifier.
+def load(
+    path: str | os.PathLike[str] | None = None,
+    calibrated: bool = False,
+    device: str | None = None,
+    trust: Collection[str] = (),
+) -> Predictor:
+    """Loads a trained classifier; UserError where the path means none that can be used, or no temperature is known.
 
     Args:
         path: A checkpoint, a run's folder or a bundle made by `export`; None means the newest run's best.ckpt.
@@ -98,8 +106,6 @@ def load(path: str | os.PathLike[str] | None = None, calibrated: bool = False, d
             frequencies; by default, probabilities are raw. Those of a bundle are what `export` was told to make them:
             a raw one is refused. `metadata.calibrated` tells which they are.
         device: Where the network computes; by default the accelerator, if there is one. A bundle uses the CPU.
-
-    Raises:
-        UserError: The path means nothing, its content cannot be used, or no temperature is known.
+        trust: Class paths that a checkpoint may name though they are not of torch, torchvision, timm or this package.
     """
-    return locate(path).load(calibrated, device)
+    return locate(path, trust).load(calibrated, device)

@@ -6,11 +6,13 @@ import math
 import platform
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from project import parts
 from project.data import workers
 from project.data.images import RESIZE
 from project.errors import UserError, command
@@ -47,10 +49,7 @@ class Metadata:
     def parse(cls, content: Any, refusal: str) -> "Metadata":
         """Validates the content of a file, whoever wrote it: values by name, of which unknown ones are ignored.
 
-        The error message begins with `refusal`: the file, and what it is not.
-
-        Raises:
-            UserError: A value is missing or invalid.
+        Where one is missing or invalid, the UserError begins with `refusal`: the file, and what it is not.
         """
         if not isinstance(content, dict):
             raise UserError(f"{refusal}: it has no metadata; give a run, its best.ckpt or a bundle.")
@@ -59,6 +58,12 @@ class Metadata:
             if name in (*REQUIRED, *known) and not is_valid(known.get(name)):
                 raise UserError(f"{refusal}: its {name} is not {expected}.")
         return cls(**known)
+
+    @property
+    def part(self) -> dict[str, Any] | None:
+        """Class path and arguments of a network that has no short name."""
+        network = self.config["model"].get("network")
+        return network and parts.part(network)
 
     @property
     def calibration(self) -> str:
@@ -95,6 +100,8 @@ def _are_numbers(value: Any) -> bool:
 def _is_config(value: Any) -> bool:
     if not isinstance(value, dict) or not all(isinstance(value.get(k), dict) for k in ("data", "model", "trainer")):
         return False
+    if not (value["model"].get("network") is None or parts.is_part(value["model"]["network"])):
+        return False
     types: dict[str, type] = dict.fromkeys(("root", "split", "group", "exclude", "layout", "keep"), str)
     types |= dict.fromkeys(("split_seed", "folds", "fold"), int)
     return all(isinstance(value["data"].get(name), kind | None) for name, kind in types.items())
@@ -117,6 +124,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
+@cache
 def provenance() -> dict[str, Any]:
     """Returns what `Metadata` records of this process: `versions`, `machine` and `git_commit`."""
     import torch
@@ -128,6 +136,21 @@ def provenance() -> dict[str, Any]:
     if torch.accelerator.is_available():
         machine += f", {torch.accelerator.device_count()} x {torch.accelerator.current_accelerator()}"
     return {"versions": versions, "machine": machine, "git_commit": _git_commit()}
+
+
+def of_plain_fit(trainer: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a Trainer without a verb can tell of its fit: `config`, `resize` and the provenance.
+
+    With data other than ImageData, the verbs are given theirs.
+    """
+    resize = getattr(trainer.datamodule, "resize", "")
+    data = dict(trainer.datamodule.hparams) if resize else {}
+    of_data = ("class_names", "image_size", "class_weights")  # no options of the model
+    model = {name: value for name, value in options.items() if name not in of_data}
+    names = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")
+    config = {"data": data, "model": model, "trainer": {name: getattr(trainer, name) for name in names}}
+    config["seed_everything"] = data.pop("seed", 0)
+    return {"config": config, "resize": resize or "stretch", **provenance()}
 
 
 def _git_commit() -> str:

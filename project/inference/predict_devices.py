@@ -30,11 +30,8 @@ def predict(
 ) -> tuple[Metadata, Generator[Prediction, None, None]]:
     """Labels images in several processes: one per accelerator, or, without one and for bundles, several on the CPU.
 
-    Returns the classifier's metadata, and the predictions in the order of the images.
-
-    Raises:
-        UserError: The checkpoint cannot be used, or there are fewer devices.
-        FailedRun: A process was killed.
+    Returns the classifier's metadata, and the predictions in the order of the images. UserError where the checkpoint
+    cannot be used, or there are fewer devices; FailedRun where a process was killed.
     """
     metadata = source.load(calibrated, "cpu").metadata
     threads = max(1, usable_cores() // devices)

@@ -1,33 +1,43 @@
 """Names become networks: Normalize ► network, (B, 3, H, W) uint8 in, logits (B, K) float out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from project import parts
 from project.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
 
 TIMM = "timm/"  # prefix of the names of timm's networks
+# Arguments of networks that get weights: a network that a checkpoint names gets them from there.
+WEIGHTS = {"weights", "weights_backbone", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path"}
 
 
 def build(
-    name: str, num_classes: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, of: str = ""
+    name: str,
+    num_classes: int,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    of: str = "",
+    part: Mapping[str, Any] | None = None,
 ) -> "nn.Sequential":
     """Creates a network with random weights; those of the head are small, so that all classes are equally likely.
 
-    Args:
-        name: `alexnet`, any of torchvision's classification networks, or `timm/` and one of timm's; else a UserError.
-        num_classes: K.
-        mean: Of the pixels the network was trained on, a channel each, on the scale of 0 to 1; by default 0.5.
-        std: Their standard deviation.
-        of: The checkpoint or bundle that names the network, for the error.
+    `name` is `alexnet`, any of torchvision's classification networks, or `timm/` and one of timm's, else a UserError;
+    `part`, of a network that has no short name, its class path and arguments: see parts.py. `mean` and `std` are those
+    of the pixels that it was trained on, a channel each, on the scale of 0 to 1; by default 0.5. `of` is the checkpoint
+    or bundle that names the network, for the error.
     """
     from torch import nn
 
     from project.models.normalize import BATCH_NORMS, SCRATCH, Normalize
 
-    network = _network(name, num_classes, of)
+    if part is None:
+        network = _network(name, num_classes, of)
+    else:  # the weights of a network that a checkpoint names are not looked for elsewhere
+        arguments = {key: value for key, value in part["init_args"].items() if not (of and key in WEIGHTS)}
+        network = parts.make({**part, "init_args": arguments}, "model.network", num_classes=num_classes)
     for layer in network.modules():
         # At least PyTorch's default: the 0.01 of MobileNetV3, MaxViT and the largest EfficientNets and the 0.0003 of
         # MNASNet are made for 100,000s of steps; after a few hundred, the running statistics are far from the images'.
@@ -37,13 +47,13 @@ def build(
 
 
 def _network(name: str, num_classes: int, of: str) -> "nn.Module":
-    """An own network is one file in this folder and one line here."""
+    """A network by its short name: one file in this folder and one line here."""
     from project.models.alexnet import AlexNet
 
     if name == "alexnet":
         return AlexNet(num_classes)
     if name.startswith(TIMM):
-        made: Any = timm_network(name, num_classes=num_classes)
+        made = timm_network(name, num_classes=num_classes)
         return _with_small(made.get_classifier(), made, num_classes)
 
     import torchvision
@@ -84,7 +94,7 @@ def torchvision_names() -> list[str]:
     return list(torchvision.models.list_models(module=torchvision.models))
 
 
-def timm_network(name: str, **options: Any) -> "nn.Module":
+def timm_network(name: str, **options: Any) -> Any:
     """Creates one of timm's networks; raises a UserError where it has none of that name, or is not installed."""
     timm = import_timm()
     own = name.removeprefix(TIMM)
@@ -92,10 +102,9 @@ def timm_network(name: str, **options: Any) -> "nn.Module":
         near = did_you_mean(own, timm.list_models())
         raise UserError(f"timm has no network {own}.{near} python -m project.cli models 'timm/*' lists them.")
     try:
-        network: nn.Module = timm.create_model(own, **options)
+        return timm.create_model(own, **options)
     except RuntimeError as error:  # an unknown tag after the name's dot
         raise UserError(f"timm cannot make {own}: {error}") from error
-    return network
 
 
 def import_timm() -> Any:
@@ -108,29 +117,35 @@ def import_timm() -> Any:
 
 
 def head(network: "nn.Module") -> tuple[str, "nn.Module"]:
-    """Name and module of the layer that computes the logits: the last linear or convolutional one."""
+    """Name and module of the layer that computes the logits: the last linear or convolutional one, else all."""
     from torch import nn
 
     layers = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    return layers[-1]
+    return layers[-1] if layers else ("", network)
 
 
-def require_size(network: "nn.Module", name: str, image_size: int) -> None:
-    """Checks, with one black image, that a network takes images of a size; the UserError has the next that it takes."""
+def require_size(network: "nn.Module", name: str, image_size: int, num_classes: int) -> None:
+    """Checks, with one black image, that a network maps images of a size to logits (1, K); its UserError says why not.
+
+    Where the size is wrong, it has the next one that the network takes, or the network's own words.
+    """
     import torch
 
-    def takes(size: int) -> bool:
+    def output(size: int) -> Any:
         try:
             with torch.inference_mode():
-                network(torch.zeros(1, 3, size, size, dtype=torch.uint8))
-        except (AssertionError, RuntimeError, ValueError):
-            return False
-        return True
+                return network(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+        except Exception as error:  # networks refuse sizes in many ways
+            return error
 
     network.eval()
-    if not takes(image_size):
-        larger = next((size for size in range(image_size + 1, 513) if takes(size)), "above 512")
-        raise UserError(
-            f"--data.image_size is {image_size}, which {name} does not take; the next size that it takes is {larger}."
-        )
+    if isinstance(result := output(image_size), Exception):
+        takes = (size for size in range(image_size + 1, 513) if not isinstance(output(size), Exception))
+        reason = " ".join(str(result).split()) or type(result).__name__
+        size = next(takes, None)
+        then = f"the next size that it takes is {size}" if size else f"nor a larger one: {reason}"
+        raise UserError(f"--data.image_size is {image_size}, which {name} does not take; {then}.")
+    if tuple(getattr(result, "shape", ())) != (1, num_classes):
+        made = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
+        raise UserError(f"{name} returns {made} for one image; logits are a tensor (1, {num_classes}).")
     network.train()

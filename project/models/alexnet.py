@@ -40,7 +40,11 @@ class AlexNet(nn.Module):
             nn.ReLU(inplace=True),
             head := nn.Linear(4096, num_classes),
         )
-        self.apply(_initialise)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                assert layer.bias is not None
+                nn.init.zeros_(layer.bias)
         nn.init.normal_(head.weight, std=0.01)  # all classes about equally likely at first
 
     def forward(self, image: Tensor) -> Tensor:
@@ -49,10 +53,3 @@ class AlexNet(nn.Module):
         x = self.avgpool(x).flatten(1)  # (B, 9216)
         logits: Tensor = self.classifier(x)
         return logits
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        assert module.bias is not None
-        nn.init.zeros_(module.bias)

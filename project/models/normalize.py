@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from project.errors import UserError
+
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 SCRATCH = (0.5, 0.5, 0.5)  # mean and standard deviation for a network without pretrained weights: 0-255 to -1..1
 
@@ -23,5 +25,9 @@ class Normalize(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Maps (B, 3, H, W) uint8 to float of the same shape and memory format."""
-        assert image.dtype == torch.uint8, f"images are uint8 up to the network, not {image.dtype}"
+        if image.dtype != torch.uint8:
+            raise UserError(
+                f"Images of {str(image.dtype).removeprefix('torch.')} are given; give uint8, 0 to 255, as the network "
+                "normalises itself. From 0 to 1: (image * 255).round().to(torch.uint8)."
+            )
         return (image - self.mean).div_(self.std)  # in place: 38 MB less to write for 64 images of 224 px

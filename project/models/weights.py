@@ -33,34 +33,33 @@ class Weights(NamedTuple):
     resize: str | None = None  # as `images.read` takes it
 
 
-def start(name: str, class_names: Sequence[str], weights: str) -> tuple[nn.Sequential, str, bool]:
+def start(
+    name: str, class_names: Sequence[str], weights: str, part: Mapping[str, Any] | None = None
+) -> tuple[nn.Sequential, str, bool]:
     """Creates a network with weights; if these are of other classes, its head is re-initialised.
 
-    Args:
-        name: Of the network.
-        class_names: K names.
-        weights: `none`, `DEFAULT` or another name of published ones, or a file: a checkpoint of this project (or its
-            run's folder), a state dict or safetensors (or the folder of a bundle).
+    `weights` are `none`, `DEFAULT` or another name of published ones, or a file: a checkpoint of this project (or its
+    run's folder), a state dict or safetensors (or the folder of a bundle). `part` is the class path and the arguments
+    of a network that has no short name.
 
-    Returns:
-        Normalize ► network, a sentence on what was loaded (empty for `none`), and whether its head is a new one above
-        layers that are not.
-
-    Raises:
-        UserError: The weights do not exist, cannot be downloaded, or are another network's.
+    Returns Normalize ► network, a sentence on what was loaded (empty for `none`), and whether its head is a new one
+    above layers that are not. UserError where the weights do not exist, cannot be downloaded, or are another network's.
     """
     if weights == "none":
-        return models.build(name, len(class_names)), "", False
-    loaded = from_file(file) if (file := _file(weights)) else published(name, weights)
+        return models.build(name, len(class_names), part=part), "", False
+    if not (file := _file(weights)) and part:
+        raise UserError(f"--model.weights {weights}: {name} has no published weights; give a file.")
+    loaded = from_file(file) if file else published(name, weights)
     if loaded.model not in (None, name):
         raise UserError(
-            f"{loaded.source} holds the weights of {loaded.model}, not of {name}; give --model.name {loaded.model}."
+            f"{loaded.source} holds the weights of {loaded.model}, not of {name}; give that by --model.name or "
+            "--model.network."
         )
     scale = ""
     if loaded.mean is None and "mean" in (known := _described(name)):
         loaded = loaded._replace(**known)
         scale = f"; it does not say how pixels are normalised, so as for the published weights of {name}"
-    network = models.build(name, len(class_names), loaded.mean, loaded.std, loaded.source if loaded.model else "")
+    network = models.build(name, len(class_names), loaded.mean, loaded.std, loaded.source if loaded.model else "", part)
     head = _load(network[1], name, loaded, class_names)
     return network, f"weights: {loaded.source}{head or ', head included'}{scale}", bool(head)
 
@@ -112,7 +111,7 @@ def _load(network: nn.Module, name: str, weights: Weights, class_names: Sequence
     resized = {key for key in ours if key in theirs and theirs[key] != ours[key]}
     # further heads, as of distilled networks, differ in the number of classes alone
     heads = {key for key in resized if (len(class_names), *theirs[key][1:]) == ours[key]}
-    heads |= {key for key in ours if key.startswith(f"{models.head(network)[0]}.")}
+    heads |= {key for key in ours if key.startswith(f"{models.head(network)[0] or None}.")}
     note = ""
     other_classes = weights.class_names is not None and list(weights.class_names) != list(class_names)
     if other_classes or any(theirs.get(key) != ours[key] for key in heads):
@@ -139,11 +138,7 @@ def _load(network: nn.Module, name: str, weights: Weights, class_names: Sequence
 
 
 def published(name: str, choice: str) -> Weights:
-    """Weights that torchvision's or timm's authors have trained, from the library's cache or downloaded.
-
-    Raises:
-        UserError: There are none of that name, or they cannot be downloaded.
-    """
+    """Published weights, from the library's cache or downloaded; UserError if there are none or they cannot be had."""
     if name.startswith(models.TIMM):
         return _of_timm(name, choice)
     from torchvision.models import get_model_weights
@@ -183,11 +178,7 @@ def _of_timm(name: str, choice: str) -> Weights:
 
 
 def from_file(file: Path) -> Weights:
-    """Reads a checkpoint of this project, any state dict, or safetensors.
-
-    Raises:
-        UserError: The file is missing, damaged, or holds something else.
-    """
+    """Reads a checkpoint of this project, any state dict, or safetensors; UserError where the file is none of these."""
     if not file.is_file():
         raise UserError(f"There are no weights {file}; give a file, or DEFAULT.")
     content: Any
@@ -207,11 +198,7 @@ def from_file(file: Path) -> Weights:
 
 
 def read(file: Path) -> Any:
-    """Reads a file of torch.save without executing code; tensors stay on disk until they are used.
-
-    Raises:
-        UserError: The file cannot be read, is damaged, or holds code.
-    """
+    """Reads a file of torch.save; UserError where it holds code or is damaged. Tensors stay on disk until used."""
     zipped = zipfile.is_zipfile(file)
     try:
         if zipped and not is_whole(file):

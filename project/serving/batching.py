@@ -68,7 +68,7 @@ class Batcher:
         return now - min([now, *self._started.values()])
 
     def _start_batches(self) -> None:
-        """Starts the batches that are due; returns when the next one becomes due."""
+        """Starts the batches that are due, or a timer for the next one."""
         loop, size = asyncio.get_running_loop(), self._settings.batch_size
         self._waiting = deque(image for image in self._waiting if not image.start.done())  # timed out
         while self._waiting and (free := self._settings.parallel - self._computing) > 0:

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import threading
+from collections.abc import Collection
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -20,19 +21,16 @@ if TYPE_CHECKING:
 
 
 class Model:
-    """A trained classifier and its identity; `parallel` batches share the threads.
+    """A trained classifier, its `predictor`, and its `id`, the network's name and a checksum of its weights.
 
-    Attributes:
-        predictor: From pixels to probabilities.
-        id: The network's name and a checksum of its weights.
-        unexplained: Why there are no heat maps; None where there are.
-
-    Raises:
-        UserError: The path is no usable model, or a checkpoint shall compute several batches at once.
+    `unexplained` is the reason why there are no heat maps, or None; `parallel` batches share the threads. UserError
+    where the path is no usable model, or a checkpoint shall compute several batches at once.
     """
 
-    def __init__(self, path: str, calibrated: bool, threads: int, parallel: int = 1) -> None:
-        self._source, self._threads, self._lock = locate(path), threads, threading.Lock()
+    def __init__(
+        self, path: str, calibrated: bool, threads: int, parallel: int = 1, trust: Collection[str] = ()
+    ) -> None:
+        self._source, self._threads, self._lock = locate(path, trust), threads, threading.Lock()
         if parallel > 1 and not self._source.is_bundle:  # heat maps hang hooks into the same network
             raise UserError(f"--parallel is {parallel}, but a checkpoint computes one batch at a time; export it.")
         self.predictor = self._source.load(calibrated, threads=max(1, threads // parallel))
@@ -64,9 +62,7 @@ class Model:
     def explanation(self, image: bytes, target: int | None) -> bytes:
         """A PNG of the image with the evidence for a class, given by its index; by default the predicted class.
 
-        Raises:
-            ImageError: The image cannot be read.
-            UserError: The network has no maps that Grad-CAM could use.
+        ImageError where the image cannot be read, UserError where the network has no maps that Grad-CAM could use.
         """
         from project.evaluation import figures
 

@@ -1,4 +1,4 @@
-"""Callbacks of every run: seeds, unreadable images, progress, predictions.csv; and helpers that callbacks share."""
+"""Callbacks of every run: seeds, progress, predictions.csv; and helpers that callbacks share."""
 
 import itertools
 import os
@@ -10,7 +10,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
+from matplotlib.figure import Figure
 
 from project import files, runs
 from project.data.datamodule import ImageData
@@ -32,33 +33,6 @@ class StepSeed(Callback):
         torch.default_generator.manual_seed(seeds[2])  # torch.manual_seed takes 0.5 ms where CUDA is not initialised
         if pl_module.device.type != "cpu":
             torch.get_device_module(pl_module.device).manual_seed(seeds[2])
-
-
-class Unreadable(Callback):
-    """Prints path and reason of each image that could not be read, once."""
-
-    def __init__(self) -> None:
-        self.named: set[str] = set()
-
-    def name(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any, **__: Any) -> None:
-        split: Any = trainer.state.stage and trainer.state.stage.dataloader_prefix  # train, val or test
-        for row, reason in batch.failed:
-            path = data_of(trainer).dataset(split).path(row)
-            if path not in self.named:
-                self.named.add(path)
-                print(f"left out, unreadable: {path}: {reason}", flush=True)  # on the rank that read it
-
-    on_train_batch_start = on_validation_batch_start = on_test_batch_start = name
-
-
-class RunMetadata(Callback):
-    """Adds to the metadata of every checkpoint what the network does not know: the run's options and provenance."""
-
-    def __init__(self, metadata: dict[str, Any]) -> None:
-        self._metadata = metadata
-
-    def on_save_checkpoint(self, _: Trainer, __: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["metadata"] = self._metadata  # Classifier.on_save_checkpoint comes next and adds its own
 
 
 class ProgressLines(Callback):
@@ -127,6 +101,27 @@ def tensorboard(trainer: Trainer) -> Any:
     """TensorBoard's writer on the first rank; None on others, or without a TensorBoardLogger."""
     loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
     return loggers[0].experiment if loggers and trainer.is_global_zero else None
+
+
+def log_scalars(trainer: Trainer, scalars: dict[str, Any], step: int) -> None:
+    """Logs numbers to all loggers but metrics.csv, whose columns are the same for all classes and do not hold times."""
+    for logger in trainer.loggers:
+        if isinstance(logger, MLFlowLogger):  # whose names are ASCII
+            ascii_tags = {tag: tag.encode("ascii", "backslashreplace").decode().replace("\\", "") for tag in scalars}
+            logger.log_metrics({ascii_tags[tag]: value for tag, value in scalars.items()}, step)
+        elif logger.name != runs.METRICS:
+            logger.log_metrics(scalars, step)
+
+
+def log_figure(trainer: Trainer, tag: str, figure: Figure, step: int) -> None:
+    """Logs a figure to TensorBoard, MLflow, and every logger that has `log_image` as WandbLogger has it."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure(tag, figure, step)
+        elif isinstance(logger, MLFlowLogger):
+            logger.experiment.log_figure(str(logger.run_id), figure, f"{tag}/{step}.png")
+        elif hasattr(logger, "log_image"):
+            logger.log_image(tag, [figure], step)
 
 
 def point(trainer: Trainer) -> int:

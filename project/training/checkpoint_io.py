@@ -2,12 +2,11 @@
 
 import contextlib
 import copy
-import mmap
 import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -27,10 +26,9 @@ TRAINING_STATE = frozenset(
 class AsyncCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints in the background; a killed process or a full disk leaves the previous file.
 
-    A checkpoint is copied in memory (AlexNet with Adam, 685 MB: some tenths of a second), written beside its target and
-    renamed. best.ckpt stays in memory until last.ckpt is written, and holds weights and metadata only. The last.ckpt
-    before the newest stays beside it as previous.ckpt. They are in `folder`, the run's checkpoints/; other files may be
-    anywhere. (Lightning's AsyncCheckpointIO is not atomic where the temporary folder is on another file system.)
+    A checkpoint is copied in memory (AlexNet with Adam, 685 MB: some tenths of a second). best.ckpt stays there until
+    last.ckpt is written, and holds weights and metadata only; the last.ckpt before stays as previous.ckpt. `folder` is
+    the run's checkpoints/. (Lightning's AsyncCheckpointIO is not atomic across file systems.)
     """
 
     def __init__(self, folder: Path) -> None:
@@ -77,19 +75,18 @@ class AsyncCheckpointIO(TorchCheckpointIO):
 
     def _write(self, contents: dict[Path, dict[str, Any]]) -> None:
         for target, content in contents.items():
-            unfinished = files.beside(target)
             try:
-                with contextlib.closing(DirectFile(unfinished)) as stream:
-                    torch.save(content, cast(Any, stream))
-                    stream.finish()
-                if target == self._last and target.exists():
-                    target.replace(target.with_name(PREVIOUS))
-                unfinished.replace(target)
+                with files.replacing(target, "wb") as stream:
+                    torch.save(content, stream)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                    if hasattr(os, "posix_fadvise"):  # else the file would displace images in the system's page cache
+                        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    if target == self._last and target.exists():
+                        target.replace(target.with_name(PREVIOUS))
                 self._failed.pop(target, None)
             except (OSError, RuntimeError) as error:  # torch.save turns some OSErrors into RuntimeErrors
                 self._fail(target, error)
-            finally:
-                unfinished.unlink(missing_ok=True)
 
     def _fail(self, target: Path, error: Exception) -> None:
         while not isinstance(error, OSError) and isinstance(error.__context__, Exception):
@@ -130,10 +127,7 @@ class AsyncCheckpointIO(TorchCheckpointIO):
 
 
 def on_cpu(content: Any, copies: bool = True) -> Any:
-    """New nested dicts, lists and tuples with each tensor on the CPU, one that is there already as a copy if `copies`.
-
-    Attributes such as `_metadata` are kept.
-    """
+    """New dicts (attributes are kept), lists and tuples with tensors on the CPU; those there are copied if `copies`."""
     if isinstance(content, Tensor):
         return content.detach().to("cpu", copy=copies)
     if isinstance(content, dict):
@@ -144,56 +138,3 @@ def on_cpu(content: Any, copies: bool = True) -> Any:
     if type(content) in (list, tuple):
         return type(content)(on_cpu(value, copies) for value in content)
     return content
-
-
-class DirectFile:
-    """A new file written past the system's page cache, or through it where the file system cannot do otherwise.
-
-    Filling that cache takes a checkpoint of 685 MB up to 1.8 s of processor time, past it 0.3 s (2 cores, ext4), and
-    would drop the images that each epoch reads from it.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self._file = file.open("wb", buffering=0)
-        self._buffer = memoryview(mmap.mmap(-1, 2048 * mmap.PAGESIZE))  # direct writes need aligned memory
-        self._filled = self._size = 0
-        if hasattr(os, "O_DIRECT"):
-            import fcntl  # Linux only, as O_DIRECT
-
-            with contextlib.suppress(OSError):
-                fcntl.fcntl(self._file, fcntl.F_SETFL, os.O_DIRECT)
-                try:
-                    self._file.write(self._buffer[: mmap.PAGESIZE])
-                except OSError:
-                    fcntl.fcntl(self._file, fcntl.F_SETFL, 0)
-                self._file.seek(0)
-
-    def write(self, content: memoryview) -> int:
-        done = 0
-        while done < len(content):
-            part = content[done : done + len(self._buffer) - self._filled]
-            self._buffer[self._filled : self._filled + len(part)] = part
-            self._filled, done = self._filled + len(part), done + len(part)
-            if self._filled == len(self._buffer):
-                self._write_pages()
-        self._size += done
-        return done
-
-    def _write_pages(self) -> None:
-        """Writes the buffer up to a whole page."""
-        end, done = -(-self._filled // mmap.PAGESIZE) * mmap.PAGESIZE, 0
-        while done < end:
-            done += self._file.write(self._buffer[done:end]) or 0
-        self._filled = 0
-
-    def flush(self) -> None:
-        """Nothing: `finish` writes what is left; torch.save calls this."""
-
-    def finish(self) -> None:
-        """Returns when the content is on the disk."""
-        self._write_pages()
-        self._file.truncate(self._size)
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()

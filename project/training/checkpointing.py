@@ -21,12 +21,14 @@ from project.training.loop_state import LOOP_STATE, LoopState, is_between_steps
 from project.training.resume import Run
 from project.training.signals import INTERRUPT, REQUEUE, Signals
 
+MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum"}  # of the fused kernels
+
 
 class BestCheckpoint(ModelCheckpoint):
-    """best.ckpt, the weights with the lowest val/loss; a class of its own, to keep its state apart from a user's."""
+    """best.ckpt, the weights with the best `monitor`; a class of its own, to keep its state apart from a user's."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(str(folder), Path(BEST).stem, monitor="val/loss", enable_version_counter=False)
+    def __init__(self, folder: Path, monitor: str, mode: str) -> None:
+        super().__init__(str(folder), Path(BEST).stem, monitor=monitor, mode=mode, enable_version_counter=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says so where the fit ends before its first validation."""
@@ -47,10 +49,10 @@ class BestCheckpoint(ModelCheckpoint):
             pl_module.print("There was no validation: best.ckpt holds the last weights.")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["metadata"] = checkpoint["metadata"] | {"validated": bool(self.best_model_path)}
+        checkpoint["metadata"] = {"validated": bool(self.best_model_path)}  # Classifier adds the rest
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the best so far, also where the run has been moved: Lightning would forget its val/loss."""
+        """Restores the best so far, also where the run has been moved: Lightning would forget its figure."""
         if state_dict["best_model_path"]:
             best = str(Path(str(self.dirpath), BEST))
             state_dict = state_dict | {"dirpath": self.dirpath, "best_model_path": best, "kth_best_model_path": best}
@@ -64,9 +66,6 @@ class ResumeCheckpoint(Callback):
     Saved every `minutes`, when a signal stops the fit, and at its end. Comes before every other callback, so that a
     checkpoint holds their state between two steps. Where none are saved, `io` is None. `begin` is called on the first
     rank once the fit can begin, before it changes a file of a resumed run.
-
-    Attributes:
-        restoring: Lightning is loading the checkpoint that the fit starts from.
     """
 
     def __init__(self, io: AsyncCheckpointIO | None, run: Run, minutes: float, begin: Callable[[], None]) -> None:
@@ -80,7 +79,7 @@ class ResumeCheckpoint(Callback):
         self._resumed: dict[str, Any] = {}
         self._start: float | None = None
         self._seconds = 0.0  # of training, before this fit was resumed
-        self.restoring = False
+        self.restoring = False  # whether Lightning is loading the checkpoint that the fit starts from
 
     @property
     def seconds(self) -> float:
@@ -106,7 +105,7 @@ class ResumeCheckpoint(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restores the running sums of the epoch, and listens for signals."""
         module: Any = pl_module
-        _require_matching_moments(trainer.optimizers)
+        _require_usable_state(trainer)
         self._signals.listen(trainer)
         self._start = self._saved_at = time.monotonic()
         if self._resumed:
@@ -197,9 +196,12 @@ def _rows(trainer: Trainer) -> int:
     return next((logger.rows for logger in trainer.loggers if isinstance(logger, MetricsFile)), 0)
 
 
-def _require_matching_moments(optimizers: list[Any]) -> None:
-    """Checks the shapes that a checkpoint has given to the optimizer's state, because the kernels do not."""
-    for parameter, state in (pair for optimizer in optimizers for pair in optimizer.state.items()):
-        for name, value in state.items():
-            if name != "step" and isinstance(value, torch.Tensor) and value.shape != parameter.shape:
+def _require_usable_state(trainer: Trainer) -> None:
+    """Checks the shapes of the optimizer's state, as the kernels do not, and that the schedule covers the fit."""
+    for parameter, state in (pair for optimizer in trainer.optimizers for pair in optimizer.state.items()):
+        for name in MOMENTS & state.keys():
+            if isinstance(state[name], torch.Tensor) and state[name].shape != parameter.shape:
                 raise UserError(f"The checkpoint is damaged: {name} and its weights have different shapes.")
+    for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs):
+        if (end := getattr(scheduler, "total_steps", math.inf)) < trainer.estimated_stepping_batches:
+            raise UserError(f"{type(scheduler).__name__} ends at step {end}, before the fit; give --trainer.max_steps.")

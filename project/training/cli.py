@@ -6,7 +6,6 @@ Layers of a setting, the last one wins: the signatures, the run of a checkpoint,
 import json
 import math
 import os
-import sys
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -17,25 +16,23 @@ import yaml
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from project import arguments, optim, runs
+from project import arguments, optim, parts, runs
 from project.classifier import Classifier
 from project.data.datamodule import ImageData
 from project.data.loader import LostWorker
-from project.errors import FailedRun, UserError, command
+from project.errors import FailedRun, UserError
 from project.evaluation import report, scores
-from project.inference import metadata
 from project.inference.load import locate, locate_checkpoint
 from project.models import weights
 from project.training import fit, resume, signals, trainer
-from project.training.callbacks import PredictionWriter, Unreadable
+from project.training.callbacks import PredictionWriter
 from project.training.checkpoint_io import AsyncCheckpointIO
 from project.training.checkpointing import ResumeCheckpoint
 from project.training.loggers import loggers
-from project.training.parser import Parser
+from project.training.parser import FROM_DATA, Parser, add_sections, trusted
 from project.training.resume import Run, rank
 from project.training.source_checkpoint import SPLIT_OPTIONS, SourceCheckpoint
 from project.training.trainer import RunTrainer, listed
@@ -52,6 +49,7 @@ class Cli(LightningCLI):
     datamodule: ImageData
     model: Classifier
     saver: ResumeCheckpoint  # of a fit
+    trust: set[str]  # the class paths that a checkpoint or a run may name
 
     def __init__(self, verb: str, argv: list[str]) -> None:
         self.verb, self.argv = verb, resume.with_newest(argv)
@@ -63,7 +61,6 @@ class Cli(LightningCLI):
             ImageData,
             save_config_callback=None,
             trainer_class=RunTrainer,
-            trainer_defaults=trainer.TRAINER_DEFAULTS,
             seed_everything_default=0,
             parser_class=Parser,
             parser_kwargs={"allow_abbrev": False},
@@ -82,16 +79,18 @@ class Cli(LightningCLI):
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         seed = NonNegativeInt
         parser.add_argument("--seed_everything", type=seed, default=0, help="Seed of weights, order and augmentation.")
+        parser.add_argument("--runs", type=str | None, default=None, help="Folder of all runs; by default runs/.")
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.link_arguments("seed_everything", "data.seed")
-        for name in ("class_names", "class_weights", "image_size"):
-            parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(RunTrainer, "trainer")
+        parser.set_defaults({f"trainer.{name}": value for name, value in trainer.TRAINER_DEFAULTS.items()})
+        add_sections(parser, Classifier, ImageData)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the command line; a second time, above the run's settings, where the verb starts from a checkpoint."""
         self.config = parser.parse_args([self.verb, *self.argv])
         options = self.config[self.verb]
+        self.trust = {*trusted(self.argv), *parts.named(options.as_dict())}  # what the user names is trusted
         if self.verb == "fit":
             if options.resume is not None and options.ckpt_path is not None:
                 raise UserError("--resume continues the run itself, --ckpt_path starts a new one; leave one out.")
@@ -120,12 +119,14 @@ class Cli(LightningCLI):
 
     @property
     def runs_root(self) -> Path:
-        """The folder of all runs, in --trainer.default_root_dir where it is given."""
-        return Path(self.config[self.verb].trainer.default_root_dir or "", runs.ROOT).expanduser()
+        """The folder of all runs: --runs, or runs/, in --trainer.default_root_dir where it is given."""
+        options = self.config[self.verb]
+        return Path(options.runs or Path(options.trainer.default_root_dir or "", runs.ROOT)).expanduser()
 
     def _resume(self, run: Run) -> None:
         """The options of the run, changed by the command line where that is allowed, and its own split."""
-        self.config = self.parser.parse_args([self.verb, f"--config={run.folder / 'config.yaml'}", *self.argv])
+        source = resume.settings(run.folder / "config.yaml", self.config.fit, self.trust)
+        self.config = self.parser.parse_args([self.verb, f"--config={source}", *self.argv])
         self.recorded, options = self._plain_options(), self.config.fit
         os.environ[runs.VARIABLE] = str(run.folder)
         changes = run.changes(self.recorded)
@@ -154,7 +155,7 @@ class Cli(LightningCLI):
         self.source = SourceCheckpoint(path)
         run_root = self.source.metadata.config["data"].get("root", "")
         for with_split in (True, False):
-            settings = json.dumps(self.source.settings(self.verb, with_split))
+            settings = json.dumps(self.source.settings(self.verb, with_split, self.trust))
             self.config = self.parser.parse_args([self.verb, f"--config={settings}", *self.argv])
             options = self.config[self.verb]
             if chosen.data.split is not None or Path(options.data.root).resolve() == Path(run_root).resolve():
@@ -162,15 +163,14 @@ class Cli(LightningCLI):
         else:
             if options.data.split is None:
                 root = options.data.root
-                print(
-                    f"{root} is not the run's {run_root}, so the run's split.csv is not used; --data.split would use it"
-                )
+                print(f"{root} is not the run's {run_root}, so the run's split.csv is not used; --data.split uses it")
         self.source.require_root(Path(options.data.root))
         if (given := options.model.weights) != str(path):
             raise UserError(f"--model.weights {given} and {path} are two sources of weights; leave one out.")
         self.recorded = self._plain_options() | {"ckpt_path": str(path)}
         if self.verb == "fit":
             self.source.require_more_to_do(options.trainer)
+            self.source.require_same_training(self.recorded["model"])
         else:
             print(f"checkpoint: {path}", flush=True)
 
@@ -179,18 +179,24 @@ class Cli(LightningCLI):
         options = self.config[self.verb]
         if options.data.resize == "weights":
             options.data.resize = weights.resize(options.model.name, options.model.weights)
-        return dict(yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.verb]) | {"resume": None}
+        plain = dict(yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.verb]) | {"resume": None}
+        return {name: value for name, value in plain.items() if name != "trust"}
 
     # objects
 
     def instantiate_classes(self) -> None:
         """Makes data and model, checks them, claims the run's folder and makes the Trainer."""
         try:
-            self.config_init = self.parser.instantiate_classes(self.config)
-            self.datamodule, self.model = self.config_init[self.verb].data, self.config_init[self.verb].model
+            trainers = self.config.clone()
+            del trainers[self.verb]["data"], trainers[self.verb]["model"]
+            self.config_init = self.parser.instantiate_classes(trainers, instantiate_groups=False)
+            options = self._plain_options()
+            self.datamodule = ImageData(**options["data"], seed=options["seed_everything"])
+            given = {name: getattr(self.datamodule, name) for name in FROM_DATA}
+            self.model = Classifier(**options["model"], **given)
             self.datamodule.setup(self.verb)
             if self.source is not None:
-                self.source.require_same(self.model.name, self.datamodule.class_names, self.datamodule.root)
+                self.source.require_same(self.model.name, self.model.hparams["network"], self.datamodule)
             self.trainer = self.instantiate_trainer()
             self.datamodule.require_enough_for(self.trainer.world_size, self.verb)
             trainer.require_batches(self.trainer, self.datamodule, self.verb)
@@ -207,25 +213,14 @@ class Cli(LightningCLI):
         """Claims the run's folder, then makes the Trainer with callbacks and loggers that write there."""
         options = self.config_init[self.verb].trainer.as_dict()
         users = {name: listed(options[name]) for name in ("callbacks", "logger", "plugins")}
-        shows_progress = any(isinstance(callback, ProgressBar) for callback in users["callbacks"])
         if options["barebones"]:
             raise UserError("--trainer.barebones leaves neither metrics nor checkpoints; bench measures the speed.")
         if self.verb == "fit":
             options |= self._fit_options(options, users)
         else:
             results = [PredictionWriter(self.source.path)] if self.verb == "test" and self.source else []
-            options |= {"callbacks": [Unreadable(), *results, *users["callbacks"]], "logger": users["logger"]}
-        if options["benchmark"] is None:
-            options["benchmark"] = not options["deterministic"]  # all images have one size: cuDNN's search pays
-        if options["enable_progress_bar"] is None:
-            options["enable_progress_bar"] = shows_progress or sys.stderr.isatty()
-        if options["enable_progress_bar"] and not shows_progress:
-            options["callbacks"].append(TQDMProgressBar(refresh_rate=5))
-        try:
-            return RunTrainer(**options)
-        except (MisconfigurationException, ImportError, RuntimeError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"Lightning's Trainer does not accept these options: {reason}") from error
+            options |= {"callbacks": [*results, *users["callbacks"]], "logger": users["logger"]}
+        return trainer.make(options)
 
     def _fit_options(self, options: dict[str, Any], users: dict[str, list[Any]]) -> dict[str, Any]:
         """The Trainer's arguments for a fit: a default length, the run's loggers, callbacks and checkpoints."""
@@ -237,21 +232,21 @@ class Cli(LightningCLI):
             raise UserError(f"There is nothing to train: --trainer.{none[0]} is 0.")
         if chosen.patience and options["limit_val_batches"] == 0:
             raise UserError("--patience needs validations; --trainer.limit_val_batches is 0.")
+        self.model.watched = fit.watched(self.model, chosen.monitor)
         fit.require_usable(users["callbacks"], self.model, chosen)
         self.recorded["trainer"]["max_epochs"] = chosen.trainer.max_epochs
         if self.run is None:  # their defaults depend on where the weights come from
-            resolved = ("lr", "backbone_lr", "label_smoothing", "freeze_bn")
+            resolved = ("lr", "backbone_lr", "label_smoothing", "freeze_bn", "warmup")
             self.recorded["model"] |= {name: self.model.hparams[name] for name in resolved}
             self.run = self.new_run()
-        config = {key: value for key, value in self.recorded.items() if key not in ("name", "ckpt_path", "resume")}
-        entries = {"config": config, "resize": self.datamodule.resize, **metadata.provenance()}
+        self.model.run_metadata = fit.run_metadata(self.recorded, self.datamodule)
         io = AsyncCheckpointIO(self.run.checkpoints) if options["enable_checkpointing"] is not False else None
         begin = partial(self.run.begin, self.recorded, self.runs_root / "latest")
         self.saver = ResumeCheckpoint(io, self.run, float(chosen.save_every), begin)
         own_loggers = loggers(self.run) if options["logger"] is not False else []
         return {
             "max_epochs": options["max_epochs"],
-            "callbacks": fit.callbacks(chosen, self.run, entries, self.saver, users["callbacks"]),
+            "callbacks": fit.callbacks(chosen, self.model, self.run, self.saver, users["callbacks"]),
             "logger": [*own_loggers, *users["logger"]],
             "plugins": [*users["plugins"], *listed(io)],
         }
@@ -280,15 +275,14 @@ class Cli(LightningCLI):
 
     def validate(self, **_: Any) -> None:
         """Measures the metrics on the validation images."""
-        arguments = {"datamodule": self.datamodule, "ckpt_path": self.ckpt_path, "verbose": False}
-        self.trainer.validate(self.model, **arguments, weights_only=True)
+        self.trainer.validate(self.model, self.datamodule, self.ckpt_path, verbose=False, weights_only=True)
         self.model.print(f"raw probabilities: {scores.format_scores(self.trainer.callback_metrics)}")
 
     def test(self, **_: Any) -> None:
         """Measures the metrics on the test images and writes them, and the report, into the checkpoint's run."""
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path, verbose=False)
         if self.config.test.report and self.trainer.is_global_zero:
-            print(f"report: {report.write(locate(self.ckpt_path))}", flush=True)
+            print(f"report: {report.write(locate(self.ckpt_path, self.trust))}", flush=True)
 
 
 def run(verb: str, argv: list[str], cli: type[Cli] = Cli) -> int:
@@ -327,4 +321,4 @@ def run(verb: str, argv: list[str], cli: type[Cli] = Cli) -> int:
 
 def _how_to_resume() -> str:
     folder = os.environ.get(runs.VARIABLE)
-    return f"Resume with: {command('fit', '--resume', folder)}" if folder and Path(folder).is_dir() else ""
+    return f"Resume with: {resume.how_to_resume(Path(folder))}" if folder and Path(folder).is_dir() else ""

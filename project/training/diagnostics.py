@@ -16,19 +16,16 @@ from project.training.throughput import Throughput
 
 
 class Diagnostics(Callback):
-    """Warns once of each problem, on the terminal and in TensorBoard's TEXT tab.
-
-    No rule waits for an accelerator within a step; those on losses and accuracies are checked once an epoch.
-    """
+    """Warns once of each problem, on the terminal and in TensorBoard; no rule waits for an accelerator in a step."""
 
     MIN_EPOCHS = 3  # before a fit is judged, unless it ends earlier
     MIN_STEPS = 30  # a shorter fit is not judged
 
-    def __init__(self, throughput: Throughput) -> None:
-        self._throughput = throughput  # precedes this callback
+    def __init__(self, throughput: Throughput, monitor: str) -> None:
+        self._throughput, self._monitor = throughput, monitor  # throughput precedes this callback
         self._warned: set[str] = set()
         self._history: list[tuple[int, float, float]] = []  # epoch, training and validation loss
-        self._predicted: torch.Tensor | None = None  # how often each class, (K,), in the newest validation
+        self._predicted: Any = None  # how often each class, (K,), in the newest validation
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self._history, "warned": sorted(self._warned)}
@@ -37,11 +34,10 @@ class Diagnostics(Callback):
         self._history = [(int(epoch), float(train), float(val)) for epoch, train, val in state_dict["history"]]
         self._warned = set(state_dict["warned"])
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
         self._watched = next(parameter for parameter in pl_module.parameters() if parameter.requires_grad)
         self._not_finite = torch.zeros((), dtype=torch.bool, device=pl_module.device)
-        interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        self._interval = 1 if pl_module.device.type == "cpu" else max(1, interval)
+        self._interval = 1 if pl_module.device.type == "cpu" else max(1, trainer.log_every_n_steps)
 
     def on_train_batch_start(self, _: Any, __: Any, batch: Any, *___: Any) -> None:
         self._batch = batch
@@ -73,7 +69,6 @@ class Diagnostics(Callback):
         self._predicted = torch.zeros(len(data_of(trainer).class_names), device=pl_module.device)
 
     def on_validation_batch_end(self, _: Any, __: Any, outputs: Any, *___: Any) -> None:
-        assert self._predicted is not None
         self._predicted += functional.one_hot(outputs.argmax(dim=1), outputs.shape[1]).sum(dim=0)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -112,6 +107,8 @@ class Diagnostics(Callback):
         frequency /= frequency.sum()
         # the loss of guessing: without and with knowledge of the class frequencies
         uniform, informed = guesses = math.log(len(frequency)), float(-(frequency * np.log(frequency)).sum())
+        if trainer.lightning_module.hparams["loss"] != "cross_entropy":
+            uniform, informed = guesses = math.inf, math.inf  # unknown
         if train[-1] >= max(1.2 * uniform, 1.5 * min(train)):
             problems["diverging"] = (
                 f"the training loss has risen from {min(train):.3g} in epoch {epochs[train.index(min(train))]} to "
@@ -127,10 +124,10 @@ class Diagnostics(Callback):
         rising = len(val) > 3 and val[-4] < val[-3] < val[-2] < val[-1] and train[-1] < train[-4]
         if rising and val[-1] >= 1.1 * min(val):
             best = epochs[val.index(min(val))]
+            kept = f"best.ckpt holds epoch {best}; " if self._monitor == "val/loss" else ""
             problems["overfitting"] = (
                 f"overfitting: since epoch {best} the validation loss has risen from {min(val):.3f} to {val[-1]:.3f} "
-                f"and the training loss fallen to {train[-1]:.3f}; best.ckpt holds epoch {best}; "
-                "--data.augment crop may help."
+                f"and the training loss fallen to {train[-1]:.3f}; {kept}--data.augment crop may help."
             )
         counts = np.bincount(data.dataset("val").labels, minlength=len(frequency))
         majority = counts.max() / counts.sum()
@@ -148,7 +145,8 @@ class Diagnostics(Callback):
 
 
 def _rate(trainer: Trainer) -> float:
-    return float(trainer.optimizers[0].param_groups[0]["initial_lr"])
+    group = trainer.optimizers[0].param_groups[0]
+    return float(group.get("max_lr", group["initial_lr"]))  # where a schedule has a lower start
 
 
 def first_bad_layer(pl_module: Any, batch: Any) -> str:

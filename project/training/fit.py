@@ -13,13 +13,14 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from project import optim, runs
+from project import optim, parts, runs
 from project.classifier import Classifier
 from project.data.datamodule import ImageData
-from project.errors import UserError, command
+from project.errors import UserError, command, did_you_mean
 from project.evaluation.scores import format_scores
+from project.inference import metadata
 from project.metrics import positive_index
-from project.training.callbacks import ProgressLines, RunMetadata, StepSeed, Unreadable
+from project.training.callbacks import ProgressLines, StepSeed
 from project.training.checkpoint_io import BEST, LAST, PREVIOUS, AsyncCheckpointIO
 from project.training.checkpointing import BestCheckpoint, ResumeCheckpoint
 from project.training.diagnostics import Diagnostics
@@ -31,29 +32,35 @@ from project.training.throughput import Throughput
 
 
 def callbacks(
-    options: Any, run: Run, metadata: dict[str, Any], saver: ResumeCheckpoint, users: list[Callback]
+    options: Any, model: Classifier, run: Run, saver: ResumeCheckpoint, users: list[Callback]
 ) -> list[Callback]:
     """All callbacks of a fit, the user's own among them, in the order of their hooks."""
     throughput, folder, logs = Throughput(), run.checkpoints, options.trainer.logger is not False
+    best: Any = dict(zip(("monitor", "mode"), model.watched, strict=True))
     _keep_apart(users, folder)
     return [
         saver,  # first: saves the state of the others between steps
         *users,
-        RunMetadata(metadata),
-        HParams(metadata["config"]["model"]),
-        Unreadable(),
+        HParams((model.run_metadata or {})["config"], **best),
         StepSeed(),
         ProgressLines(),
         FrozenFeatures(),
         *([FirstBatchImages()] if logs and not run.state.total else []),
         throughput,  # after the drawing, which is no waiting for images
-        Diagnostics(throughput),
+        Diagnostics(throughput, options.monitor),
         *([LearningRateMonitor("step"), ValidationPlots(), Embeddings()] if logs else []),
         *([Histograms()] if logs and options.histograms else []),
         *([EMA(float(options.average))] if options.average else []),
-        *([EarlyStopping("val/loss", patience=int(options.patience), strict=False)] if options.patience else []),
-        *([BestCheckpoint(folder)] if options.trainer.enable_checkpointing is not False else []),
+        *([EarlyStopping(**best, patience=int(options.patience), strict=False)] if options.patience else []),
+        *([BestCheckpoint(folder, **best)] if options.trainer.enable_checkpointing is not False else []),
     ]
+
+
+def run_metadata(options: dict[str, Any], data: ImageData) -> dict[str, Any]:
+    """What every checkpoint of a run says of it: its options, how images became square, and its provenance."""
+    data.hparams.clear()  # which Lightning would save, too, with the run's own split.csv where it is resumed
+    config = {name: value for name, value in options.items() if name not in ("name", "ckpt_path", "resume")}
+    return {"config": config, "resize": data.resize, **metadata.provenance()}
 
 
 def _keep_apart(users: list[Callback], folder: Path) -> None:
@@ -65,22 +72,41 @@ def _keep_apart(users: list[Callback], folder: Path) -> None:
                     setattr(own, name, f"{getattr(own, name)}-v1")
 
 
+def watched(model: Classifier, monitor: str) -> tuple[str, str]:
+    """The figure that decides, and which of its ends is the best, min or max; UserError where that is unknown."""
+    figures: dict[str, Any] = {"val/loss": model.val_loss} | dict(model.val_metrics.items())
+    _require_logged("--monitor is", monitor, [*figures], "val/")
+    if monitor not in figures:  # of an edited Classifier
+        return monitor, "min" if monitor.endswith(("loss", "error")) else "max"
+    is_higher_better = figures[monitor].higher_is_better
+    if is_higher_better is None:
+        raise UserError(f"--monitor {monitor}: its metric has no higher_is_better; set it to True or False.")
+    return monitor, "max" if is_higher_better else "min"
+
+
 def require_usable(users: list[Callback], model: Classifier, options: Any) -> None:
-    """Raises UserError where a callback of Lightning's monitors what is not logged, or does the same as --patience."""
+    """Raises UserError where optimizer or schedule refuse their options, or a callback watches what is not logged."""
+    made: Any = optim.configure(model.network, model.head, {**model.hparams, "watched": model.watched}, 1, fused=False)
+    if "monitor" in made["lr_scheduler"] and options.trainer.limit_val_batches == 0:
+        raise UserError("--model.scheduler plateau needs validations; --trainer.limit_val_batches is 0.")
     stops = (own.monitor for own in users if isinstance(own, EarlyStopping))
-    if options.patience and "val/loss" in stops:
-        raise UserError("--patience and the EarlyStopping of --trainer.callbacks both watch val/loss; leave one out.")
+    if options.patience and options.monitor in stops:
+        both = "--patience and the EarlyStopping of --trainer.callbacks both watch"
+        raise UserError(f"{both} {options.monitor}; leave one out.")
     if not all(type(own).__module__.startswith("lightning.") for own in users):
         return  # one's own callback may log more
-    optimizer: Any = optim.configure(model.network, model.head, model.hparams, total_steps=1, fused=False)["optimizer"]
-    rates = [f"lr-{type(optimizer).__name__}{'/' * ('name' in g)}{g.get('name', '')}" for g in optimizer.param_groups]
     known = ["train/loss", "train/loss_step", "train/accuracy", "val/loss", *map(str, model.val_metrics.keys())]
-    known += rates if options.trainer.logger is not False else []  # by LearningRateMonitor
-    source = inspect.getsource(sys.modules[Classifier.__module__]).replace("{split}/", "val/")  # where one may log more
     for own in users:
         name = str(getattr(own, "monitor", None) or "epoch")
-        if name not in ("epoch", "step", *known) and f'"{name}"' not in source:
-            raise UserError(f"{type(own).__name__} monitors {name}, but a fit logs {', '.join(known)}.")
+        if name not in ("epoch", "step") and not name.startswith("lr-"):  # of LearningRateMonitor
+            _require_logged(f"{type(own).__name__} monitors", name, known)
+
+
+def _require_logged(who: str, name: str, known: list[str], prefix: str = "") -> None:
+    """Raises UserError where a figure is not known, nor logged by a Classifier that is edited."""
+    source = inspect.getsource(sys.modules[Classifier.__module__]).replace("{split}/", "val/")
+    if name not in known and not (name.startswith(prefix) and f'"{name}"' in source):
+        raise UserError(f"{who} {name}, but a fit logs {', '.join(known)}.{did_you_mean(name, known)}")
 
 
 def introduce(data: ImageData, model: Classifier, trainer: Any, run: Run) -> None:
@@ -96,7 +122,8 @@ def introduce(data: ImageData, model: Classifier, trainer: Any, run: Run) -> Non
             recipe = "{optimizer}, lr {lr:g}, below the head {backbone_lr:g} of it, label smoothing {label_smoothing:g}"
             count = trainer.max_epochs or -1  # -1 where another limit ends the fit
             epochs = f", {count} epoch{'s' * (count > 1)}" if count > 0 else ""
-            print(f"fine-tuning: {recipe.format(**model.hparams)}{epochs}")
+            optimizer = parts.part(model.hparams["optimizer"])["class_path"].rpartition(".")[2]
+            print(f"fine-tuning: {recipe.format(**{**model.hparams, 'optimizer': optimizer})}{epochs}")
     if model.transfer != "none" and not model.weights_note:
         print(f"--model.freeze {model.transfer} without --model.weights: the frozen layers are random")
     millions = sum(p.numel() for p in model.network.parameters()) / 1e6
@@ -110,16 +137,16 @@ def introduce(data: ImageData, model: Classifier, trainer: Any, run: Run) -> Non
 def summarize(trainer: Any, run: Run) -> None:
     """Prints the result of a fit, where it lies and what to do next."""
     found = next((c.solution for c in trainer.callbacks if isinstance(c, FrozenFeatures)), None)
-    solved = None if trainer.lightning_module.solved else found
+    model = trainer.lightning_module
+    solved = None if model.solved or model.hparams["loss"] != "cross_entropy" else found
     for callback in trainer.callbacks:
         if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
             epoch, change = callback.stopped_epoch + 1, "lower" if callback.mode == "min" else "higher"
             print(f"stopped after epoch {epoch}: no {change} {callback.monitor} in {callback.patience} epochs")
         if isinstance(callback, HParams) and callback.best:
-            best = dict(callback.best)
-            start = f"best: epoch {best.pop('epoch')}  val/loss {best.pop('val/loss'):.4f}"
-            print(f"{start}  {format_scores(best)}")
-            if solved is not None and callback.best["val/loss"] > solved.loss:
+            best = {callback.monitor: 0.0} | callback.best
+            print(f"best: epoch {best.pop('epoch')}  {format_scores(best)}")
+            if solved is not None and callback.monitor == "val/loss" and best["val/loss"] > solved.loss:
                 print(f"the solved head alone had a lower val/loss, {solved.loss:.4f}: see configs/linear-probe.yaml")
     size = sum(file.stat().st_size for file in run.folder.rglob("*") if file.is_file())
     print(f"run: {run.folder} ({size / 1e6:,.0f} MB)")
@@ -127,7 +154,9 @@ def summarize(trainer: Any, run: Run) -> None:
         base, is_checkout = shlex.quote(str(run.folder.parent.parent)), Path("scripts/board.sh").is_file()
         board = f"make board RUNS={base}".removesuffix(f" RUNS={runs.ROOT}")
         board = board if is_checkout else f"tensorboard --logdir {base}"
-        print(f"next: {board} | {command('test', run.folder)} | {command('predict', run.folder)} IMAGES...")
+        trust = parts.trust_words([model.hparams[name] for name in ("network", "loss", "metrics")])
+        test, predict = command("test", run.folder, *trust), command("predict", *trust, run.folder)
+        print(f"next: {board} | {test} | {predict} IMAGES...")
 
 
 @contextlib.contextmanager

@@ -30,7 +30,8 @@ class FrozenFeatures(Callback):
         is_frozen = model.transfer == "backbone"
         if not is_frozen and (model.transfer == "gradual" or not model.has_new_head):
             return
-        changing = [f"--data.augment {data.augment}"] * (data.augment != "none") + ["--model.mix"] * bool(model.mix)
+        changing = [f"--data.augment {data.augment}"] * (data.augment != "none")
+        changing += ["--data.transforms"] * bool(data.transforms) + ["--model.mix"] * bool(model.mix)
         if is_frozen and changing:
             model.print(
                 f"frozen layers: run for every image in every epoch, because {' and '.join(changing)} changes it; "
@@ -46,7 +47,9 @@ class FrozenFeatures(Callback):
             inputs, logits = features_and_logits(model, image)
             needed = rows * inputs[0].numel() * 4 * trainer.num_devices
             is_last = inputs.ndim == 2 and torch.allclose(model.head(inputs), logits, atol=1e-5)
-            if not is_last or not isinstance(model.head, nn.Linear) or model.head.bias is None:
+            if is_frozen and model.hparams["loss"] != "cross_entropy":
+                note = "trained, because the solution has the lowest cross-entropy, which is not --model.loss"
+            elif not is_last or not isinstance(model.head, nn.Linear) or model.head.bias is None:
                 note = f"trained, because {model.name} has operations after its last layer"
             elif needed > memory / 4:
                 note = f"trained, because the output of the layers below would take {needed / 1e9:.1f} GB of memory"

@@ -27,17 +27,11 @@ def solve(
     """Minimises mean cross-entropy + penalty / 2 x |weight|^2 over standardised features, for the best of `PENALTIES`.
 
     The best has the lowest cross-entropy on the validation images, a natural logarithm. Each solution starts from that
-    of the next stronger penalty.
-
-    Args:
-        train: Output of the frozen layers for the training images; standardised by its own mean and deviation, which
-            counts as the median of all features that vary where it is smaller.
-        val: The same for the validation images.
-        classes: K.
-        class_weights: (K,) weight of each class in the training loss.
-        smoothing: Share of the target that is spread over all classes, in training.
+    of the next stronger penalty. The training loss has `class_weights` (K,) and label `smoothing`. Features of both
+    splits are standardised by mean and deviation of the training images.
     """
-    (values, labels), (val_values, val_labels) = (_readable(features) for features in (train, val))
+    readable, val_readable = (each.__getitems__([(0, row) for row in range(len(each))]) for each in (train, val))
+    values, labels, val_values, val_labels = readable.image, readable.label, val_readable.image, val_readable.label
     mean, scale = values.mean(dim=0), values.std(dim=0, correction=0)
     varies = scale > 1e-6 * mean.abs()
     scale.clamp_min_(scale[varies].median())  # a feature that hardly varies here can be 500 deviations off elsewhere
@@ -70,9 +64,3 @@ def solve(
         if tried == PATIENCE:
             break
     return best
-
-
-def _readable(features: Features) -> tuple[Tensor, Tensor]:
-    """Features (N, F) and labels (N,) of the images that could be read."""
-    batch = features.__getitems__([(0, row) for row in range(len(features))])
-    return batch.image, batch.label

@@ -6,7 +6,6 @@ and ends it as any fit. No state is kept: the same command skips finished runs a
 """
 
 import contextlib
-import csv
 import os
 from pathlib import Path
 from typing import Any
@@ -64,12 +63,14 @@ class RepeatCli(Cli):
                 run = resume.same(folder, self.recorded, self.datamodule)
             if run and not code and not results.is_tested(run / "checkpoints" / BEST, str(self.datamodule.root)):
                 device = [f"--trainer.{key}={self.recorded['trainer'][key]}" for key in ("accelerator", "devices")]
-                code = signals.run_child(["test", "--ckpt_path", str(run), *device])
+                code = signals.run_child(
+                    ["test", "--ckpt_path", str(run), *device, *(f"--trust={path}" for path in self.trust)]
+                )
             if code or not run:
                 print(f"ended at {name}; the same command continues there")
                 return code or 1
             done[name] = run
-        _summarize(done)
+        _summarize(done, self.trust)
         return 0
 
     def _plan(self) -> Path:
@@ -96,10 +97,10 @@ def _require_usable(options: Any) -> None:
         raise UserError(f"{option} 1 is one run, which has no deviation; give at least 2.")
 
 
-def _summarize(done: dict[str, Path]) -> None:
+def _summarize(done: dict[str, Path], trust: set[str]) -> None:
     """Prints the figures of all runs, and writes them, for folds with a report, into a folder beside those of runs."""
     run, unit = next(iter(done.values())), next(iter(done)).split()[0]
-    sources = {name: locate(path) for name, path in done.items()}
+    sources = {name: locate(path, trust) for name, path in done.items()}
     tested = {name: results.gather(source, source.load(device="cpu")) for name, source in sources.items()}
     folder = run.parent.with_name(f"{run.parent.name.removesuffix('-fold0')}-{len(done)}-{unit}s") / run.name
     table = results.table(tested)
@@ -107,10 +108,8 @@ def _summarize(done: dict[str, Path]) -> None:
     whole = results.all_scores(pooled.scored, {}) if pooled else {}
     paths = {name: str(path) for name, path in done.items()}
     files.write_json(folder / "figures.json", {"figures": table, "pooled": whole, "runs": paths})
-    with files.replacing(folder / "figures.csv") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["figure", "mean", "sd", *done])
-        writer.writerows([name, *row.values()] for name, row in table.items())
+    rows = [[name, *row.values()] for name, row in table.items()]
+    files.write_csv(folder / "figures.csv", [["figure", "mean", "sd", *done], *rows])
     print(f"\ntest figures of {len(done)} runs, mean ± standard deviation:")
     for name, row in table.items():
         mean, deviation = (scores.format_score(name, row[kind]) for kind in ("mean", "sd"))

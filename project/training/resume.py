@@ -1,9 +1,10 @@
 """The run that a fit writes into: a new one, or an unfinished one that it resumes (fit --resume)."""
 
 import contextlib
+import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,19 @@ from typing import Any
 import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
 
-from project import files, runs
+from project import files, optim, parts, runs
 from project.data import digits
 from project.data.datamodule import ImageData
 from project.data.splits import SPLITS
-from project.errors import UserError
+from project.errors import UserError, command
 from project.evaluation import run_split
 from project.runs import RunLock
 from project.training.checkpoint_io import LAST, PREVIOUS
 from project.training.loop_state import LoopState
 from project.training.source_checkpoint import SourceCheckpoint
 
+# Options that += adds to.
+LISTS = ("data.transforms", "model.metrics", "trainer.callbacks", "trainer.logger", "trainer.plugins")
 NEWEST, AUTO = "newest", "auto"  # values of --resume beside a run's folder
 # Options that may change when a fit is resumed: its end, machine, reading and logging. All others change the result.
 LENGTH = {f"trainer.{limit}" for limit in ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time")}
@@ -30,7 +33,7 @@ FREE = frozenset(
     | {f"trainer.{machine}" for machine in ("accelerator", "devices", "num_nodes", "strategy")}
     | {f"trainer.{logs}" for logs in ("logger", "log_every_n_steps", "profiler", "enable_progress_bar")}
     | {"trainer.enable_model_summary", "trainer.default_root_dir", "data.workers", "data.cache", "save_every"}
-    | {"histograms", "ckpt_path"}
+    | {"histograms", "ckpt_path", "trust", "runs"}
 )
 
 
@@ -46,7 +49,6 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of the run's checkpoints."""
         return self.folder / "checkpoints"
 
     @classmethod
@@ -111,8 +113,8 @@ class Run:
 
     def changes(self, options: Mapping[str, Any]) -> list[str]:
         """A line for each option that differs from the run's, `--trainer.max_epochs 3 -> 5`, if all of them may."""
-        old = _flat(yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8")))
-        new = _flat(options)
+        old = flat_options(yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8")))
+        new = flat_options(options)
         lines = {}
         for key in sorted(old | new):
             if old.get(key) != new.get(key):
@@ -166,10 +168,10 @@ def same(folder: Path, options: Mapping[str, Any], data: ImageData) -> Path | No
 
     If there are several, it is a finished one.
     """
-    new, found = _flat(options), list[Path]()
+    new, found = flat_options(options), list[Path]()
     split = dict(zip(data.manifest.paths, (SPLITS[index] for index in data.manifest.splits.tolist()), strict=True))
     for file in sorted(folder.glob("version_*/config.yaml")):
-        old = _flat(yaml.safe_load(file.read_text(encoding="utf-8")))
+        old = flat_options(yaml.safe_load(file.read_text(encoding="utf-8")))
         changed = {key for key in old | new if old.get(key) != new.get(key)}
         if changed <= FREE - LENGTH - {"ckpt_path"} | {"name", "resume", "seeds", "folds"}:
             found += [file.parent] * ({row.path: row.split for row in run_split.rows(file.parent)} == split)
@@ -182,6 +184,26 @@ def with_newest(argv: list[str]) -> list[str]:
     for word, following in zip(argv, [*argv[1:], "--"], strict=False):
         words += [word, NEWEST] if word == "--resume" and following.startswith("--") else [word]
     return words
+
+
+def settings(file: Path, typed: Any, trust: Collection[str]) -> str:
+    """The file of a run's options; as JSON without the lists that are typed, too, to which += would add these again.
+
+    Raises UserError where they name code that is not trusted.
+    """
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    given = [name.split(".") for name in LISTS if typed[name]]
+    for section, option in given:
+        if isinstance(config, dict) and isinstance(config.get(section), dict):
+            config[section][option] = None
+    parts.require_trusted_options(config, trust, file)
+    return json.dumps(config) if given else str(file)
+
+
+def how_to_resume(folder: Path) -> str:
+    """The command that resumes a run."""
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    return command("fit", "--resume", folder, *parts.trust_words(config))
 
 
 def write_config(folder: Path, options: Mapping[str, Any]) -> None:
@@ -202,9 +224,9 @@ def job() -> str | None:
     return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
 
 
-def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
+def flat_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options by their names on the command line."""
-    flat: dict[str, Any] = {}
+    flat = {"monitor": "val/loss"} | {f"model.{name}": value for name, value in optim.BEFORE.items()}
     for name, value in options.items():
         is_section = name in ("data", "model", "trainer")
         flat |= {f"{name}.{key}": entry for key, entry in value.items()} if is_section else {name: value}

@@ -14,13 +14,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
 
 from project.evaluation import figures
 from project.evaluation.fonts import shortened
 from project.evaluation.scores import ScoredPredictions
 from project.metrics import positive_index
-from project.training.callbacks import data_of, gather, point, tensorboard
+from project.training.callbacks import data_of, gather, log_figure, log_scalars, point, tensorboard
+from project.training.loggers import MetricsFile
+from project.training.resume import flat_options
 
 Columns = list[npt.NDArray[Any]]
 HISTOGRAM_VALUES = 100_000  # of a layer, evenly spaced: all of AlexNet's 57 million take seconds
@@ -46,7 +48,7 @@ class FirstBatchImages(Callback):
         image = data.dataset("train").__getitems__([(0, row) for row in batch.row[:32].tolist()]).image
         titles = [shortened(data.class_names[label], 12) for label in batch.label[:32].tolist()]
         grid = figures.image_grid(image.permute(0, 2, 3, 1).numpy(), titles)
-        writer.add_figure("train/first_batch", grid, 0)
+        log_figure(trainer, "train/first_batch", grid, 0)
         # torch.jit.trace, which makes the graph, is deprecated, and cannot trace every network, nor a compiled one
         with warnings.catch_warnings(action="ignore"), contextlib.suppress(RuntimeError):
             if not pl_module.compiled:
@@ -71,11 +73,11 @@ class Histograms(Callback):
 
 
 class HParams(Callback):
-    """Adds the options of the model and the data, and the run's best metrics, to the HPARAMS tab."""
+    """Logs the run's options and its best metrics; TensorBoard's HPARAMS tab has the main options alone."""
 
-    def __init__(self, model: dict[str, Any]) -> None:
-        self._model = model
-        self.best: dict[str, float] = {}  # the metrics of the validation with the lowest val/loss, and its epoch
+    def __init__(self, options: dict[str, Any], monitor: str = "val/loss", mode: str = "min") -> None:
+        self._options, self.monitor, self._sign = options, monitor, 1 if mode == "min" else -1
+        self.best: dict[str, float] = {}  # the metrics of the validation with the best `monitor`, and its epoch
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -83,28 +85,40 @@ class HParams(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = dict(state_dict["best"])
 
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        options = flat_options(self._options)
+        for logger in trainer.loggers if trainer.is_global_zero else []:
+            if isinstance(logger, MLFlowLogger):  # keeps the first values, as max_epochs of a run that is resumed
+                old = logger.experiment.get_run(str(logger.run_id)).data.params
+                logger.log_hyperparams({name: str(value) for name, value in options.items() if name not in old})
+            elif not isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(options)
+
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
         now = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
-        if now.get("val/loss", math.inf) < self.best.get("val/loss", math.inf):
+        new, old = (self._sign * each.get(self.monitor, self._sign * math.inf) for each in (now, self.best))
+        if new < old:
             self.best = now | {"epoch": trainer.current_epoch + 1}
 
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
         data = data_of(trainer)
         settings = {"seed_everything": data.seed, "max_epochs": trainer.max_epochs}
         settings |= {name: getattr(data, name) for name in ("batch_size", "image_size", "resize", "augment")}
-        settings |= {f"model/{key}": value for key, value in self._model.items() if value is not None}
+        settings |= {f"model/{key}": value for key, value in self._options["model"].items() if value is not None}
         best = {f"val_best/{key.removeprefix('val/')}": value for key, value in self.best.items()}
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and best:
+        for logger in trainer.loggers if best else []:
+            if isinstance(logger, TensorBoardLogger):
                 logger.log_hyperparams(settings, best, trainer.global_step - 1)  # the step of the last epoch
+            elif not isinstance(logger, MetricsFile):
+                logger.log_metrics(best, trainer.global_step - 1)
 
 
 class ValidationPlots(Callback):
     """Shows each class's metrics, plots and sample images of a validation.
 
-    Metrics of each class are logged at every validation, into TensorBoard alone, so that metrics.csv has the same
-    columns for any number of classes. Plots are drawn for the last validation, and for earlier ones while all drawing
-    takes less than `SHARE` of the time.
+    Metrics of each class are logged at every validation, but not to metrics.csv, whose columns are the same for any
+    number of classes. Plots are drawn for the last validation, and for earlier ones while all drawing takes less than
+    `SHARE` of the time.
     """
 
     def on_train_start(self, *_: Any) -> None:
@@ -124,10 +138,10 @@ class ValidationPlots(Callback):
             return
         (rows, true, probabilities), names = columns, data_of(trainer).class_names
         scored = ScoredPredictions(true, probabilities, positive_index(names, pl_module.hparams["positive"]))
-        scores = scored.per_class()
-        for index, tag in class_tags(true, names).items():
-            for name in ("recall", "precision", "f1"):
-                writer.add_scalar(f"val_class/{name}/{tag}", scores[name][index], point(trainer))
+        scores, tags = scored.per_class(), class_tags(true, names)
+        for name in ("recall", "precision", "f1"):
+            points = {f"val_class/{name}/{tag}": scores[name][index] for index, tag in tags.items()}
+            log_scalars(trainer, points, point(trainer))
         self._undrawn = point(trainer), rows, scored
         if 2 * self._spent < SHARE * (time.monotonic() - self._start):  # this one may take as long as all before it
             self.on_train_end(trainer)
@@ -141,10 +155,7 @@ class ValidationPlots(Callback):
 
 
 class Embeddings(Callback):
-    """Shows the input of the last layer for some validation images in the PROJECTOR tab.
-
-    It is recorded during the last validation, so that no image goes through the network twice.
-    """
+    """Shows the input of the last layer for some images, recorded during the last validation, in the PROJECTOR tab."""
 
     FOLDER = "projector"  # in the run; add_embedding names it after its step, and there is one for all fits of a run
     _batches: Sequence[tuple[torch.Tensor, ...]] = ()
@@ -215,10 +226,10 @@ def principal_components(features: npt.NDArray[np.floating[Any]], components: in
 def _draw(trainer: Trainer, step: int, rows: npt.NDArray[Any], scored: ScoredPredictions) -> None:
     """Plots of a validation, and the same images each time, from every part of its split."""
     writer, names = tensorboard(trainer), data_of(trainer).class_names
-    writer.add_figure("val/confusion_matrix", figures.confusion_matrix(scored.confusion(), names), step)
-    writer.add_figure("val/roc", figures.roc(scored, names), step)
-    writer.add_figure("val/precision_recall", figures.precision_recall(scored, names), step)
-    writer.add_figure("val/reliability", figures.reliability(scored), step)
+    log_figure(trainer, "val/confusion_matrix", figures.confusion_matrix(scored.confusion(), names), step)
+    log_figure(trainer, "val/roc", figures.roc(scored, names), step)
+    log_figure(trainer, "val/precision_recall", figures.precision_recall(scored, names), step)
+    log_figure(trainer, "val/reliability", figures.reliability(scored), step)
     for index, tag in class_tags(scored.true, names).items():
         writer.add_pr_curve(f"val_class/{tag}", scored.true == index, scored.probabilities[:, index], step)
     spaced = np.linspace(0, len(rows) - 1, min(len(rows), SAMPLES)).astype(int)
@@ -228,4 +239,4 @@ def _draw(trainer: Trainer, step: int, rows: npt.NDArray[Any], scored: ScoredPre
         title = f"{shortened(names[prediction], 11)} {row[prediction]:.0%}"
         titles.append(f"{title}\nnot {shortened(names[label], 12)}" if prediction != label else title)
     grid = figures.image_grid(image.permute(0, 2, 3, 1).numpy(), titles, wrong=(predicted != true).tolist())
-    writer.add_figure("val/samples", grid, step)
+    log_figure(trainer, "val/samples", grid, step)

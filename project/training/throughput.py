@@ -9,17 +9,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from project.training.callbacks import data_of, point, tensorboard
+from project.training.callbacks import data_of, log_scalars, point
 
 
 class Throughput(Callback):
-    """Measures each epoch and logs it to TensorBoard alone: nothing in metrics.csv depends on a clock.
+    """Measures each epoch, for all loggers but metrics.csv: nothing there depends on a clock."""
 
-    Attributes:
-        waited: Seconds of this epoch between the end of a batch and the start of the next.
-        wait_share: Share of this epoch that was spent waiting.
-    """
-
+    waited = wait_share = 0.0  # seconds of this epoch between a batch and the next, and their share of the epoch
     _now = 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -44,11 +40,9 @@ class Throughput(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
         seconds = max(self.waited + self._worked, 1e-9)  # of an epoch that is resumed at its end, none
-        self.wait_share = self.waited / seconds
-        if writer := tensorboard(trainer):
-            step = point(trainer) - 1  # of the epoch's other metrics
-            writer.add_scalar("speed/images_per_second", self._images * trainer.world_size / seconds, step)
-            writer.add_scalar("speed/data_wait_share", self.wait_share, step)
+        share = self.wait_share = self.waited / seconds
+        shown = {"speed/images_per_second": self._images * trainer.world_size / seconds, "speed/data_wait_share": share}
+        log_scalars(trainer, shown, point(trainer) - 1)  # the step of the epoch's other metrics
 
 
 class StepsInMemory(Callback):
@@ -61,14 +55,14 @@ class StepsInMemory(Callback):
         network: Any = copy.deepcopy(pl_module.network)
         optimizer = torch.optim.Adam(network.parameters(), fused=True)
         data, steps = data_of(trainer), int(trainer.num_training_batches)
-        size = data.batch_size, data.image_size
-        self.seconds.append(seconds_per_step(network, optimizer, *size, pl_module.device, steps))
+        self.seconds.append(seconds_per_step(network, optimizer, data.batch_size, data.image_size, steps))
 
 
 def seconds_per_step(
-    network: nn.Module, optimizer: torch.optim.Optimizer, batch: int, side: int, device: torch.device, steps: int = 3
+    network: nn.Module, optimizer: torch.optim.Optimizer, batch: int, side: int, steps: int = 3
 ) -> float:
     """Median seconds of a training step on random images in memory, after one step that warms up."""
+    device = next(network.parameters()).device
     image = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, device=device)
     image = image.to(memory_format=torch.channels_last)
     times = []

@@ -9,7 +9,9 @@ import warnings
 from typing import Any
 
 from jsonargparse.typing import OpenUnitInterval, PositiveFloat, PositiveInt
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 
 from project.data.datamodule import STAGE_SPLITS, ImageData
 from project.errors import UserError
@@ -24,10 +26,12 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
 }
 HARMLESS = (
-    ".*does not have many workers.*",  # ImageData has chosen them, from the usable cores
     ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
     ".*resuming from a checkpoint that ended before the epoch ended.*",  # the loader starts at the batch
-    r".*ModelCheckpoint\(monitor='val/loss'\)` could not find.*",  # BestCheckpoint says that there is no validation
+    r'.*following callbacks: \["ModelCheckpoint[^"]*"\]\.',  # a plain Trainer's, which starts anew
+    ".*The dirpath has changed from.*",
+    r".*ModelCheckpoint\(monitor='val/.*'\)` could not find.*",  # BestCheckpoint says that there is no validation
+    r'.*callbacks used to create the checkpoint.*\[("(BestC|EarlyS)[^"]*"(, )?)+\].*',  # with another --monitor
     ".*smaller than the logging interval.*",  # a small folder; every epoch is logged all the same
     ".*module.s. in eval mode at the start of training.*",  # frozen layers
     ".*isinstance.treespec, LeafSpec.*",  # Lightning's own use of torch
@@ -45,6 +49,7 @@ class RunTrainer(Trainer):
         resume: str | None = None,
         save_every: PositiveFloat = SAVE_EVERY,
         patience: PositiveInt | None = None,
+        monitor: str = "val/loss",
         histograms: bool = False,
         seeds: PositiveInt | None = None,
         folds: PositiveInt | None = None,
@@ -57,7 +62,8 @@ class RunTrainer(Trainer):
             average: Validate and save a moving average of the weights with this decay, e.g. 0.99.
             resume: Continue an unfinished run: its folder; no value for the newest; auto starts one if there is none.
             save_every: Minutes of training that a killed process may lose.
-            patience: Stop after this number of validations without a lower val/loss.
+            patience: Stop after this number of validations without a better `monitor`.
+            monitor: The figure of a validation that decides what best.ckpt holds, e.g. val/f1; see metrics.csv.
             histograms: Show in TensorBoard how the weights and gradients of each layer are distributed.
             seeds: Fit and test with this number of seeds, from seed_everything on, and print mean and deviation.
             folds: Cross-validate: fit and test each of this number of folds, and print mean and deviation.
@@ -71,6 +77,22 @@ class RunTrainer(Trainer):
             report: Write report.html into the run, too.
         """
         return super().test(*args, **kwargs, weights_only=True)  # type: ignore[misc]
+
+
+def make(options: dict[str, Any]) -> RunTrainer:
+    """Makes the Trainer; cuDNN searches, as all images have one size, and a terminal has a progress bar."""
+    shows_progress = any(isinstance(callback, ProgressBar) for callback in options["callbacks"])
+    if options["benchmark"] is None:
+        options["benchmark"] = not options["deterministic"]
+    if options["enable_progress_bar"] is None:
+        options["enable_progress_bar"] = shows_progress or sys.stderr.isatty()
+    if options["enable_progress_bar"] and not shows_progress:
+        options["callbacks"].append(TQDMProgressBar(refresh_rate=5))
+    try:
+        return RunTrainer(**options)
+    except (MisconfigurationException, ImportError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"Lightning's Trainer does not accept these options: {reason}") from error
 
 
 def require_batches(trainer: Any, data: ImageData, stage: str) -> None:

@@ -61,7 +61,7 @@ def test_target_is_explained_instead_of_the_predicted_class_by_the_method_of_cho
     assert "cells" not in out
     share = prediction.probabilities[sorted(COLOURS).index(other)]
     predicted = f"predicted: {prediction.label}, {prediction.probability:.1%}"
-    assert drawn[0][3][0].startswith(f"{predicted}\nexplained: {other}, {share:.1%}")
+    assert drawn[0][0][0][3].startswith(f"{predicted}\nexplained: {other}, {share:.1%}")
 
 
 def test_sheet_tells_the_true_class_where_it_is_known_and_where_the_map_is_too_coarse(
@@ -70,12 +70,12 @@ def test_sheet_tells_the_true_class_where_it_is_known_and_where_the_map_is_too_c
     shutil.copy(IMAGE, tmp_path / "loose.png")
     (tmp_path / "given.csv").write_text("path,label\nloose.png,green\n")
     explained(IMAGE, tmp_path / "given.csv")
-    assert drawn[-1][2] == ["000.png\ntrue: red", "loose.png\ntrue: green"]
+    assert [title for _, _, title, _ in drawn[-1][0]] == ["000.png\ntrue: red", "loose.png\ntrue: green"]
     assert drawn[-1][-1] == "only 3 x 3 cells, too coarse to locate anything"
     assert f"gradcam: {drawn[-1][-1]}" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "why")
     explained(tmp_path / "loose.png")
-    assert drawn[-1][2] == ["loose.png"]
+    assert [title for _, _, title, _ in drawn[-1][0]] == ["loose.png"]
 
 
 def test_missing_captum_and_a_full_disk_are_told_in_a_sentence_and_nothing_is_left(

@@ -84,7 +84,7 @@ def test_long_and_strange_texts_are_drawn_in_their_lines():
     for text in (strange, "name " * 60 + "\n12.3%, predicted: " + "other " * 60):
         for columns, side in ((1, 3.0), (3, 1.5)):
             note = "only 3 x 3 cells, too coarse to locate anything"
-            figure = figures.explanations([image], [heat], [text], [text], columns, side, note)
+            figure = figures.explanations([(image, heat, text, text)], columns, side, note)
             figure.draw_without_rendering()
             grid, scale = figure.axes
             boxes = [text.get_window_extent() for text in grid.texts]

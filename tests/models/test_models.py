@@ -70,7 +70,7 @@ def test_network_takes_uint8_and_normalises_it_itself_in_the_same_memory_format(
     expected = torchvision.transforms.functional.normalize(image / 255, [0.1, 0.2, 0.3], [0.5, 0.4, 0.2])
     assert torch.allclose(network[0](image), expected, atol=1e-6)
     assert network[0](image).is_contiguous(memory_format=torch.channels_last)
-    with pytest.raises(AssertionError, match="uint8"):
+    with pytest.raises(UserError, match="Images of float32 are given; give uint8"):
         network[0](image.float())
 
 
@@ -85,10 +85,10 @@ def test_torchvision_network_returns_logits_alone_in_training_and_its_batch_norm
 
 def test_a_size_that_does_not_work_is_refused_with_the_next_that_does():
     network = models.build("timm/vit_tiny_patch16_224", 2)
-    models.require_size(network, "vit", 224)
+    models.require_size(network, "vit", 224, 2)
     assert network.training
     with pytest.raises(UserError, match=r"200, which vit does not take; .* that it takes is 224"):
-        models.require_size(network, "vit", 200)
+        models.require_size(network, "vit", 200, 2)
 
 
 def test_models_lists_networks_with_figures_as_published_and_refuses_unknown_names(capsys, refused, monkeypatch):

@@ -1,11 +1,10 @@
 """What a fit saves, averaged weights among it; and how it reaches the disk: complete, without holding up the fit."""
 
 import errno
-import mmap
+import multiprocessing
 import os
 import re
 import signal
-import tempfile
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -13,6 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from project import cli
 from project.classifier import Classifier
@@ -61,14 +61,14 @@ def test_average_is_that_of_the_weights_after_each_step_and_best_holds_it_as_it_
 def test_fit_leaves_no_signal_handler_and_no_thread_behind_and_a_failed_one_its_best_checkpoint(photos, monkeypatch):
     def left():
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
-        return handlers, {thread.name for thread in threading.enumerate()}
+        return handlers, {thread.name for thread in threading.enumerate()}, multiprocessing.active_children()
 
     before = left()
-    assert cli.main([*FIT, "--trainer.max_epochs", "1"]) == 0
+    assert cli.main([*FIT, "--trainer.max_epochs", "1", "--data.workers", "1"]) == 0
     assert left() == before
     monkeypatch.setattr(ProgressLines, "on_train_epoch_start", lambda _, trainer, __: 1 / (1 - trainer.current_epoch))
     with pytest.raises(ZeroDivisionError):
-        cli.main([*FIT, "--trainer.max_epochs", "3"])  # in the second
+        cli.main([*FIT, "--trainer.max_epochs", "3", "--data.workers", "1"])  # in the second
     assert left() == before
     assert os.listdir("runs/photos/version_1/checkpoints") == ["best.ckpt"]
     monkeypatch.setattr(MetricsFile, "finalize", Mock(side_effect=OSError(errno.ENOSPC, "full")))  # before the teardown
@@ -96,6 +96,25 @@ def test_fit_stops_when_the_validation_loss_no_longer_falls_and_says_so(photos, 
     assert "stopped after epoch 6: no lower val/loss in 2 epochs" in capsys.readouterr().out
     assert len(logged(RUN)[1]["val/loss"]) == 6
     assert checkpoint(RUN, "best")["epoch"] == 3
+
+
+def test_monitor_decides_on_the_best_checkpoint_and_on_the_stop(photos, scripted, capsys, refused):
+    scripted(train=[0.5] * 9, val=[0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.8, 0.8, 0.8])  # no loss is as low as the last
+    fit = ["--patience", "2", "--monitor", "val/f1", "--trainer.max_epochs"]
+    assert cli.main([*FIT, *fit, "9"]) == 0
+    out = capsys.readouterr().out
+    assert "stopped after epoch 4: no higher val/f1 in 2 epochs" in out
+    assert "best: epoch 2  val/f1 1.000  val/loss 0.9163" in out
+    best = checkpoint(RUN, "best")
+    assert (best["epoch"], best["metadata"]["config"]["monitor"]) == (1, "val/f1")
+    assert EventAccumulator(str(RUN)).Reload().Scalars("val_best/loss")[0].value == pytest.approx(0.9163, abs=1e-4)
+    again = ["fit", "--resume", str(RUN), "--trainer.max_epochs", "7"]
+    assert "--monitor val/f1 -> val/loss" in refused(*again, "--monitor", "val/loss")
+    assert cli.main(again) == 0  # has stopped, and stops again
+    assert checkpoint(RUN, "best")["epoch"] == 1
+    last = ["fit", "--ckpt_path", str(RUN / "checkpoints" / "last.ckpt"), "--monitor", "val/accuracy"]
+    assert cli.main([*last, "--trainer.max_epochs", "8"]) == 0
+    assert checkpoint(RUN.with_name("version_1"), "best")["metadata"]["config"]["patience"] == 2
 
 
 # how checkpoints reach the disk
@@ -199,22 +218,16 @@ def test_full_disk_leaves_the_previous_checkpoint_is_reported_once_and_may_pass(
     assert "last.ckpt cannot be written: No space left on device; the previous file stays" in said
 
 
-SIZES = [0, 1, mmap.PAGESIZE, 2048 * mmap.PAGESIZE - 1, 2048 * mmap.PAGESIZE, 2**23 + 2**22 + 7]
+def test_folder_that_cannot_be_made_is_reported_like_a_full_disk(workplace, capsys):
+    Path("run").write_text("")  # where the run's folder was
+    save(AsyncCheckpointIO(Path("run/checkpoints")), 1, name="run/checkpoints/last.ckpt")
+    assert "last.ckpt cannot be written: Not a directory; there is no previous one" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("folder", [".", "/dev/shm"], ids=["disk", "memory"])
-@pytest.mark.parametrize("refuses", [False, True], ids=["direct", "through the page cache"])
-def test_direct_file_holds_the_bytes_that_were_written(workplace, monkeypatch, folder, refuses):
-    if refuses:  # as a file system without direct writes does
-        monkeypatch.setattr(os, "O_DIRECT", 1 << 29, raising=False)
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        for size in SIZES:
-            stream, parts = checkpoint_io.DirectFile(Path(place, "file")), [os.urandom(size), b"abc", os.urandom(size)]
-            for part in parts:
-                assert stream.write(memoryview(part)) == len(part)
-            stream.finish()
-            stream.close()
-            assert Path(place, "file").read_bytes() == b"".join(parts)
+def test_checkpoint_is_written_where_the_system_takes_no_advice_on_its_page_cache(workplace, monkeypatch):
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)  # macOS, Windows
+    save(AsyncCheckpointIO(Path()), 1)
+    assert read("last.ckpt") == 1
 
 
 NEVER = ["--trainer.limit_val_batches", "0"]

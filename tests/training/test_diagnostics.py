@@ -39,6 +39,11 @@ STUCK = (
 DIVERGES = "the training loss has risen from 0.511 in epoch 2 to 1.61: try --model.lr 0.3."
 
 
+def test_losses_other_than_cross_entropy_are_not_compared_with_that_of_guessing(photos, scripted, capsys):
+    scripted([0.5, 0.6, 0.2, 0.1], [0.4, 0.5, 0.6, 0.7])
+    assert warnings(capsys, "--trainer.max_epochs", "4", "--model.lr", "3", "--model.loss", "focal") == []
+
+
 @pytest.mark.parametrize(
     ("rate", "train", "val", "expected"),
     [

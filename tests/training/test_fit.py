@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchvision
 import yaml
+from sklearn.metrics import cohen_kappa_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,7 +19,10 @@ from project import cli, files
 from project.batch import Batch
 from project.classifier import Classifier
 from project.data import manifest
+from project.errors import UserError
 from project.inference.load import locate
+from project.metrics import Score
+from project.training import fit
 from project.training.tensorboard import HParams
 from tests.conftest import ALIVE, COLOURS, SMALL, make_images, read_csv
 from tests.same_run import checkpoint
@@ -29,6 +33,7 @@ TEST = ["test", "--report", "false"]
 RANKS = ["--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--trainer.devices"]
 CLIPPED = ["--trainer.precision", "bf16-mixed", "--trainer.gradient_clip_val", "0.1"]
 CLIPPED += ["--trainer.gradient_clip_algorithm"]
+SMOOTHED = ["--data.balance", "loss", "--model.label_smoothing", "0.1"]
 RUN = Path("runs/photos/version_0")
 
 
@@ -123,6 +128,138 @@ def test_class_weights_are_for_the_training_loss_alone():
     assert sum(halves) / 2 == pytest.approx(loss.item())
     model._step(batch, "val")
     assert model.val_loss.compute() == pytest.approx(each.mean().item())
+
+
+def test_further_metric_is_in_every_place_and_that_of_the_predictions(photos, capsys):
+    kappa = ["--model.metrics+=torchmetrics.CohenKappa", "--model.metrics.task=multiclass"]
+    assert cli.main([*FIT, *ALIVE, "--model.lr", "0.001", *kappa]) == cli.main(["test"]) == 0
+    assert "  cohen_kappa " in capsys.readouterr().out
+    rows = list(predicted().values())
+    labels = [[sorted(COLOURS).index(row[name]) for row in rows] for name in ("true", "label")]
+    tested = json.loads((RUN / "test_metrics.json").read_text())
+    assert tested["test/cohen_kappa"] == pytest.approx(cohen_kappa_score(*labels))
+    (logged,) = (float(row["val/cohen_kappa"]) for row in read_csv(RUN / "metrics.csv") if row["val/cohen_kappa"])
+    events = EventAccumulator(str(RUN)).Reload()
+    for tag in ("val/cohen_kappa", "val_best/cohen_kappa"):
+        assert events.Scalars(tag)[0].value == pytest.approx(logged)
+    assert "cohen_kappa" in (RUN / "report.html").read_text()
+    assert cli.main(["validate"]) == 0
+    assert f"val/cohen_kappa {logged:.3f}" in capsys.readouterr().out
+
+
+def by_formula(loss, logits, target, weights, smoothing):
+    """Mean over the images, in float64."""
+    logits, target = logits.detach().double(), target.double() * (1 - smoothing) + smoothing / 3
+    p, weights = logits.softmax(1), torch.tensor(weights or [1.0] * 3).double()
+    if loss == "bce":
+        each = torch.nn.functional.binary_cross_entropy(logits.sigmoid(), target, reduction="none").mean(1)
+        return (each * (target @ weights)).mean().item()
+    return (-(target * weights * p.log() * ((1 - p) ** 2 if loss == "focal" else 1)).sum(1)).mean().item()
+
+
+CROSS_ENTROPY = "torch.nn.CrossEntropyLoss"
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "focal", "bce", CROSS_ENTROPY])
+@pytest.mark.parametrize("weights", [None, [0.5, 1.0, 2.0]])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("mix", ["none", "mixup"])
+def test_every_loss_takes_weights_smoothing_and_mixed_labels_in_training_and_none_of_them_in_validation(
+    loss, weights, smoothing, mix
+):
+    model, batch = classifier_and_batch(loss=loss, class_weights=weights, label_smoothing=smoothing, mix=mix)
+    labels = torch.nn.functional.one_hot(batch.label, 3)
+    mixed = 0.7 * labels + 0.3 * labels.flip(0) if mix != "none" else labels
+    if mix != "none":
+        model.mix.forward = lambda x, y: (x, mixed.float())
+    value, logits = model._step(batch, "train")
+    assert value.item() == pytest.approx(by_formula(loss, logits, mixed, weights, smoothing), rel=1e-5)
+    assert model.train_loss.compute().item() == pytest.approx(value.item())
+    value.backward()
+    assert sum(p.grad.abs().sum() for p in model.network.parameters()) > 0
+    if mix == "none":  # an image counts the same in every share of the batch
+        parts = [Batch(*(column[rows] for column in batch[:3]), []) for rows in (slice(1), slice(1, 4))]
+        shares = [model._step(part, "train")[0].item() * len(part.label) for part in parts]
+        assert sum(shares) / 4 == pytest.approx(value.item(), rel=1e-5)
+    model._step(batch, "val")
+    assert model.val_loss.compute().item() == pytest.approx(by_formula(loss, logits, labels, None, 0.0), rel=1e-5)
+    assert not [key for key in model.state_dict() if not key.startswith("network.")]
+
+
+LOSS = """
+import torch
+from torch import nn
+
+
+class Focal(nn.Module):
+    def __init__(self, gamma: float = 0.0):
+        super().__init__()
+        self.gamma = gamma
+
+    def forward(self, logits, target):
+        each = nn.functional.cross_entropy(logits, target, reduction="none")
+        return ((1 - torch.exp(-each)) ** self.gamma * each).mean()
+
+
+class Learned(nn.CrossEntropyLoss):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+
+class Cut(nn.CrossEntropyLoss):
+    def forward(self, logits, target):
+        return super().forward(logits.detach(), target)
+"""
+
+
+@pytest.fixture
+def own_losses(workplace, monkeypatch):
+    Path("losses.py").write_text(LOSS)
+    monkeypatch.syspath_prepend(workplace)
+    yield
+    sys.modules.pop("losses", None)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"loss": "losses.Focal", "class_weights": [1, 2, 3]},
+            "--data.balance loss does nothing in --model.loss losses",
+        ),
+        ({"loss": "losses.Focal", "label_smoothing": 0.2}, "--model.label_smoothing 0.2 does nothing in --model.loss"),
+        ({"loss": "torch.nn.MultiMarginLoss", "mix": "cutmix"}, r"the labels \(B, 3\) of --model.mix cutmix: "),
+        ({"loss": "torch.nn.BCEWithLogitsLoss"}, r"BCEWithLogitsLoss does not take labels \(B,\): "),
+        ({"loss": "torch.nn.Softmax"}, r"torch.nn.Softmax does not take labels \(B,\): "),
+        ({"loss": "losses.Learned"}, "losses.Learned has weights of its own, which no optimizer trains"),
+        ({"loss": "losses.Cut"}, r"losses.Cut makes no loss: neither a mean nor \(B,\), with a gradient"),
+        ({"loss": "losses.Focus"}, r"--model.loss losses.Focus: there is no such class.* Did you mean Focal\?"),
+    ],
+)
+def test_option_that_does_nothing_in_a_loss_and_what_is_no_loss_are_refused(own_losses, options, words):
+    with pytest.raises(UserError, match=words):
+        classifier_and_batch(**options)
+
+
+def test_own_loss_and_no_default_of_the_weights_that_it_does_not_take(own_losses, photos, capsys):
+    Path("own.yaml").write_text("model: {loss: {class_path: losses.Focal, init_args: {gamma: 2}}}")
+    assert cli.main([*FIT, "--config", "own.yaml"]) == 0
+    assert cli.main([*FIT, "--model.loss", "focal", "--name", "ours"]) == 0
+    ours = Path("runs/ours/version_0")
+    one, two = (checkpoint(run, "best")["metadata"] for run in (RUN, ours))
+    assert one["metrics"] == pytest.approx(two["metrics"], rel=1e-4)
+    assert one["config"]["model"]["loss"] == {"class_path": "losses.Focal", "init_args": {"gamma": 2.0}}
+    assert cli.main(["test", str(RUN), "--trust", "losses.Focal"]) == cli.main(["test", str(ours)]) == 0
+    tested = [json.loads((run / "test_metrics.json").read_text()) for run in (RUN, ours)]
+    assert tested[0]["test/loss"] == pytest.approx(tested[1]["test/loss"], rel=1e-4)
+    assert "  loss " in capsys.readouterr().out.splitlines()[-3]  # beside the cross-entropy
+    make_images(Path("two"), {"red": 20, "blue": 20})
+    two = [*FIT, "--model.weights", str(ours), "--data.root", "two", "--config", "own.yaml"]
+    assert cli.main(two) == cli.main([*two, "--model.freeze", "backbone", "--data.augment", "none"]) == 0
+    assert "head: trained, because the solution has the lowest cross-entropy" in capsys.readouterr().out
+    recorded = checkpoint(Path("runs/two/version_0"), "best")["metadata"]["config"]["model"]
+    assert recorded["label_smoothing"] == 0  # by default 0.1 with a new head above weights
 
 
 @pytest.mark.parametrize(("balance", "mix"), [("loss", "mixup"), ("sample", "cutmix")])
@@ -291,14 +428,20 @@ def test_own_checkpoint_in_the_same_folder_does_not_replace_ours(photos, name):
     [
         (own("EarlyStopping", monitor="val_loss"), ["val_loss", "val/loss, val/accuracy"]),
         (own("ModelCheckpoint", monitor="val_acc"), ["val_acc", "val/loss, val/accuracy"]),
-        ([*own("EarlyStopping", monitor="lr-Adam"), "--trainer.logger", "false"], ["lr-Adam", "val/accuracy"]),
-        (own("EarlyStopping", monitor="lr-SGD"), ["lr-SGD", "val/accuracy", "lr-Adam."]),
-        ([*own("EarlyStopping", monitor="lr-Adam"), "--model.backbone_lr", "0.5"], ["lr-Adam/head, lr-Adam/below 1."]),
+        (
+            ["--monitor", "val/acuracy"],
+            ["--monitor is val/acuracy, but a fit logs val/loss, val/accuracy", "Did you mean val/accuracy?"],
+        ),
+        (["--monitor", "train/loss"], ["--monitor is train/loss, but a fit logs val/loss, val/accuracy"]),
         ([*own("EarlyStopping", monitor="val/loss"), "--patience", "3"], ["--patience", "leave one out"]),
-        (own("no.such.Thing"), ["--trainer.callbacks no.such.Thing", "No module named 'no'"]),
-        (own("json.Thing"), ["json.Thing", "has no attribute 'Thing'"]),
+        (
+            [*own("EarlyStopping", monitor="val/f1"), "--patience", "3", "--monitor", "val/f1"],
+            ["watch val/f1; leave one out"],
+        ),
+        (own("no.such.Thing"), ["--trainer.callbacks no.such.Thing", "there is no module no."]),
+        (own("json.Thing"), ["json.Thing", "json has no Thing."]),
         (own("Thing"), ["Thing", "give package.module.Class"]),
-        (own("EarlyStopping", moniter="x"), ["Option 'moniter' is not accepted"]),
+        (own("EarlyStopping", moniter="x"), ["it takes no moniter. Did you mean monitor?"]),
         (own("EarlyStopping", monitor="val/loss", mode="up"), ["EarlyStopping", "`mode` can be min, max"]),
         (["--trainer.logger", "CSVLogger"], ["CSVLogger", "it needs save_dir"]),
         (["--trainer.logger", "CometLogger"], ["CometLogger", "pip install -U 'comet-ml"]),
@@ -317,6 +460,8 @@ def test_own_objects_that_cannot_be_used_are_refused_in_a_sentence_before_traini
 def test_callback_may_monitor_what_an_edited_classifier_logs(photos, monkeypatch, refused):
     stop = own("EarlyStopping", monitor="val/own")
     assert "val/own" in refused(*FIT, *stop)
+    assert "lr-SGD` which is not available" in refused(*FIT, *own("EarlyStopping", monitor="lr-SGD"))
+    assert cli.main([*FIT, *own("EarlyStopping", monitor="lr-Adam")]) == 0
     monkeypatch.setattr(inspect, "getsource", lambda _: 'self.log(f"{split}/own", loss)')
     assert "not available" in refused(*FIT, *stop)  # found after the first epoch
 
@@ -346,6 +491,20 @@ def test_default_root_dir_contains_the_runs(photos, refused):
     (run / "status.json").write_text('{"state": "stopped"}')
     assert cli.main(["fit", *at, "--resume", "--trainer.max_epochs", "2"]) == 0
     assert checkpoint(run)["epoch"] == 1
+
+
+def test_runs_names_the_folder_of_all_runs_for_every_verb_that_looks_for_the_newest(photos, refused, capsys):
+    at = ["--runs", "ours", "--trainer.default_root_dir", "deep"]
+    assert cli.main([*FIT, *at]) == cli.main([*TEST, *at[:2]]) == cli.main(["validate", *at[:2]]) == 0
+    run = Path("ours/photos/version_0")
+    assert (run / "test_metrics.json").exists()
+    assert Path("ours/latest").resolve() == run.resolve()
+    assert not Path("runs").exists()
+    assert not Path("deep").exists()
+    (run / "status.json").write_text('{"state": "stopped"}')
+    assert cli.main(["fit", "--runs", "ours/", "--resume", "--trainer.max_epochs", "2"]) == 0
+    assert checkpoint(run)["epoch"] == 1
+    assert "No run in theirs/ has a best.ckpt; train one first" in refused(*TEST, "--runs", "theirs")
 
 
 def test_network_with_batch_norm_takes_batches_of_one_and_of_none(photos):
@@ -384,11 +543,35 @@ def test_validate_gives_the_metrics_of_a_checkpoint_which_cannot_choose_what_cod
     assert not Path("executed").exists()
 
 
-def test_nan_loss_is_never_best():
-    hparams = HParams({})
-    for epoch, loss in enumerate((float("nan"), 0.5, float("nan"), 0.7)):
-        hparams.on_validation_end(SimpleNamespace(callback_metrics={"val/loss": loss}, current_epoch=epoch), None)
-    assert hparams.best == {"val/loss": 0.5, "epoch": 2}
+@pytest.mark.parametrize(("hparams", "best"), [(HParams({}), 0.5), (HParams({}, "val/f1", "max"), 0.7)])
+def test_nan_is_never_best(hparams, best):
+    key = hparams.monitor
+    for epoch, value in enumerate((float("nan"), best, float("nan"), 0.6)):
+        hparams.on_validation_end(SimpleNamespace(callback_metrics={key: value}, current_epoch=epoch), None)
+    assert hparams.best == {key: best, "epoch": 2}
+
+
+def test_direction_of_a_figure_is_that_of_its_metric(monkeypatch):
+    kappa, error = ("torchmetrics.classification.Multiclass" + name for name in ("CohenKappa", "CalibrationError"))
+    model, _ = classifier_and_batch(metrics=[kappa, error])
+    directions = {str(name).removeprefix("val/"): fit.watched(model, str(name))[1] for name in model.val_metrics}
+    assert directions.pop("multiclass_calibration_error") == fit.watched(model, "val/loss")[1] == "min"
+    assert len(directions) == 6
+    assert set(directions.values()) == {"max"}
+    monkeypatch.setattr(Score, "higher_is_better", None)
+    with pytest.raises(UserError, match="--monitor val/f1: its metric has no higher_is_better"):
+        fit.watched(model, "val/f1")
+
+
+def test_run_of_a_version_without_loss_and_monitor_is_resumed_as_it_was(trained, workplace, refused):
+    for name in ("photos", "runs"):
+        shutil.copytree(trained / name, name, symlinks=True)
+    config = yaml.safe_load((RUN / "config.yaml").read_text())
+    del config["monitor"], config["model"]["loss"]
+    (RUN / "config.yaml").write_text(yaml.safe_dump(config))
+    resume = ["fit", "--resume", str(RUN), "--trainer.max_epochs", "4"]
+    assert "--model.loss cross_entropy -> bce" in refused(*resume, "--model.loss", "bce")
+    assert cli.main(resume) == 0
 
 
 def test_test_without_a_run_or_a_test_split_and_runs_that_cannot_be_written(workplace, refused, capsys):
@@ -485,7 +668,9 @@ def test_overfit_batches_trains_on_the_same_shuffled_batches_in_each_epoch(photo
     assert not torch.equal(first[0].row, first[1].row)
 
 
-@pytest.mark.parametrize("options", [[], ["--data.balance", "loss", "--model.label_smoothing", "0.1"]])
+@pytest.mark.parametrize(
+    "options", [[], *(["--model.loss", loss, *SMOOTHED] for loss in ("cross_entropy", "focal", "bce", CROSS_ENTROPY))]
+)
 def test_no_training_step_waits_for_the_device_and_a_fast_dev_run_leaves_nothing(photos, monkeypatch, options):
     waits, step = Waits(), Classifier.training_step
 

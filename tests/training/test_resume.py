@@ -23,7 +23,7 @@ from tensorboard.summary.writer import event_file_writer
 from project import cli, runs
 from project.classifier import Classifier
 from project.models.weights import is_whole
-from project.training.callbacks import ProgressLines, StepSeed, Unreadable
+from project.training.callbacks import ProgressLines, StepSeed
 from project.training.resume import Run
 from tests.conftest import COLOURS, SEED, SMALL, full_disk, make_images, read_csv
 from tests.same_run import assert_the_same, checkpoint, differences, logged
@@ -69,7 +69,7 @@ def interrupt(monkeypatch):
         monkeypatch.setattr(callback, name, press)
 
     press_in(StepSeed, "on_train_batch_start", lambda trainer, *_: trainer.fit_loop.total_batch_idx)
-    press_in(Unreadable, "on_validation_batch_start", lambda trainer, *rest: (trainer.current_epoch, rest[2]))
+    press_in(StepSeed, "on_validation_batch_start", lambda trainer, *rest: (trainer.current_epoch, rest[2]))
     return lambda *places: waiting.update(places)
 
 
@@ -168,6 +168,19 @@ def test_what_changes_the_result_is_refused(photos, undisturbed, refused, option
     assert said in sentence
     assert f"--model.weights {RUN}/checkpoints/last.ckpt" in sentence
     assert before == {file: file.read_bytes() for file in RUN.rglob("*") if file.is_file()}
+
+
+def test_command_that_adds_to_lists_resumes_its_run_and_its_classes_are_trusted_by_name(photos, interrupt, capsys):
+    options = ["--trainer.callbacks+=ModelSummary", "--data.transforms+=RandomGrayscale"]
+    interrupt(3)
+    assert cli.main([*FIT, *options]) == 130
+    said = capsys.readouterr().out
+    assert f"Resume with: python -m project.cli fit --resume {RUN} --trust lightning.pytorch.callbacks.Mod" in said
+    recorded = yaml.safe_load((RUN / "config.yaml").read_text())
+    assert cli.main([*FIT, *options, "--resume", "auto"]) == 0
+    now = yaml.safe_load((RUN / "config.yaml").read_text())
+    assert [now[key] for key in ("data", "trainer")] == [recorded[key] for key in ("data", "trainer")]
+    assert [len(now["trainer"]["callbacks"]), len(now["data"]["transforms"])] == [1, 1]
 
 
 @pytest.mark.slow

@@ -1,0 +1,157 @@
+"""Parts that a class path names, {"class_path": "nets.Tiny", "init_args": {"width": 8}}, and who may name which.
+
+What the user types is trusted. Whoever writes a checkpoint, a bundle or a run's config.yaml must not choose what code
+runs: it may name networks, optimizers, schedules, metrics and transforms of well-known libraries and of this package.
+"""
+
+import importlib
+import inspect
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from project.arguments import Parser
+from project.errors import UserError, did_you_mean, some
+
+PACKAGE = __name__.partition(".")[0]
+LIBRARIES = ("torch", "torchvision", "torchmetrics", "timm", PACKAGE)
+SECTIONS = ("data", "model", "trainer")  # of the options
+# Options that name classes; of the Trainer's, too.
+PARTS = {"network", "transforms", "loss", "metrics", "optimizer", "scheduler"}
+PARTS |= {"callbacks", "logger", "plugins", "profiler", "strategy", "accelerator"}
+
+
+def part(entry: Any) -> dict[str, Any]:
+    """A part in full, given as its class path alone or with its arguments."""
+    entry = {"class_path": entry} if isinstance(entry, str) else entry
+    return {"class_path": "", "init_args": {}, **entry}
+
+
+def is_part(entry: Any) -> bool:
+    """Whether an entry of a file has the form of a part."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("class_path"), str):
+        return False
+    return all(isinstance(entry.get(key, {}), dict) for key in ("init_args", "dict_kwargs"))
+
+
+def make(entry: Any, option: str, **given: Any) -> Any:
+    """Makes a part; of the `given` arguments it gets those that it takes.
+
+    Args:
+        entry: A class path, or that with arguments as jsonargparse writes them.
+        option: The part's name on the command line, for errors.
+        given: Arguments that the configuration does not have.
+
+    Raises:
+        UserError: There is no such class, or it refuses its arguments.
+    """
+    entry = part(entry)
+    made, taken = find(path := entry["class_path"], option), takes(entry, option)
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        given = {name: value for name, value in given.items() if name in taken}
+    parser = Parser()
+    add = parser.add_class_arguments if inspect.isclass(made) else parser.add_function_arguments
+    add(made, option, skip=set(given), fail_untyped=False)
+    parsed = parser.parse_object({option: entry["init_args"]})
+    arguments = vars(parser.instantiate_classes(parsed, instantiate_groups=False).get(option, parsed))
+    try:
+        return made(**given, **arguments, **entry.get("dict_kwargs", {}))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--{option} {path} refuses its arguments: {' '.join(str(error).split())}") from error
+
+
+def takes(entry: Any, option: str) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a part, by name."""
+    return inspect.signature(find(part(entry)["class_path"], option)).parameters
+
+
+def taken(entry: Any, option: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given arguments that a part's own signature names; what its **kwargs may be is not known."""
+    return {name: value for name, value in given.items() if name in takes(entry, option)}
+
+
+def find(path: str, option: str) -> Any:
+    """The class or function of a class path; raises a UserError where there is none."""
+    module, _, name = path.rpartition(".")
+    try:
+        names = vars(importlib.import_module(module or "builtins"))
+    except ModuleNotFoundError as error:
+        raise UserError(f"--{option} {path}: there is no module {error.name}.") from error
+    if module and callable(names.get(name)):
+        return names[name]
+    near = did_you_mean(name, [name for name, value in names.items() if callable(value)])
+    raise UserError(f"--{option} {path}: there is no such class; give package.module.Class.{near}")
+
+
+def named(tree: Any) -> Iterator[str]:
+    """The class paths in a configuration."""
+    if isinstance(tree, Mapping):
+        yield from (value for key, value in tree.items() if key == "class_path")
+    for value in tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, list) else ():
+        yield from named(value)
+
+
+def trust_words(entry: Any) -> list[str]:
+    """The words with which a command line allows the class paths in a configuration that need it."""
+    return [word for path in named(entry) if not _is_known(path) for word in ("--trust", path)]
+
+
+def require_trusted_options(config: Any, trust: Collection[str], source: object) -> None:
+    """Raises UserError where options of a file name code that is not trusted, as `require_trusted` says.
+
+    Other options are plain. A parser would read more files for `config`, and for a section that is no mapping, and
+    takes keys with dots for those of a section.
+    """
+    sections: list[Any] = [config]
+    if isinstance(config, Mapping):
+        sections += [config.get(name) for name in SECTIONS]
+    for options in sections:
+        names = [str(name) for name in options] if isinstance(options, Mapping) else ["config"]
+        if not all(re.fullmatch(r"(?!config$)[a-z]\w*", name) for name in names):
+            raise UserError(f"{source} does not have the form of a run's options.")
+        for name in PARTS & options.keys():
+            require_trusted(options[name], trust, source)
+
+
+def require_trusted(entry: Any, trust: Collection[str], source: object, is_path: bool = False) -> None:
+    """Raises UserError where a part of a file names code that is neither trusted nor a part of a well-known library.
+
+    A parser imports what a string names wherever a class or a function is expected, and reads the file or the YAML that
+    it is: so only plain words pass.
+    """
+    if isinstance(entry, Mapping | list):
+        for key, value in entry.items() if isinstance(entry, Mapping) else enumerate(entry):
+            require_trusted(value, trust, source, key == "class_path")
+    elif isinstance(entry, str) and not (entry in trust or _is_known(entry)):
+        is_word = re.fullmatch(r"[\w +-]*", entry) and not (is_path or Path(entry).is_file())
+        if not is_word:
+            raise UserError(
+                f"{source} names {entry}; a file may name networks, optimizers, schedules, metrics and transforms of "
+                f"{some(LIBRARIES)} only. If you trust whoever wrote it, add --trust {entry}."
+            )
+
+
+def _is_known(path: object) -> bool:
+    """Whether a class path names a part of a well-known library; imports nothing else."""
+    if not isinstance(path, str) or path.partition(".")[0] not in LIBRARIES or re.search(r"\b_|[^\w.]", path):
+        return False  # project.__main__ would run
+    import torchvision
+    from torch import nn, optim
+    from torchmetrics import Metric
+    from torchvision.transforms import v2
+
+    try:
+        found = find(path, "")
+    except UserError:
+        return False
+    if inspect.isclass(found):
+        kinds = (nn.Module, optim.Optimizer, optim.lr_scheduler.LRScheduler, Metric, v2.Transform)
+        is_own = found.__module__.partition(".")[0] in LIBRARIES
+        return is_own and issubclass(found, kinds) and not inspect.isabstract(found)
+    name = path.rpartition(".")[2]
+    if path.startswith("timm."):
+        import timm
+
+        return timm.is_model(name) and timm.model_entrypoint(name) is found
+    return name in torchvision.models.list_models() and torchvision.models.get_model_builder(name) is found
