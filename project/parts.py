@@ -19,7 +19,9 @@ LIBRARIES = ("torch", "torchvision", "torchmetrics", "timm", PACKAGE)
 SECTIONS = ("data", "model", "trainer")  # of the options
 # Options that name classes; of the Trainer's, too.
 PARTS = {"network", "transforms", "loss", "metrics", "optimizer", "scheduler"}
-PARTS |= {"callbacks", "logger", "plugins", "profiler", "strategy", "accelerator"}
+PARTS |= {"callbacks", "logger", "plugins", "profiler", "strategy", "accelerator", "class_path", "init_args"}
+# Types of which a parser makes text and numbers only.
+PLAIN = {"str", "int", "float", "bool", "None", "NoneType", "Path", "pathlib", "Literal", "Optional", "Union", "typing"}
 
 
 def part(entry: Any) -> dict[str, Any]:
@@ -111,7 +113,17 @@ def require_trusted_options(config: Any, trust: Collection[str], source: object)
         if not all(re.fullmatch(r"(?!config$)[a-z]\w*", name) for name in names):
             raise UserError(f"{source} does not have the form of a run's options.")
         for name in PARTS & options.keys():
-            require_trusted(options[name], trust, source)
+            require_trusted(options[name], trust, source, name == "class_path")
+
+
+def require_trusted_arguments(made: type, given: Mapping[str, Any], trust: Collection[str], source: object) -> None:
+    """Raises UserError where a file's arguments for parameters that are not of plain types name code, as above."""
+    signatures = [inspect.signature(vars(kind).get("__init__", made)) for kind in made.__mro__]
+    for name, value in given.items():
+        found = [each.parameters[name].annotation for each in signatures if name in each.parameters]
+        text = inspect.formatannotation(found[0] if found else Any).strip("'\"")
+        if not {*re.findall(r"\w+", re.sub(r"'[^']*'|\b(list|tuple)\[", "", text))} <= PLAIN:
+            require_trusted(value, trust, source)
 
 
 def require_trusted(entry: Any, trust: Collection[str], source: object, is_path: bool = False) -> None:

@@ -11,9 +11,8 @@ from benchmarks.recipes import recipes
 from tests.conftest import SMALL, read_csv
 
 
-@pytest.mark.parametrize(
-    "target", [pytest.param(0.1, marks=pytest.mark.slow), pytest.param(1.1, marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("target", [0.1, 1.1])
 def test_time_to_accuracy_counts_what_reached_it(photos, target, capsys):
     figures = accuracy(target, root="photos", epochs=1, image_size=64, seeds=1)
     assert set(figures["seconds"]) == {"fit", "0.001", "0.0003", "0.0001"}

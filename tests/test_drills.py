@@ -39,15 +39,17 @@ def drill(photos, monkeypatch, request):
 
 
 def words(config):
-    """The options of a small fit, without those that the configuration has."""
-    return SMALL[2:] if "network" in config.get("model", {}) else SMALL
+    """The options of a small fit on photos/, without those that the configuration has."""
+    if "class_path" in config.get("data", {}):
+        return SMALL[:2]
+    return ["--data.root", "photos", *(SMALL[2:] if "network" in config.get("model", {}) else SMALL)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("drill", DRILLS, indirect=True)
 def test_documented_lines_fit_test_predict_and_export(drill, capsys):
     options, trust, config = drill
-    assert cli.main(["fit", "--data.root", "photos", *words(config), *FIT, *options]) == 0
+    assert cli.main(["fit", *words(config), *FIT, *options]) == 0
     os.environ.pop("PROJECT_RUN", None)
     run = Path("runs/latest").resolve()
     for verb in (
@@ -58,7 +60,7 @@ def test_documented_lines_fit_test_predict_and_export(drill, capsys):
         assert cli.main([*verb, *trust]) == 0, capsys.readouterr().err
     recorded = yaml.safe_load((run / "config.yaml").read_text())
     for section, entries in config.items():
-        for name, entry in entries.items():
+        for name, entry in (entries | entries.pop("init_args", {})).items():
             first = recorded[section][name]
             first, entry = (one[0] if isinstance(one, list) else one for one in (first, entry))
             assert first == entry or first["class_path"] == entry["class_path"]

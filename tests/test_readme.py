@@ -97,7 +97,7 @@ def test_public_data_set_becomes_a_folder_that_fit_takes(workplace, monkeypatch)
         return images
 
     monkeypatch.setattr(datasets, "CIFAR10", without_download)
-    (snippet,) = [text for text in blocks("python") if "torchvision" in text]
+    (snippet,) = [text for text in blocks("python") if "CIFAR10" in text]
     exec(snippet, {})
     assert len(list(Path("cifar10").rglob("*.png"))) == 40
     assert cli.main(["fit", "--data.root", "cifar10", *SHORT["fit"]]) == 0
@@ -124,7 +124,7 @@ def test_options_exist(workplace, capsys):
         options |= {f"--{key}.{name}" for name in value} if isinstance(value, dict) else {f"--{key}"}
     # of make bench, pip and docker
     foreign = {"--target", "--epochs", "--seconds", "--no", "--config", "--help", "--ckpt_path", "--shm", "--cpus"}
-    foreign |= {"--model.optimizer.help", "--model.optimizer.betas"}  # of a class
+    foreign |= {"--model.optimizer.help", "--model.optimizer.betas", "--data.class_path", "--data.folder"}  # of a class
 
     for file, text in PAGES.items():
         assert set(re.findall(r"(?<![\w-])--[a-z][\w.]*\w", text)) <= options | foreign, file

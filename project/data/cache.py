@@ -16,7 +16,7 @@ Choice = Literal["auto", "on", "off"]
 FOLDER = Path("data/cache")  # `make clean-cache` removes it
 # The source of what a row holds, with modules that a fork adds beside it. A change there makes the files anew, whereas
 # a number is forgotten in a fork.
-OTHERS = re.compile("check|datamodule|digits|duplicates|folders|inputs|loader|manifest|splits|transforms|workers")
+OTHERS = re.compile("check|datamodule|digits|duplicates|folders|inputs|loader|manifest|own|splits|transforms|workers")
 SOURCE = tuple(file for file in sorted(Path(__file__).parent.glob("*.py")) if not OTHERS.fullmatch(file.stem))
 
 

@@ -89,7 +89,7 @@ class ImageData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False)
+        self.save_hyperparameters(logger=False, ignore="own")
         for key, value in self.hparams.items():  # plain: a Path or jsonargparse's types would be code in a checkpoint
             self.hparams[key] = int(value) if isinstance(value, int | np.integer) else value and str(value)
         self.root = Path(root)

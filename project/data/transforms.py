@@ -56,7 +56,7 @@ def drawn(of: str, image: Pixels, random: np.random.Generator, size: int) -> Pix
     from torchvision.transforms import v2  # the other augmentations do without
 
     cropped = Image.fromarray(crop(image, random, size))
-    with _seeded(random):
+    with seeded(random):
         return np.asarray(getattr(v2, of)()(cropped))
 
 
@@ -67,7 +67,7 @@ def then(
     import torch
 
     tensor = torch.from_numpy(np.array(augment(image, random, size))).permute(2, 0, 1)  # a copy: Pillow's is read-only
-    with _seeded(random):
+    with seeded(random):
         for transform in transforms:
             try:
                 tensor, given = transform(tensor), tensor
@@ -81,7 +81,7 @@ def then(
 
 
 @contextmanager
-def _seeded(random: np.random.Generator) -> Iterator[None]:
+def seeded(random: np.random.Generator) -> Iterator[None]:
     """Seeds the global generators of torch, NumPy and Python, which transforms draw from; leaves them as they were."""
     import torch
 

@@ -34,7 +34,7 @@ def images(run: Path, split: str, metadata: Metadata, data: str | None) -> Split
         raise UserError(f"Cannot read {root}: {error.strerror}; give the images' folder by --data.") from error
     if (run / FILE).is_file():
         pairs = [(row.path, row.label) for row in rows(run) if row.split == split]
-    elif exists:
+    elif exists and "class_path" not in options:
         names = ("group", "folds", "fold", "layout", "keep")
         query: dict[str, Any] = {name: options[name] for name in names if name in options}
         query |= {name: Path(options[name]) for name in ("split", "exclude") if options.get(name)}

@@ -22,9 +22,9 @@ TOLERANCE = 1e-4  # largest difference between two probabilities that count as e
 
 
 class LabelledImages(NamedTuple):
-    """Images to compare on: their files, their classes, and where they are from, in words."""
+    """Images to compare on: their files, or the bytes of these, their classes, and where they are from, in words."""
 
-    paths: list[str]
+    paths: list[str] | list[bytes]
     labels: list[str]
     source: str
 
@@ -41,11 +41,15 @@ def draw_images(
 ) -> LabelledImages:
     """Draws up to `count` images of a run's split; without a split.csv in the run, prints how they were found.
 
-    UserError where none of the images is there, or they have other classes.
+    Generated images stand for those of data of one's own, which has no files. UserError where none of the images is
+    there, or they have other classes.
     """
     kind, found = {"train": "training", "val": "validation"}[split], run_split.images(run, split, metadata, data)
     order = np.random.default_rng(0).permutation(len(found.pairs)).tolist()
     pairs = list(islice((found.pairs[index] for index in order if Path(found.pairs[index][0]).is_file()), count))
+    if not pairs and "class_path" in metadata.config["data"] and (split, data) == ("val", None):
+        random = np.random.default_rng(0)  # 64 pixels an image, in the format PPM
+        return LabelledImages([b"P6 8 8 255\n" + random.bytes(192) for _ in range(64)], [""] * 64, "generated images")
     if not pairs:
         raise UserError(
             f"export needs {kind} images, but none of the {len(found.pairs):,} of {run} is in {found.root}; give the "

@@ -104,6 +104,7 @@ def _is_config(value: Any) -> bool:
         return False
     types: dict[str, type] = dict.fromkeys(("root", "split", "group", "exclude", "layout", "keep"), str)
     types |= dict.fromkeys(("split_seed", "folds", "fold"), int)
+    types = {"root": str} if "class_path" in value["data"] else types  # those of another class may be of other types
     return all(isinstance(value["data"].get(name), kind | None) for name, kind in types.items())
 
 

@@ -26,13 +26,12 @@ from project.data.loader import LostWorker
 from project.errors import FailedRun, UserError
 from project.evaluation import report, scores
 from project.inference.load import locate, locate_checkpoint
-from project.models import weights
-from project.training import fit, resume, signals, trainer
+from project.training import fit, resume, sections, signals, trainer
 from project.training.callbacks import PredictionWriter
 from project.training.checkpoint_io import AsyncCheckpointIO
 from project.training.checkpointing import ResumeCheckpoint
 from project.training.loggers import loggers
-from project.training.parser import FROM_DATA, Parser, add_sections, trusted
+from project.training.parser import Parser
 from project.training.resume import Run, rank
 from project.training.source_checkpoint import SPLIT_OPTIONS, SourceCheckpoint
 from project.training.trainer import RunTrainer, listed
@@ -49,10 +48,10 @@ class Cli(LightningCLI):
     datamodule: ImageData
     model: Classifier
     saver: ResumeCheckpoint  # of a fit
-    trust: set[str]  # the class paths that a checkpoint or a run may name
 
     def __init__(self, verb: str, argv: list[str]) -> None:
         self.verb, self.argv = verb, resume.with_newest(argv)
+        _, self.classes, self.trust = sections.named(self.argv)  # class paths: its own, and what a run may name
         self.source: SourceCheckpoint | None = None  # the checkpoint that the verb starts from
         self.run: Run | None = None  # the run that a fit writes into
         self.recorded: dict[str, Any] = {}  # the options as the run records them
@@ -84,13 +83,13 @@ class Cli(LightningCLI):
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(RunTrainer, "trainer")
         parser.set_defaults({f"trainer.{name}": value for name, value in trainer.TRAINER_DEFAULTS.items()})
-        add_sections(parser, Classifier, ImageData)
+        sections.add(parser, self.classes)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the command line; a second time, above the run's settings, where the verb starts from a checkpoint."""
         self.config = parser.parse_args([self.verb, *self.argv])
         options = self.config[self.verb]
-        self.trust = {*trusted(self.argv), *parts.named(options.as_dict())}  # what the user names is trusted
+        self.trust |= {*parts.named(options.as_dict())}  # what the user names is trusted
         if self.verb == "fit":
             if options.resume is not None and options.ckpt_path is not None:
                 raise UserError("--resume continues the run itself, --ckpt_path starts a new one; leave one out.")
@@ -104,7 +103,7 @@ class Cli(LightningCLI):
         elif self.verb != "fit" or options.ckpt_path is not None:
             self._start_from_checkpoint()
         else:
-            self.recorded = self._plain_options()
+            self.recorded = sections.plain(self.parser, self.config, self.verb)
         # LightningCLI would put the model settings of a ckpt_path above those of the command line
         self.config[self.verb].ckpt_path = None
         self.ckpt_path = str(self.source.path) if self.source else None  # which the Trainer loads
@@ -125,12 +124,14 @@ class Cli(LightningCLI):
 
     def _resume(self, run: Run) -> None:
         """The options of the run, changed by the command line where that is allowed, and its own split."""
-        source = resume.settings(run.folder / "config.yaml", self.config.fit, self.trust)
-        self.config = self.parser.parse_args([self.verb, f"--config={source}", *self.argv])
-        self.recorded, options = self._plain_options(), self.config.fit
+        file = run.folder / "config.yaml"
+        config = resume.settings(file, self.config.fit)
+        self._adopt(config, file)
+        self.config = self.parser.parse_args([self.verb, f"--config={json.dumps(config, default=str)}", *self.argv])
+        self.recorded, options = sections.plain(self.parser, self.config, self.verb), self.config.fit
         os.environ[runs.VARIABLE] = str(run.folder)
         changes = run.changes(self.recorded)
-        if (split := run.folder / "split.csv").is_file():
+        if not sections.is_foreign(self.classes) and (split := run.folder / "split.csv").is_file():
             options.data.split = str(split)
             for option in SPLIT_OPTIONS:
                 options.data[option] = None
@@ -138,7 +139,7 @@ class Cli(LightningCLI):
         if self.source is None and options.ckpt_path is not None:  # it has not saved a checkpoint of its own yet
             self.source = SourceCheckpoint(locate_checkpoint(options.ckpt_path))
         if self.source is not None:
-            self.source.require_root(Path(options.data.root))
+            self.source.require_root(options.data.get("root"))
             options.model.weights = str(self.source.path)
             # a run that is not finished may have been killed after its last save
             is_finished = runs.read_status(run.folder).get("state") == "finished"
@@ -154,46 +155,47 @@ class Cli(LightningCLI):
         os.environ[CHECKPOINT_VARIABLE] = str(path)
         self.source = SourceCheckpoint(path)
         run_root = self.source.metadata.config["data"].get("root", "")
-        for with_split in (True, False):
-            settings = json.dumps(self.source.settings(self.verb, with_split, self.trust))
-            self.config = self.parser.parse_args([self.verb, f"--config={settings}", *self.argv])
+        known = self._adopt(self.source.settings(self.verb, False, self.trust), path)
+        for with_split in (not sections.is_foreign(self.classes), False):
+            settings = self.source.settings(self.verb, with_split, self.trust)
+            settings["data"] = {key: value for key, value in settings["data"].items() if f"--data.{key}" in known}
+            self.config = self.parser.parse_args([self.verb, f"--config={json.dumps(settings)}", *self.argv])
             options = self.config[self.verb]
-            if chosen.data.split is not None or Path(options.data.root).resolve() == Path(run_root).resolve():
+            root = options.data.get("root", run_root)
+            if chosen.data.get("split") is not None or Path(root).resolve() == Path(run_root).resolve():
                 break
         else:
-            if options.data.split is None:
-                root = options.data.root
+            if options.data.get("split", "") is None:
                 print(f"{root} is not the run's {run_root}, so the run's split.csv is not used; --data.split uses it")
-        self.source.require_root(Path(options.data.root))
+        self.source.require_root(options.data.get("root"))
         if (given := options.model.weights) != str(path):
             raise UserError(f"--model.weights {given} and {path} are two sources of weights; leave one out.")
-        self.recorded = self._plain_options() | {"ckpt_path": str(path)}
+        self.recorded = sections.plain(self.parser, self.config, self.verb) | {"ckpt_path": str(path)}
         if self.verb == "fit":
             self.source.require_more_to_do(options.trainer)
             self.source.require_same_training(self.recorded["model"])
         else:
             print(f"checkpoint: {path}", flush=True)
 
-    def _plain_options(self) -> dict[str, Any]:
-        """The verb's options as plain types, with the resize that `weights` stands for."""
-        options = self.config[self.verb]
-        if options.data.resize == "weights":
-            options.data.resize = weights.resize(options.model.name, options.model.weights)
-        plain = dict(yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.verb]) | {"resume": None}
-        return {name: value for name, value in plain.items() if name != "trust"}
+    def _adopt(self, config: Any, source: Path) -> set[str]:
+        """Gives the parser the options of classes that a run names, if their arguments are trusted; returns all."""
+        parts.require_trusted_options(config, self.trust, source)
+        paths = {key: str(config[key]["class_path"]) for key in sections.SECTIONS if "class_path" in config[key]}
+        if (paths := paths | self.classes) != self.classes:
+            self.classes = paths
+            self.setup_parser(True, dict(self.parser_kwargs), {})
+        known = sections.known(self.parser)
+        for name in paths:
+            given = {key: value for key, value in config[name].items() if f"--{name}.{key}" in known}
+            parts.require_trusted_arguments(sections.kind(name, paths), given, self.trust, source)
+        return known
 
     # objects
 
     def instantiate_classes(self) -> None:
         """Makes data and model, checks them, claims the run's folder and makes the Trainer."""
         try:
-            trainers = self.config.clone()
-            del trainers[self.verb]["data"], trainers[self.verb]["model"]
-            self.config_init = self.parser.instantiate_classes(trainers, instantiate_groups=False)
-            options = self._plain_options()
-            self.datamodule = ImageData(**options["data"], seed=options["seed_everything"])
-            given = {name: getattr(self.datamodule, name) for name in FROM_DATA}
-            self.model = Classifier(**options["model"], **given)
+            self.config_init, self.datamodule, self.model = sections.make(self.parser, self.config, self.classes)
             self.datamodule.setup(self.verb)
             if self.source is not None:
                 self.source.require_same(self.model.name, self.model.hparams["network"], self.datamodule)

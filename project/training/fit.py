@@ -75,7 +75,7 @@ def _keep_apart(users: list[Callback], folder: Path) -> None:
 def watched(model: Classifier, monitor: str) -> tuple[str, str]:
     """The figure that decides, and which of its ends is the best, min or max; UserError where that is unknown."""
     figures: dict[str, Any] = {"val/loss": model.val_loss} | dict(model.val_metrics.items())
-    _require_logged("--monitor is", monitor, [*figures], "val/")
+    _require_logged("--monitor is", monitor, [*figures], model, "val/")
     if monitor not in figures:  # of an edited Classifier
         return monitor, "min" if monitor.endswith(("loss", "error")) else "max"
     is_higher_better = figures[monitor].higher_is_better
@@ -99,12 +99,13 @@ def require_usable(users: list[Callback], model: Classifier, options: Any) -> No
     for own in users:
         name = str(getattr(own, "monitor", None) or "epoch")
         if name not in ("epoch", "step") and not name.startswith("lr-"):  # of LearningRateMonitor
-            _require_logged(f"{type(own).__name__} monitors", name, known)
+            _require_logged(f"{type(own).__name__} monitors", name, known, model)
 
 
-def _require_logged(who: str, name: str, known: list[str], prefix: str = "") -> None:
-    """Raises UserError where a figure is not known, nor logged by a Classifier that is edited."""
-    source = inspect.getsource(sys.modules[Classifier.__module__]).replace("{split}/", "val/")
+def _require_logged(who: str, name: str, known: list[str], model: Classifier, prefix: str = "") -> None:
+    """Raises UserError where a figure is not known, nor logged by a Classifier that is edited, or by its subclass."""
+    modules = {kind.__module__ for kind in type(model).__mro__ if issubclass(kind, Classifier)}
+    source = "".join(inspect.getsource(sys.modules[name]) for name in modules).replace("{split}/", "val/")
     if name not in known and not (name.startswith(prefix) and f'"{name}"' in source):
         raise UserError(f"{who} {name}, but a fit logs {', '.join(known)}.{did_you_mean(name, known)}")
 
@@ -155,7 +156,9 @@ def summarize(trainer: Any, run: Run) -> None:
         board = f"make board RUNS={base}".removesuffix(f" RUNS={runs.ROOT}")
         board = board if is_checkout else f"tensorboard --logdir {base}"
         trust = parts.trust_words([model.hparams[name] for name in ("network", "loss", "metrics")])
-        test, predict = command("test", run.folder, *trust), command("predict", *trust, run.folder)
+        own = [model.run_metadata["config"][name].get("class_path") for name in ("data", "model")]
+        of_test = parts.trust_words([{"class_path": path} for path in own if path])
+        test, predict = command("test", run.folder, *of_test, *trust), command("predict", *trust, run.folder)
         print(f"next: {board} | {test} | {predict} IMAGES...")
 
 

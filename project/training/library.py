@@ -84,8 +84,9 @@ def _words(options: Mapping[str, Any], group: str = "") -> list[str]:
     """The options as words of a command line; a UserError for a value that these cannot hold."""
     words: list[str] = []
     for name, value in options.items():
-        if name in ("data", "model", "trainer") and isinstance(value, Mapping):
-            words += _words(value, f"{name}.")
+        is_group = name in parts.SECTIONS or (name == "init_args" and group in ("data.", "model."))
+        if is_group and isinstance(value, Mapping):
+            words += _words(value, f"{group}{name}.")
             continue
         try:
             text = os.fspath(value) if isinstance(value, str | os.PathLike) else json.dumps(value)

@@ -6,16 +6,15 @@ import os
 import re
 import shutil
 import textwrap
-from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 
 from project import arguments, files
 from project.errors import UserError
+from project.training import sections
 
 NO_SETTINGS = "this is no YAML file of settings in UTF-8; configs/default.yaml is one."
-FROM_DATA = ("class_names", "image_size", "class_weights")  # arguments of the model
 GROUPS = ("", "data", "model")  # whose options --help lists; those of Lightning's Trainer are listed on request
 
 
@@ -30,7 +29,7 @@ class Parser(arguments.Parser, LightningArgumentParser):
     def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Any:
         self._words = tuple(word.split("=")[0] for word in args or ())  # argparse does not parse what follows --help
         try:
-            values = super().parse_args(args, *more, **options)
+            values = super().parse_args(args and sections.named(args)[0], *more, **options)
         except UnicodeDecodeError as error:  # of a file that --model or another group is given
             given = [value for word in args or () if os.path.isfile(value := word.rpartition("=")[2])]  # noqa: PTH113
             raise UserError(f"{', '.join(given)}: {NO_SETTINGS}") from error
@@ -74,25 +73,6 @@ class Parser(arguments.Parser, LightningArgumentParser):
         intro = f"usage: {usage}\n\n{textwrap.fill(str(self.description), 100)}\n"
         end = "--help OPTION explains an option in full; --help trainer lists the options of Lightning's Trainer.\n"
         return "\n".join([intro, *(_lines(groups[group]) for group in GROUPS), end])
-
-
-def add_sections(parser: LightningArgumentParser, model: type, data: type) -> None:
-    """Adds the options of model and data, without what they are given when they are made, and --trust."""
-    given = {*FROM_DATA, "network.init_args.num_classes"}
-    given |= {f"optimizer.init_args.{name}" for name in ("params", "lr", "weight_decay")}
-    given |= {f"scheduler.init_args.{name}" for name in ("optimizer", "max_lr", "last_epoch")}
-    given |= {f"loss.init_args.{name}" for name in ("weight", "label_smoothing", "reduction")}
-    parser.add_class_arguments(model, "model", skip=given, fail_untyped=False, sub_configs=True)
-    parser.add_class_arguments(data, "data", skip={"seed"}, fail_untyped=False, sub_configs=True)
-    text = "Class path that a checkpoint or a run may name; repeatable."
-    parser.add_argument("--trust", action="append", metavar="CLASS", default=argparse.SUPPRESS, help=text)
-
-
-def trusted(argv: Sequence[str]) -> list[str]:
-    """The class paths after --trust on a command line; those in a file do not count."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--trust", action="append", default=[])
-    return list(parser.parse_known_args(argv)[0].trust)
 
 
 def _lines(options: dict[str, argparse.Action]) -> str:

@@ -49,7 +49,7 @@ class RepeatCli(Cli):
         repeats = {f"seed {seed + n}": [f"--seed_everything={seed + n}"] for n in range(options.seeds or 0)}
         for fold in range(options.folds or 0):
             repeats[f"fold {fold}"] = [f"--data.folds={options.folds}", f"--data.fold={fold}"]
-        kept = f"seed {seed}" if options.folds else f"split (--data.split_seed {options.data.split_seed})"
+        kept = f"seed {seed}" if options.folds else f"split (--data.split_seed {options.data.get('split_seed', 0)})"
         first, *_, last = repeats
         print(f"{len(repeats)} fits and tests, {first} to {last}, all with the same {kept}")
         for name, words in repeats.items():

@@ -1,10 +1,9 @@
 """The run that a fit writes into: a new one, or an unfinished one that it resumes (fit --resume)."""
 
 import contextlib
-import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,7 +119,7 @@ class Run:
             if old.get(key) != new.get(key):
                 before, now = ("null" if flat.get(key) is None else flat[key] for flat in (old, new))
                 lines[key] = f"--{key} {before} -> {now}"
-        moved = {"data.root"} if not Path(old["data.root"]).exists() else set()
+        moved = {"data.root"} if not Path(old.get("data.root") or "").exists() else set()
         if refused := [line for key, line in lines.items() if key not in FREE | moved]:
             weights = self.source.path if self.source else f"{self.checkpoints}/best.ckpt"
             raise UserError(
@@ -151,7 +150,8 @@ def find(choice: str | None, runs_root: Path, options: Any) -> Run | None:
     for folder in named or runs.unfinished(runs_root):
         if choice == AUTO:
             old = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-            same = (options.name, old["name"]), (options.data.root, old["data"]["root"])
+            same = [(options.name, old["name"])]
+            same += [(options.data.get(name), old["data"].get(name)) for name in ("root", "class_path")]
             if any(new not in (None, str(digits.ROOT), recorded) for new, recorded in same):
                 continue
         try:
@@ -186,18 +186,13 @@ def with_newest(argv: list[str]) -> list[str]:
     return words
 
 
-def settings(file: Path, typed: Any, trust: Collection[str]) -> str:
-    """The file of a run's options; as JSON without the lists that are typed, too, to which += would add these again.
-
-    Raises UserError where they name code that is not trusted.
-    """
+def settings(file: Path, typed: Any) -> Any:
+    """A run's options, without the lists that are typed, too, to which += would add these again."""
     config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    given = [name.split(".") for name in LISTS if typed[name]]
-    for section, option in given:
+    for section, option in (name.split(".") for name in LISTS if typed.get(name)):
         if isinstance(config, dict) and isinstance(config.get(section), dict):
             config[section][option] = None
-    parts.require_trusted_options(config, trust, file)
-    return json.dumps(config) if given else str(file)
+    return config
 
 
 def how_to_resume(folder: Path) -> str:

@@ -40,7 +40,8 @@ class SourceCheckpoint:
             {
                 key: value
                 for key, value in config[section].items()
-                if isinstance(value, str | int | float | None) or (section != "trainer" and key in parts.PARTS)
+                if isinstance(value, str | int | float | None)
+                or (section != "trainer" and (key in parts.PARTS or "class_path" in config[section]))
             }
             for section in parts.SECTIONS
         )
@@ -60,12 +61,12 @@ class SourceCheckpoint:
             **{key: config[key] for key in ("average", "patience", "monitor") if verb == "fit" and key in config},
         }
 
-    def require_root(self, root: Path) -> None:
+    def require_root(self, root: str | None) -> None:
         """Raises UserError where the images' path is the run's, and relative to the folder where that was begun."""
-        is_own = str(root) == self.metadata.config["data"].get("root")
-        if is_own and not (root.is_absolute() or root.exists() or root == digits.ROOT):
+        path, is_own = Path(root or ""), root == self.metadata.config["data"].get("root")
+        if is_own and not (path.is_absolute() or path.exists() or path == digits.ROOT):
             begun = (self.run.resolve() / "../../..").resolve()
-            there = shlex.quote(str(begun)) if (begun / root).exists() else "there"
+            there = shlex.quote(str(begun)) if (begun / path).exists() else "there"
             raise UserError(
                 f"{root} is relative to the folder where the run was begun: cd {there}, or give --data.root."
             )

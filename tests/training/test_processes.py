@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -20,6 +21,7 @@ from tests.same_run import assert_the_same, checkpoint, logged
 
 ROOT = Path(__file__).parents[2]
 CLI = [sys.executable, "-m", "project.cli"]
+FULL = partial(pytest.param, marks=pytest.mark.full)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--log-dir=torchrun", "--nproc_per_node=3", *CLI[1:]]
 FIT = ["fit", "--data.root", "photos", *SMALL, "--trainer.max_epochs", "2"]
 RUN, OTHER = Path("runs/photos/version_0"), Path("runs/photos/version_1")
@@ -88,7 +90,7 @@ def started(*command, until):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(("number", "code"), [FULL(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_signal_leaves_no_worker_and_what_can_be_caught_saves_the_step_in_progress(photos, number, code):
     fit = [*FIT, "--trainer.max_epochs", "500", "--data.workers", "2", "--save_every", "1000"]
     process = started(*CLI, *fit, until=METRICS.exists)
@@ -115,7 +117,7 @@ def test_signal_leaves_no_worker_and_what_can_be_caught_saves_the_step_in_progre
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "cause"), [(signal.SIGKILL, "memory ran out"), (signal.SIGBUS, "/dev/shm")])
+@pytest.mark.parametrize(("number", "cause"), [FULL(signal.SIGKILL, "memory ran out"), (signal.SIGBUS, "/dev/shm")])
 def test_a_killed_worker_ends_the_fit_in_a_sentence_and_the_fit_can_be_resumed(photos, number, cause):
     fit = [*FIT, "--trainer.max_epochs", "500", "--data.workers", "2", "--save_every", "0.001"]
     process = started(*CLI, *fit, until=LAST.exists)
@@ -149,7 +151,7 @@ FULL_LATER += "sys.exit(cli.main(sys.argv[1:]))"  # as if another program had fi
             1,
             "/dev/shm is probably full",
         ),
-        *((f"ulimit -n {n}", CLI, 0, f"the limit is {n} (see ulimit -n): 0 are used") for n in (12, 20)),
+        *(FULL(f"ulimit -n {n}", CLI, 0, f"the limit is {n} (see ulimit -n): 0 are used") for n in (12, 20)),
         ("ulimit -n 40", CLI, 0, "the limit is 40 (see ulimit -n): 1 are used"),
     ],
 )

@@ -125,7 +125,7 @@ def test_fit_that_was_stopped_anywhere_goes_on_to_the_same_bits(photos, undistur
         shutil.rmtree("runs")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_stopped_fit_with_workers_goes_on_to_the_same_bits_as_without_workers(photos, undisturbed, interrupt):
     augment, workers = ["--data.augment", "trivial"], ["--data.workers", "2"]
     run = fit_in_parts([*augment, *workers], interrupt, 4, STEPS, (1, 1))
