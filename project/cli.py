@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
 
     0 success, 1 findings or a failed run, 2 the user's mistake, 130 Ctrl-C, 141 a closed pipe, 143 SIGTERM.
     """
+    if argv is None:
+        sys.path.append("")  # the current folder, where classes of one's own are found, also by the console script
     for stream in (sys.stdout, sys.stderr, sys.stdin):  # a file name may not be text in this locale
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "backslashreplace")

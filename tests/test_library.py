@@ -245,6 +245,12 @@ def test_an_installed_wheel_has_a_console_script_and_says_that_it_is_typed(tmp_p
     command, path = [site / "bin" / "lightning-image-template", "--version"], os.environ | {"PYTHONPATH": str(site)}
     done = subprocess.run(command, env=path, cwd=site, capture_output=True, text=True, check=True)
     assert done.stdout == f"lightning-image-template {project.__version__}\n"
+    (tmp_path / "nets.py").touch()  # in the current folder, as for python -m
+    fit = [command[0], "fit", "--model.network", "nets.Tiny"]
+    done = subprocess.run(fit, env=path, cwd=tmp_path / "dist", capture_output=True, text=True, check=False)
+    assert "there is no module nets." in done.stderr
+    done = subprocess.run(fit, env=path, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "nets has no Tiny." in done.stderr
 
 
 @pytest.mark.slow
