@@ -94,6 +94,7 @@ def test_fine_tuning_starts_from_the_solved_head_and_keeps_the_statistics_of_bat
     small = [*SMALL, "--model.name", "resnet18", "--model.weights", "weights.pth"]
     assert cli.main(["fit", "photos", *small, "--model.lr", "1e-9", "--trainer.max_epochs", "1", *options]) == 0
     run, out = Path("runs/photos/version_0"), capsys.readouterr().out
+    assert "label smoothing 0.1, 1 epoch\n" in out
     [row] = [row for row in read_csv(run / "metrics.csv") if row["val/loss"]]
     solved = re.search(r"lowest loss on 12 validation images, ([\d.]+)", out)[1]
     after, before = checkpoint(run)["state_dict"], torch.load("weights.pth")
