@@ -36,7 +36,7 @@ def training(root: str | None = None, count: int = 192, rounds: int = 3) -> dict
     return {"images_per_second": speed, "ratio": show(speed, OURS)}
 
 
-def precision(rounds: int = 5) -> dict[str, Any]:
+def precision(rounds: int = 3) -> dict[str, Any]:
     """Trains in float32 and with bf16 autocast on the CPU, in turn, and says whether bf16 is worth it on this machine.
 
     Args:
@@ -44,7 +44,7 @@ def precision(rounds: int = 5) -> dict[str, Any]:
     """
     networks, modes, gain = ("alexnet", "resnet18"), ("32-true", "bf16-mixed"), {}
     ways = {(n, m): f"--data.cache=on --model.name={n} --trainer.precision={m}" for n in networks for m in modes}
-    with training_images(None, 3 * BATCH) as table:
+    with training_images(None, BATCH) as table:
         seconds, _ = compare({text: (fit, BATCH, text) for text in ways.values()}, rounds)
     for name in networks:
         gain[name] = show({m: len(table) / seconds[ways[name, m]] for m in modes}, modes[1], name)[modes[0]]

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +36,11 @@ class AsyncCheckpointIO(TorchCheckpointIO):
         self._held: dict[str, Any] | None = None  # the newest best.ckpt, not yet written
         self._thread: threading.Thread | None = None
         self._failed: dict[Path, str] = {}
-        self._at_rest = False
 
     @property
     def busy(self) -> bool:
         """Whether a checkpoint is still being written."""
         return self._thread is not None and self._thread.is_alive()
-
-    @contextlib.contextmanager
-    def weights_at_rest(self) -> Iterator[None]:
-        """Makes saves copy nothing and return when they are done; within this block the weights must not change."""
-        self._at_rest = True
-        try:
-            yield
-        finally:
-            self._at_rest = False
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Returns as soon as the weights may change; the file appears later."""
@@ -63,14 +52,15 @@ class AsyncCheckpointIO(TorchCheckpointIO):
         with contextlib.suppress(OSError):  # which the thread reports
             target.parent.mkdir(parents=True, exist_ok=True)  # for ModelCheckpoint's links into it
         self.wait()
-        target = self._last if target.name.startswith("hpc_ckpt_") else target  # Lightning's name under SLURM
-        contents = {target: on_cpu(checkpoint, copies=not self._at_rest)}
+        is_requeued = target.name.startswith("hpc_ckpt_")  # Lightning's name under SLURM
+        target = self._last if is_requeued else target
+        contents = {target: on_cpu(checkpoint)}
         if target == self._last and self._held is not None:  # best.ckpt first: the state in last.ckpt refers to it
             contents = {self._best: self._held} | contents
             self._held = None
         self._thread = threading.Thread(target=self._write, args=(contents,), name="checkpoint")
         self._thread.start()
-        if self._at_rest:
+        if is_requeued:  # next Lightning has the job requeued
             self.wait()
 
     def _write(self, contents: dict[Path, dict[str, Any]]) -> None:
@@ -126,15 +116,15 @@ class AsyncCheckpointIO(TorchCheckpointIO):
         self._last.with_name(PREVIOUS).unlink(missing_ok=True)
 
 
-def on_cpu(content: Any, copies: bool = True) -> Any:
-    """New dicts (attributes are kept), lists and tuples with tensors on the CPU; those there are copied if `copies`."""
+def on_cpu(content: Any) -> Any:
+    """A copy of dicts (attributes are kept), lists, tuples and tensors, these on the CPU."""
     if isinstance(content, Tensor):
-        return content.detach().to("cpu", copy=copies)
+        return content.detach().to("cpu", copy=True)
     if isinstance(content, dict):
         new = copy.copy(content)
         for key, value in content.items():
-            new[key] = on_cpu(value, copies)
+            new[key] = on_cpu(value)
         return new
     if type(content) in (list, tuple):
-        return type(content)(on_cpu(value, copies) for value in content)
+        return type(content)(on_cpu(value) for value in content)
     return content

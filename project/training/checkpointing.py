@@ -1,6 +1,5 @@
 """What a fit saves and when: best.ckpt and last.ckpt, from which a resumed fit continues to the same bits."""
 
-import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -29,17 +28,6 @@ class BestCheckpoint(ModelCheckpoint):
 
     def __init__(self, folder: Path, monitor: str, mode: str) -> None:
         super().__init__(str(folder), Path(BEST).stem, monitor=monitor, mode=mode, enable_version_counter=False)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says so where the fit ends before its first validation."""
-        super().on_train_start(trainer, pl_module)
-        at, accumulated = LoopState.of(trainer, 0), trainer.accumulate_grad_batches
-        skipped = -(at.epoch + 1) % (trainer.check_val_every_n_epoch or 1)  # epochs without a validation
-        epochs, batches = divmod(skipped * at.batches + int(trainer.val_check_batch or 1) - at.batch, at.batches)
-        steps = epochs * math.ceil(at.batches / accumulated) + math.ceil(batches / accumulated)
-        never = not trainer.enable_validation or trainer.global_step + steps > trainer.estimated_stepping_batches
-        if never and not self.best_model_path:
-            pl_module.print("This fit ends before its first validation: best.ckpt will hold its last weights.")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last weights where there was no validation."""
@@ -72,7 +60,6 @@ class ResumeCheckpoint(Callback):
         self._io, self._interval, self._begin = io, 60 * minutes, begin
         self._is_new = not run.resumed or run.source is None
         self._file = run.checkpoints / LAST if io else None
-        self._weights_at_rest = io.weights_at_rest if io else contextlib.nullcontext
         self._signals = Signals()
         self._state: LoopState | None = None  # of the current weights; None where no checkpoint may be saved
         self._saving = False
@@ -145,8 +132,7 @@ class ResumeCheckpoint(Callback):
             self.restoring = False
             return
         self._state = LoopState.of(trainer, _rows(trainer))._replace(batch=0)
-        with self._weights_at_rest():
-            self._save(trainer)
+        self._save(trainer)
 
     def _stop_or_save(self, trainer: Trainer, due: bool) -> None:
         word = self._signals.all_reduce_max(2 * self._signals.requested + due)
@@ -156,12 +142,11 @@ class ResumeCheckpoint(Callback):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, EMA):
                     callback.swap_back(trainer, trainer.lightning_module)
-            with self._weights_at_rest():
-                if requested == REQUEUE:
-                    self._saving = True
-                    self._signals.requeue()
-                else:
-                    self._save(trainer)
+            if requested == REQUEUE:
+                self._saving = True
+                self._signals.requeue()
+            else:
+                self._save(trainer)
             trainer.strategy.barrier()
             raise KeyboardInterrupt if requested == INTERRUPT else SIGTERMException  # after which Lightning cleans up
 
