@@ -9,6 +9,7 @@ from jsonargparse import auto_cli
 
 from benchmarks.accuracy import accuracy
 from benchmarks.bundle import bundle
+from benchmarks.ddp import ddp
 from benchmarks.predict import predict
 from benchmarks.read import reading
 from benchmarks.recipes import recipes
@@ -19,7 +20,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--json", type=Path)
     options, words = parser.parse_known_args()
-    benchmarks: Any = [training, precision, reading, predict, serve, bundle, accuracy, recipes]
+    benchmarks: Any = [training, precision, reading, predict, serve, bundle, accuracy, recipes, ddp]
     figures = auto_cli(benchmarks, args=words or ["training"], as_positional=False)
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=2))

@@ -136,7 +136,7 @@ def require_trusted(entry: Any, trust: Collection[str], source: object, is_path:
         for key, value in entry.items() if isinstance(entry, Mapping) else enumerate(entry):
             require_trusted(value, trust, source, key == "class_path")
     elif isinstance(entry, str) and not (entry in trust or _is_known(entry)):
-        is_word = re.fullmatch(r"[\w +-]*", entry) and not (is_path or Path(entry).is_file())
+        is_word = re.fullmatch(r"[\w +-]*|[\d:.]*", entry) and not (is_path or Path(entry).is_file())
         if not is_word:
             raise UserError(
                 f"{source} names {entry}; a file may name networks, optimizers, schedules, metrics and transforms of "

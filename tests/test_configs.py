@@ -54,8 +54,11 @@ def test_the_result_in_the_header_is_what_comes_out(name, tolerance, workplace):
 QUICK = ("default", "finetune", "linear-probe")  # the others differ in few options
 
 
+RUNS_HERE = [config for config in CONFIGS if config.stem != "fsdp"]
+
+
 @pytest.mark.parametrize(
-    "config", [pytest.param(c, marks=[pytest.mark.slow] * (c.stem not in QUICK), id=c.stem) for c in CONFIGS]
+    "config", [pytest.param(c, marks=[pytest.mark.slow] * (c.stem not in QUICK), id=c.stem) for c in RUNS_HERE]
 )
 def test_fit_test_and_predict_with_every_config(config, photos, hub):
     put_in_cache(hub, "squeezenet1_1")
@@ -64,3 +67,14 @@ def test_fit_test_and_predict_with_every_config(config, photos, hub):
     assert cli.main(["test", "--ckpt_path", "runs/it/version_0"]) == 0
     assert cli.main(["predict", "runs/it/version_0", "photos/red"]) == 0
     assert Path("predictions.csv").read_text().count("\n") == 41
+
+
+def test_fsdp_is_parsed_and_without_a_gpu_refused_in_a_sentence(photos, capsys):
+    fsdp = ["fit", "--config", str(CONFIGS[0].with_name("fsdp.yaml")), "--data.root", "photos", *SMALL]
+    assert cli.main([*fsdp, "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["strategy"] == "fsdp"
+    assert cli.main(fsdp) == 2
+    assert "No supported gpu backend found" in capsys.readouterr().err
+    assert cli.main([*fsdp, "--trainer.accelerator", "cpu"]) == 2
+    assert "`fsdp` requires a GPU accelerator" in capsys.readouterr().err
+    assert not Path("runs").exists()

@@ -64,7 +64,7 @@ def test_commands_run(photos):
         run(command)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_recipes_commands_run(workplace):
     make_images(workplace / "photos", {"defective": 20, "functional": 40})
     Path("configs").symlink_to(ROOT / "configs")
@@ -125,6 +125,7 @@ def test_options_exist(workplace, capsys):
     # of make bench, pip and docker
     foreign = {"--target", "--epochs", "--seconds", "--no", "--config", "--help", "--ckpt_path", "--shm", "--cpus"}
     foreign |= {"--model.optimizer.help", "--model.optimizer.betas", "--data.class_path", "--data.folder"}  # of a class
+    foreign |= {"--nnodes", "--nproc_per_node", "--max_restarts", "--signal", "--requeue"}  # of torchrun and SLURM
 
     for file, text in PAGES.items():
         assert set(re.findall(r"(?<![\w-])--[a-z][\w.]*\w", text)) <= options | foreign, file

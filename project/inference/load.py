@@ -63,6 +63,8 @@ def locate(path: str | os.PathLike[str] | None = None, trust: Collection[str] = 
         target = runs.resolve_latest(Path(path))
         if _is_bundle(target):
             return Source(target, True, trusted)
+        if (target / ".metadata").is_file():  # a sharded checkpoint
+            return Source(target, False, trusted)
         file = target / "checkpoints" / "best.ckpt" if target.is_dir() else target
         if file.name in bundle.PARTS and _is_bundle(file.parent):
             raise UserError(f"{file} is a part of a bundle; give the folder, {file.parent}.")
@@ -101,7 +103,8 @@ def load(
     """Loads a trained classifier; UserError where the path means none that can be used, or no temperature is known.
 
     Args:
-        path: A checkpoint, a run's folder or a bundle made by `export`; None means the newest run's best.ckpt.
+        path: A checkpoint, also a sharded one, a run's folder or a bundle made by `export`; None means the newest run's
+            best.ckpt.
         calibrated: Divide the logits by the temperature that `report` has found, so that probabilities match
             frequencies; by default, probabilities are raw. Those of a bundle are what `export` was told to make them:
             a raw one is refused. `metadata.calibrated` tells which they are.

@@ -66,7 +66,7 @@ class ResumeCheckpoint(Callback):
         self._resumed: dict[str, Any] = {}
         self._start: float | None = None
         self._seconds = 0.0  # of training, before this fit was resumed
-        self.restoring = False  # whether Lightning is loading the checkpoint that the fit starts from
+        self.restoring = True  # whether the fit has not begun: Lightning sets it up, and loads its checkpoint
 
     @property
     def seconds(self) -> float:
@@ -75,7 +75,6 @@ class ResumeCheckpoint(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Sets loops and data to the checkpoint's position; with other data, to the start of its epoch."""
-        self.restoring = True
         self._resumed = resumed = checkpoint.get(LOOP_STATE, {})
         if self._is_new:  # has validations of its own, and the best of these
             for key in [key for key in checkpoint["callbacks"] if key.startswith(("BestCheckpoint", "HParams"))]:

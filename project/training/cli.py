@@ -26,7 +26,7 @@ from project.data.loader import LostWorker
 from project.errors import FailedRun, UserError
 from project.evaluation import report, scores
 from project.inference.load import locate, locate_checkpoint
-from project.training import fit, resume, sections, signals, trainer
+from project.training import distributed, fit, resume, sections, signals, trainer
 from project.training.callbacks import PredictionWriter
 from project.training.checkpoint_io import AsyncCheckpointIO
 from project.training.checkpointing import ResumeCheckpoint
@@ -217,11 +217,13 @@ class Cli(LightningCLI):
         users = {name: listed(options[name]) for name in ("callbacks", "logger", "plugins")}
         if options["barebones"]:
             raise UserError("--trainer.barebones leaves neither metrics nor checkpoints; bench measures the speed.")
+        options |= distributed.launched(options["num_nodes"], options["devices"])
         if self.verb == "fit":
             options |= self._fit_options(options, users)
         else:
             results = [PredictionWriter(self.source.path)] if self.verb == "test" and self.source else []
             options |= {"callbacks": [*results, *users["callbacks"]], "logger": users["logger"]}
+        options["callbacks"].insert(0, distributed.SameOnAllRanks(self.recorded, self.source))
         return trainer.make(options)
 
     def _fit_options(self, options: dict[str, Any], users: dict[str, list[Any]]) -> dict[str, Any]:
@@ -266,9 +268,10 @@ class Cli(LightningCLI):
             try:
                 self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path)
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                distributed.require_ranks(error)
                 if str(error).startswith("Early stopping conditioned on"):
                     raise UserError(" ".join(str(error).split())) from error
-                if not self.saver.restoring:
+                if not (self.saver.restoring and self.ckpt_path):
                     raise
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(f"Cannot resume from {self.ckpt_path}: {reason}") from error
@@ -297,7 +300,7 @@ def run(verb: str, argv: list[str], cli: type[Cli] = Cli) -> int:
         for variable in (CHECKPOINT_VARIABLE, runs.VARIABLE):
             os.environ.pop(variable, None)
     try:
-        with signals.restored():
+        with signals.restored(), distributed.lost_ranks():
             cli(verb, argv)
         return 0
     except (MisconfigurationException, ModuleNotFoundError) as error:

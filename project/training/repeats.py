@@ -90,6 +90,8 @@ def _require_usable(options: Any) -> None:
     values |= {"--trainer.enable_checkpointing": options.trainer.enable_checkpointing is False}
     values |= {launcher: int(os.environ.get(name) or 1) > 1 for launcher, name in LAUNCHERS.items()}
     if options.folds:
+        if "folds" not in options.data:
+            raise UserError(f"--folds needs the splits of ImageData, which {options.data.class_path} does not have.")
         values |= {f"--{name}": options[name] for name in ("seeds", "data.folds", "data.fold")}
     if given := [name for name, value in values.items() if value is not None and value is not False]:
         raise UserError(f"{option} makes and tests whole runs, one after another; leave {some(given)} out.")

@@ -120,8 +120,8 @@ def test_compiled_networks_checkpoint_is_like_any_other(photos, capsys):
     assert cli.main(["predict", "runs/photos/version_0", "photos/red"]) == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("code", ["int8_t", pytest.param("const int8_t", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("code", ["int8_t", "const int8_t"])
 def test_fit_continues_without_compiling_where_the_compiler_fails(photos, capsys, monkeypatch, tmp_path, code):
     """The compiler builds simple code and fails at this network's pooling, or at the gradient of that."""
     compiler = tmp_path / "compiler"

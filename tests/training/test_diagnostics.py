@@ -3,16 +3,21 @@
 import math
 import os
 import time
+import traceback
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
+from lightning.pytorch import Callback
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from project import cli, runs
 from project.classifier import Classifier
 from project.evaluation import figures
+from project.training.diagnostics import Diagnostics
 from tests.conftest import ALIVE, SMALL, make_images, read_csv
 from tests.same_run import checkpoint
 
@@ -124,3 +129,42 @@ def test_waiting_for_images_is_reported_with_the_option_that_helps(workplace, ca
     (sentence,) = warnings(capsys, "--trainer.max_epochs", "1", "--data.cache", "off")
     for part in ("waiting for images", "try --data.workers", "(now 0)"):
         assert part in sentence
+
+
+class HostReads(TorchDispatchMode):
+    """Notes the operators that wait for an accelerator, where its tensors are on one; a callback of the fit, too."""
+
+    WAITING = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "unique_dim", "_unique2", "bincount"}
+    found: ClassVar[list[str]] = []
+    steps = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.overloadpacket.__name__ in self.WAITING:
+            self.found.append("".join(traceback.format_stack(limit=12)))
+        return operator(*args, **(kwargs or {}))
+
+
+class WatchSteps(Callback):
+    def on_train_batch_start(self, trainer, *_):
+        if (trainer.global_step + 1) % trainer.log_every_n_steps:  # the others are logged
+            self.watch = HostReads()
+            self.watch.__enter__()
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step % trainer.log_every_n_steps:
+            self.watch.__exit__(None, None, None)
+            HostReads.steps += 1
+
+
+def test_no_training_step_waits_for_the_device_but_those_that_are_logged(photos, monkeypatch):
+    start = Diagnostics.on_train_start
+
+    def as_on_an_accelerator(self, trainer, pl_module):
+        start(self, trainer, pl_module)
+        self._interval = trainer.log_every_n_steps
+
+    monkeypatch.setattr(Diagnostics, "on_train_start", as_on_an_accelerator)
+    watch = f"--trainer.callbacks={__name__}.WatchSteps"
+    assert cli.main([*FIT, "--average", "0.9", "--data.augment", "crop", "--trainer.max_epochs", "2", watch]) == 0
+    assert HostReads.steps >= 8
+    assert not HostReads.found, HostReads.found[0]

@@ -167,13 +167,8 @@ def test_repeats_are_refused_below_a_launcher(photos, refused, monkeypatch):
     assert "leave torchrun out" in refused(*FIT, "--seeds", "2")
 
 
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [
-        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, 130, marks=pytest.mark.full),
-    ],
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_to_the_command_alone_and_ctrl_c_to_both_processes_stop_and_save_the_fit(photos, number, code):
     command = [sys.executable, "-m", "project.cli", *FIT, "--trainer.max_epochs", "500", "--folds", "2"]
     metrics = Path("runs/photos-fold0/version_0/metrics.csv")

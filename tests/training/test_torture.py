@@ -1,6 +1,6 @@
 """Fits that are killed by SIGKILL at random instants, and go on until they are done: the same bits, nothing left over.
 
-`make test-full` kills forty fits, `make test-slow` two. The processes are forked from one that has imported Lightning.
+`make test-full` kills forty fits. The processes are forked from one that has imported Lightning.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from tests.same_run import assert_the_same
 
 COMMAND = ["fit", "--data.root", "photos", *SMALL, "--trainer.max_epochs", "4", "--trainer.log_every_n_steps", "3"]
 COMMAND += ["--save_every", "0.002", "--resume", "auto"]  # a save every 0.1 s
+FITS = 40
 KILLS = 4  # of a fit at most, before it is left in peace
 
 
@@ -132,21 +133,17 @@ def shared_memory():
 
 
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize(
-    "fits",
-    [pytest.param(2, marks=pytest.mark.slow), pytest.param(40, marks=pytest.mark.full)],
-    ids=lambda n: f"{n} fits",
-)
-def test_killed_fits_go_on_to_the_same_bits_and_leave_nothing_over(nursery, tmp_path, fits):
+@pytest.mark.full
+def test_killed_fits_go_on_to_the_same_bits_and_leave_nothing_over(nursery, tmp_path):
     references, usual = {}, {}
-    for options in ((), ("--data.workers", "2"))[: 2 if fits > 4 else 1]:  # every fifth fit has workers
+    for options in ((), ("--data.workers", "2")):  # every fifth fit has workers
         place = tmp_path / f"reference{len(options)}"
         make_images(place / "photos", dict.fromkeys(COLOURS, 40))
         started = time.monotonic()
         assert run_until_killed(nursery, place, options, None, None) == 0, (place / "said").read_text()
         references[options], usual[options] = place, time.monotonic() - started
     before, chance, killed, reached = shared_memory(), random.Random(7), 0, set()
-    for number in range(fits):
+    for number in range(FITS):
         place = tmp_path / str(number)
         options = ("--data.workers", "2") if number % 5 == 4 else ()
         shutil.copytree(references[options] / "photos", place / "photos")
@@ -167,6 +164,6 @@ def test_killed_fits_go_on_to_the_same_bits_and_leave_nothing_over(nursery, tmp_
         assert_the_same(run, references[options] / "runs" / "photos" / "version_0")
         assert not list(run.glob("checkpoints/.*")), (place / "said").read_text()
         shutil.rmtree(place)
-    assert killed > fits / 2  # a fit may be done before its time comes
+    assert killed > FITS / 2  # a fit may be done before its time comes
     assert shared_memory() <= before
-    print(f"{fits} fits were killed {killed} times, in {', '.join(sorted(reached))} and at random")
+    print(f"{FITS} fits were killed {killed} times, in {', '.join(sorted(reached))} and at random")
