@@ -71,6 +71,11 @@ def with_home(word: str) -> str:
     return re.sub(r"^(--?[\w.-]+=)?~(?=/|$)", lambda match: (match[1] or "") + os.path.expanduser("~"), word)  # noqa: PTH111
 
 
+def is_table(name: str) -> bool:
+    """Whether a file's name says that it is a table of images."""
+    return name.lower().endswith((".csv", ".parquet"))
+
+
 def require_new(file: Path, option: str, overwrite: bool | None = None) -> None:
     """Raises UserError where an output exists or cannot be created; `overwrite` is None where no option allows that."""
     folder = file.absolute().parent

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from project import files
 from project.data import folders, manifest
 from project.data.folders import Skipped
 from project.errors import UserError, some
@@ -37,7 +38,7 @@ def _images(name: str) -> Iterator[tuple[str, str]]:
         yield from ((str(Path(path)), "") for path in paths)
         for kind in sorted(skipped.keys() - {folders.HIDDEN, folders.NOT_IMAGE}):
             print(f"left out, {kind}: {some(skipped[kind], 3)}", file=sys.stderr)
-    elif name.lower().endswith(".csv") and os.path.exists(name):  # noqa: PTH110
+    elif files.is_table(name) and os.path.exists(name):  # noqa: PTH110
         for line in manifest.read_csv(Path(name), {"path"}, tidy=True):
             true = line.get("true", line.get("label", ""))  # beside true, label is a prediction
             yield os.path.normpath(Path(name).parent / line["path"]), true

@@ -1,6 +1,8 @@
-"""A folder or a CSV file of images becomes rows of path, label, split and group."""
+"""A folder or a table of images, CSV or Parquet, becomes rows of path, label, split and group."""
 
+import contextlib
 import csv
+import io
 import os
 import posixpath
 import re
@@ -8,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 from unicodedata import normalize
 
 import numpy as np
@@ -118,7 +121,7 @@ def scan(root: Path, skipped: Skipped, layout: Layout | None = None) -> Iterator
     """Yields the rows of a folder or CSV file, without a split where none is given; UserError if it cannot be read."""
     if os.path.isdir(root):  # noqa: PTH112 (False for a name that is too long, too)
         yield from folders.scan(root, skipped, layout)
-    elif root.suffix.lower() == ".csv" and os.path.isfile(root):  # noqa: PTH113
+    elif files.is_table(root.name) and os.path.isfile(root):  # noqa: PTH113
         yield from read_rows(root)
     else:
         what = f"{root} is neither a folder nor a CSV file" if os.path.isfile(root) else f"There is no folder {root}"  # noqa: PTH113
@@ -148,14 +151,14 @@ def read_rows(file: Path, is_split_file: bool = False) -> list[Row]:
 
 
 def read_csv(file: Path, needed: set[str], tidy: bool) -> Iterator[dict[str, str]]:
-    """Yields the rows of a CSV file by the names of its columns in lower case; an empty string for a missing value.
+    """Yields the rows of a table by the names of its columns in lower case; an empty string for a missing value.
 
     The header may follow a byte order mark, and have the columns in any order; those `needed`, path among them, must be
     filled. `tidy` strips blanks, reads a backslash as a slash (a table from Windows) and shortens `a/./b` and `a/../b`.
     UserError where the file cannot be read or is not UTF-8, or a needed column or value is missing.
     """
     try:
-        with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
+        with _open(file) as stream:
             lines = csv.DictReader(stream, restval="", skipinitialspace=tidy)
             names = [name.strip().casefold() for name in lines.fieldnames or []]
             lines.fieldnames = names
@@ -185,6 +188,28 @@ def read_csv(file: Path, needed: set[str], tidy: bool) -> Iterator[dict[str, str
         raise UserError(f"The table {file} is not UTF-8; {way_out}") from error
     except (OSError, csv.Error) as error:
         raise UserError(f"Cannot read {file}: {getattr(error, 'strerror', None) or error}.") from error
+
+
+def _open(file: Path) -> TextIO:
+    """A CSV file, or a Parquet file as one; columns of lists and the like are left out."""
+    if file.suffix.lower() != ".parquet":
+        return file.open(newline="", encoding="utf-8-sig", errors="surrogateescape")
+    try:
+        import pyarrow
+        from pyarrow import csv as text
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UserError(f"{file} needs the library pyarrow; install it: pip install -e .[parquet]") from error
+    try:
+        columns, content = {}, io.BytesIO()
+        table = parquet.read_table(file)
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            with contextlib.suppress(pyarrow.ArrowNotImplementedError):
+                columns[name] = column.cast(pyarrow.string())
+        text.write_csv(pyarrow.table(columns), content)
+    except pyarrow.ArrowException as error:
+        raise UserError(f"Cannot read {file}: {str(error).splitlines()[0]}.") from error
+    return io.TextIOWrapper(io.BytesIO(content.getvalue()), "utf-8", newline="")
 
 
 def _grouped(rows: list[Row], pattern: str, notices: list[str]) -> list[Row]:

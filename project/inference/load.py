@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from project import runs
+from project import files, runs
 from project.data.images import is_image
 from project.data.workers import limit_threads
 from project.errors import UserError, command
@@ -68,7 +68,7 @@ def locate(path: str | os.PathLike[str] | None = None, trust: Collection[str] = 
         file = target / "checkpoints" / "best.ckpt" if target.is_dir() else target
         if file.name in bundle.PARTS and _is_bundle(file.parent):
             raise UserError(f"{file} is a part of a bundle; give the folder, {file.parent}.")
-        is_data = is_image(file.name) or file.suffix.lower() == ".csv"
+        is_data = is_image(file.name) or files.is_table(file.name)
         if file.is_file() and not is_data:
             return Source(file, False, trusted)
         is_data |= any(is_image(found.name) for depth in ("*", "*/*", "*/*/*") for found in target.glob(depth))

@@ -4,7 +4,9 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from project.data import splits
 from project.data.check import check_dataset
@@ -305,6 +307,23 @@ def test_csv_file_is_read_like_a_folder(tmp_path, lines, encoding, expected):
     assert (rows.root, rows.class_names) == (tmp_path, ["a", "b"])
     assert np.bincount(rows.splits).tolist() == expected
     assert list(rows.paths) == [line.split(",")[0] for line in LINES]
+
+
+def test_parquet_table_is_read_like_a_csv_file_and_refused_like_one(tmp_path):
+    paths, labels, splits = zip(*(line.split(",") for line in GIVEN), strict=True)
+    columns = {"Path": paths, "label": pyarrow.array(labels).dictionary_encode(), "split": splits}
+    columns |= {"boxes": [[1, 2]] * 60, "score": [0.5] * 60}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "list.parquet")
+    (tmp_path / "list.csv").write_text("\n".join(["path,label,split", *GIVEN]))
+    found, expected = load(tmp_path / "list.parquet"), load(tmp_path / "list.csv")
+    assert (found.paths, found.class_names, found.root) == (expected.paths, expected.class_names, tmp_path)
+    assert found.labels.tolist() == expected.labels.tolist()
+    assert found.splits.tolist() == expected.splits.tolist()
+    parquet.write_table(pyarrow.table({"path": ["x", "y"], "label": [1, None]}), tmp_path / "holes.parquet")
+    assert "holes.parquet, line 3, has no label; fill it in." in refusal(tmp_path / "holes.parquet")
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1 and no more")
+    assert "Cannot read" in refusal(tmp_path / "damaged.parquet")
+    assert list(gather([str(tmp_path / "list.parquet")])) == list(gather([str(tmp_path / "list.csv")]))
 
 
 @pytest.mark.parametrize(
