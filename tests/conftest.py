@@ -254,5 +254,9 @@ def refused(capsys):
 def _reset(monkeypatch):
     """Resets what the test before may have set, and the words of pytest's own command line."""
     torch.set_num_threads(THREADS)
+    if torch.distributed.is_initialized():  # of a fit with DDP in this process
+        torch.distributed.destroy_process_group()
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
     monkeypatch.setattr(sys, "argv", ["pytest"])
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it

@@ -61,6 +61,8 @@ def _stream(names: list[str], label: Any, tasks: Iterable[Sequence[str]]) -> Gen
     finally:
         for process in set(multiprocessing.active_children()) - set(others):
             process.kill()
+        for pool in pools:
+            pool.shutdown(cancel_futures=True)  # waits for its thread, which Python's exit would race with
 
 
 def _device_names(source: Source, devices: int) -> list[str]:
