@@ -252,7 +252,9 @@ def _summarize(study: "Study", folder: Path, monitor: str) -> None:
     files.write_csv(folder / "trials.csv", [["trial", "state", monitor, *options], *rows])
 
     def draw(plot: Any, **options: Any) -> Figure:
-        figure: Figure = plot(study, **options).figure
+        figure: Figure = plot(study, target_name=monitor, **options).figure
+        figure.set_size_inches(7, 4)
+        figure.set_layout_engine("constrained")
         return figure
 
     page = {"history": html.drawing(draw, plots.plot_optimization_history), "importance": None}
