@@ -52,14 +52,15 @@ def test_the_result_in_the_header_is_what_comes_out(name, tolerance, workplace):
     assert measured == pytest.approx(float(re.search(RESULT, config.read_text())[1]), abs=tolerance)
 
 
-QUICK = ("default", "finetune", "linear-probe")  # the others differ in few options
+# those in few options different from the others, or with tests of their own, run less often
+MARKS = {"default": (), "finetune": (), "linear-probe": (), "ddp": pytest.mark.full, "multinode": pytest.mark.full}
 
 
 RUNS_HERE = [config for config in CONFIGS if config.stem != "fsdp"]
 
 
 @pytest.mark.parametrize(
-    "config", [pytest.param(c, marks=[pytest.mark.slow] * (c.stem not in QUICK), id=c.stem) for c in RUNS_HERE]
+    "config", [pytest.param(c, marks=MARKS.get(c.stem, pytest.mark.slow), id=c.stem) for c in RUNS_HERE]
 )
 def test_fit_test_and_predict_with_every_config(config, photos, hub):
     put_in_cache(hub, "squeezenet1_1")

@@ -21,6 +21,7 @@ PAGES = {file: file.read_text(encoding="utf-8") for file in (ROOT / "README.md",
 README, RECIPE = PAGES[ROOT / "README.md"], PAGES[ROOT / "docs" / "recipe.md"]
 SHORT = {"fit": [*SMALL, "--trainer.max_epochs", "1"], "tune": [*SMALL, "--steps", "30"]}
 SHORT["bench"] = ["--count", "8", "--rounds", "1"]
+SHORT["sweep"] = ["--trials", "1"]
 
 
 def test_git_ignores_what_the_verbs_write_by_default_and_nothing_else(tmp_path):
@@ -58,8 +59,8 @@ def test_commands_run(photos):
     Path("configs").symlink_to(ROOT / "configs")
     found = commands("python -m project.cli", *(text for text in PAGES.values() if text != RECIPE))
     assert {command[3] for command in found} == set(cli.VERBS) - {"serve", "validate"}  # tests/serving serves
-    # minutes; tests/commands/test_bench.py and tests/training/test_repeats.py have them
-    found = [command for command in found if not {"saving", "--seeds", "--folds"} & {*command}]
+    # minutes, or a database; tests/commands and tests/training/test_repeats.py have them
+    found = [command for command in found if not {"saving", "--seeds", "--folds", "--storage"} & {*command}]
     for command in sorted(found, key=lambda command: command[3] != "fit"):  # the other verbs use its run
         run(command)
 

@@ -18,7 +18,8 @@ class Pruning(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._monitor in trainer.callback_metrics:
             self._trial.report(float(trainer.callback_metrics[self._monitor]), trainer.current_epoch)
-            if self._trial.should_prune():
+            is_last = trainer.current_epoch + 1 == trainer.max_epochs
+            if not is_last and self._trial.should_prune():
                 self.is_pruned = trainer.should_stop = True
 
 

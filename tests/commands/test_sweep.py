@@ -75,6 +75,7 @@ def test_sweep_leaves_runs_the_best_configuration_a_table_and_a_page_and_goes_on
     assert len(trials()) == 6
 
 
+@pytest.mark.full
 def test_worse_trials_end_early_and_a_higher_figure_is_better_where_it_is(space):
     space({"model.lr": [1e-3, 1e-9]}, monitor="val/accuracy", trainer={"max_epochs": 4})
     assert cli.main(["sweep", "search.yaml", "--trials", "9"]) == 0
@@ -107,7 +108,7 @@ def test_failed_trial_is_tried_once_more_and_a_stopped_one_resumed(space, monkey
     assert not Path("runs/search-5").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_killed_sweep_goes_on_where_it_was(space, monkeypatch):
     space(trainer={"max_epochs": 40}, save_every=0.001)
     words = ["sweep", "search.yaml", "--trials", "2"]
@@ -126,7 +127,7 @@ def test_killed_sweep_goes_on_where_it_was(space, monkeypatch):
     assert len(rows) == len(set(rows)) == 40
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_workers_share_the_trials(space):
     command = [sys.executable, "-m", "project.cli", "sweep", "search.yaml", "--trials", "4", "--workers", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
