@@ -23,7 +23,7 @@ def test_time_to_accuracy_counts_what_reached_it(photos, target, capsys):
     assert lines[-1].startswith(f"to {target}: fit ")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_recipes_go_on_where_they_were(photos, workplace):
     data = {"small": " ".join(["--data.root", str(photos), *SMALL, "--trainer.max_epochs", "1"])}
     recipe = {"adam": "--model.optimizer adam", "sgd, none": "--model.optimizer sgd --data.augment none"}

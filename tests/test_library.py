@@ -158,7 +158,7 @@ if trainer.is_global_zero:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_ranks_of_a_plain_trainer_learn_and_measure_like_one_process(photos):
     """24 test images in batches of 5: the last one has 4, of which each rank has 2."""
     Path("script.py").write_text(SCRIPT.format(name=NAME))
