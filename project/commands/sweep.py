@@ -145,7 +145,7 @@ class Objective:
         values = {option: _suggest(trial, option, entry) for option, entry in self._spaces.items()}
         run = self._runs / f"{self._name}-{self.number if retried is None else retried}" / "version_0"
         trial.set_user_attr("run", str(run))
-        print(f"\ntrial {self.number}: {command_words(values)}", flush=True)
+        print(f"\ntrial {self.number}: {_words(values)}", flush=True)
         if runs.read_status(run).get("state") != "finished":
             texts = {option: value if isinstance(value, str) else json.dumps(value) for option, value in values.items()}
             words = [f"--{option}={text}" for option, text in texts.items()]
@@ -160,7 +160,7 @@ class Objective:
         return value
 
 
-def command_words(values: dict[str, Any]) -> str:
+def _words(values: dict[str, Any]) -> str:
     """Options as a user types them."""
     return " ".join(
         f"--{option} {value:.4g}" if isinstance(value, float) else f"--{option} {value}"
@@ -215,9 +215,9 @@ def _search(study: "Study", objective: Objective, trials: int) -> None:
 def _start(workers: int, words: list[str]) -> None:
     """Runs the sweep in several processes, and ends them if this one is ended."""
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, usable_cores() // workers))}
-    command = [sys.executable, "-m", "project.cli", "sweep", *words]
+    worker = [sys.executable, "-m", "project.cli", "sweep", *words]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    started = [subprocess.Popen(command, env=environment) for _ in range(workers)]
+    started = [subprocess.Popen(worker, env=environment) for _ in range(workers)]
     try:
         for each in started:
             each.wait()
@@ -268,6 +268,6 @@ def _summarize(study: "Study", folder: Path, monitor: str) -> None:
         stream.write(text)
     print(f"\n{len(complete)} trials finished, {len(ended) - len(complete)} ended early or failed; the best:")
     for trial in complete[:5]:
-        print(f"  {monitor} {trial.value:.4f}  trial {trial.number}: {command_words(trial.params)}")
+        print(f"  {monitor} {trial.value:.4f}  trial {trial.number}: {_words(trial.params)}")
     print(f"written: {folder}/best.yaml, {folder}/trials.csv, {folder}/sweep.html")
     print(f"next: {command('test', run)} | {command('fit', '--config', folder / 'best.yaml')}")

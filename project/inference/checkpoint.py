@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from project import models, parts
 from project.data.images import Pixels
 from project.errors import UserError, command
-from project.inference import bundle, calibration, sharded
+from project.inference import bundle, calibration
 from project.inference.metadata import Metadata
 from project.inference.predictor import Predictor
 from project.models import weights
@@ -27,7 +27,12 @@ METADATA = "metadata"  # the key of a checkpoint under which Metadata's values a
 
 def read(path: Path) -> tuple[dict[str, Any], Metadata]:
     """A checkpoint's content, whose tensors stay on disk until they are used, and metadata; UserError if not usable."""
-    content = sharded.read(path) if path.is_dir() else weights.read(path)
+    if path.is_dir():
+        from project.inference import sharded  # takes 0.6 s to import
+
+        content: Any = sharded.read(path)
+    else:
+        content = weights.read(path)
     refusal = f"{path} is not a checkpoint of this project"
     metadata = Metadata.parse(content.get(METADATA) if isinstance(content, dict) else None, refusal)
     state = content.get("state_dict")
