@@ -7,6 +7,7 @@ import math
 import os
 import re
 import socket
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ class SameOnAllRanks(Callback):
             if not theirs + ours:
                 continue
             if not trainer.is_global_zero:
+                time.sleep(3)  # when this rank ends, torchrun ends the first one, which has to say why
                 raise SystemExit(2)
             raise UserError(
                 f"Rank {rank} on {other['host']} has other {kind} than rank 0 on {ranks[0]['host']}: "

@@ -181,7 +181,8 @@ def recorded(run: Run, trainer: Any, saver: ResumeCheckpoint) -> Iterator[None]:
         if trainer.fast_dev_run or saver.restoring:  # nothing is recorded of a fit that has not begun
             run.discard()
             for file in {*run.folder.glob("events.*")} - events:  # Lightning opens it before it loads a checkpoint
-                file.unlink()
+                if run.lock is not None:  # on the first rank, which removes its own
+                    file.unlink()
         # Lightning kills the first rank when another one fails, which then records the reason
         elif rank() == 0 or (reason and os.environ.get(runs.VARIABLE) == str(run.folder)):
             end = {"state": state, "reason": reason, "step": trainer.global_step, "seconds": round(saver.seconds, 1)}
