@@ -28,6 +28,7 @@ COMMANDS = {
     "serve": "serve predictions over HTTP, with a web page",
     "models": "list the networks, their size and published accuracy",
     "check": "check a folder of images before training on it",
+    "shard": "pack a folder of images into a few large files",
     "sweep": "search for good settings",
     "bench": "measure how fast this machine trains and reads images",
 }

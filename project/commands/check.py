@@ -11,7 +11,7 @@ import yaml
 from jsonargparse.typing import PositiveInt
 
 from project import files, parts
-from project.data import manifest, splits
+from project.data import manifest, shards, splits
 from project.data.check import Report, check_dataset
 from project.data.folders import Layout
 from project.data.images import parse_resize, read
@@ -60,7 +60,8 @@ def check(
         if file is not None:
             files.require_new(Path(file), option)
     progress = partial(track, description="check", console=Console(stderr=True), transient=True)
-    report = check_dataset(Path(root), progress, layout, keep)
+    folder = shards.local(root)
+    report = check_dataset(folder, progress, layout, keep)
     print("\n".join(_lines(root, report)))
     if json is not None:
         content = {"root": root, "images": len(report.rows), "classes": splits.counts(report.rows)} | vars(report)
@@ -71,7 +72,7 @@ def check(
         files.write_csv(Path(quarantine), [("path", "reason"), *sorted(report.leave_out.items())])
         print(f"written: {quarantine}, {len(report.leave_out):,} images; fit --data.exclude {shlex.quote(quarantine)}")
     if preview is not None:
-        _draw(Path(preview), Path(root), report, *shown)
+        _draw(Path(preview), folder, report, *shown)
     return int(any(finding.problem for finding in report.findings))
 
 

@@ -10,13 +10,17 @@ from typing import Literal
 import numpy as np
 import PIL
 
+from project.data import shards
 from project.data.images import Pixels
+from project.data.paths import Paths
 
 Choice = Literal["auto", "on", "off"]
 FOLDER = Path("data/cache")  # `make clean-cache` removes it
 # The source of what a row holds, with modules that a fork adds beside it. A change there makes the files anew, whereas
 # a number is forgotten in a fork.
-OTHERS = re.compile("check|datamodule|digits|duplicates|folders|inputs|loader|manifest|own|splits|transforms|workers")
+OTHERS = re.compile(
+    "check|datamodule|digits|duplicates|folders|inputs|loader|manifest|own|paths|shards|splits|transforms|workers"
+)
 SOURCE = tuple(file for file in sorted(Path(__file__).parent.glob("*.py")) if not OTHERS.fullmatch(file.stem))
 
 
@@ -67,7 +71,7 @@ class Cache:
 
 def stamp(path: str) -> int:
     """Changes with the file, also when it is replaced by one of the same size and date; never 0, as an empty row is."""
-    status = os.stat(path)  # noqa: PTH116 (a Path would take as long as the call)
+    status = shards.status(path)
     return hash((status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)) % (1 << 64) or 1
 
 
@@ -79,15 +83,12 @@ def checksum(pixels: Pixels) -> int:
     return (int(words.sum(dtype=np.uint64)) + int(flat[whole:].sum()) * 257 + 1) % (1 << 64)
 
 
-def choose(
-    choice: Choice, folder: Path, root: Path, paths: list[str], size: int, resize: str
-) -> tuple[Cache | None, str]:
+def choose(choice: Choice, folder: Path, root: Path, paths: Paths, size: int, resize: str) -> tuple[Cache | None, str]:
     """The cache of `root`'s images, with `auto` if it takes at most half of the free space, and a sentence about it."""
     if choice == "off":
         return None, ""
-    key = repr((PIL.__version__, str(root.resolve()))) + "\0".join(paths)
-    content = b"".join(file.read_bytes() for file in SOURCE)
-    digest = hashlib.sha256(content + key.encode("utf-8", "surrogateescape")).hexdigest()
+    key = os.fsencode(repr((PIL.__version__, str(root.resolve())))) + paths.encoded.tobytes()
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in SOURCE) + key).hexdigest()
     file = folder / f"{digest[:16]}-{size}-{resize.replace(':', '-')}.pixels"
     cache = Cache(file, len(paths), size)
     allocated = getattr(file.stat(), "st_blocks", 0) * 512 if file.exists() else 0

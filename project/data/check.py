@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from project.data import duplicates, images, manifest
+from project.data import duplicates, images, manifest, shards
 from project.data.folders import HIDDEN, NOT_IMAGE, NOT_SPLIT, OURS, TOOL, UNREAD, Layout, Skipped, nothing_in
 from project.data.splits import SPLITS, Row
 from project.data.workers import usable_cores
@@ -67,7 +67,7 @@ def inspect_image(path: str) -> tuple[npt.NDArray[np.void], str]:
             row["format"], row["mode"], row["size"] = image.format, image.mode, image.size
             with suppress(Exception):  # damaged metadata raises anything
                 row["rotated"] = int(image.getexif().get(images.ORIENTATION, 1)) not in (0, 1)
-            content = Path(path).read_bytes()
+            content = shards.read(path)
             images.require_short_decoding(content, path)
             row["digest"] = np.frombuffer(hashlib.sha256(content).digest()[:16], np.uint64)
             image.draft(image.mode, (96, 96))  # a JPEG is read to its end, but decoded at a fraction of its size

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 from project.batch import Batch
 from project.data import cache as caches
-from project.data import digits, manifest
+from project.data import digits, manifest, shards
 from project.data import workers as processes
 from project.data.dataset import Features, ImageDataset, read_size
 from project.data.folders import Layout
@@ -92,7 +92,7 @@ class ImageData(LightningDataModule):
         self.save_hyperparameters(logger=False, ignore="own")
         for key, value in self.hparams.items():  # plain: a Path or jsonargparse's types would be code in a checkpoint
             self.hparams[key] = int(value) if isinstance(value, int | np.integer) else value and str(value)
-        self.root = Path(root)
+        self.root = shards.local(root)
         self._query: dict[str, Any] = {"split": Path(split) if split else None, "seed": split_seed, "group": group}
         self._query |= {"folds": folds, "fold": fold, "exclude": Path(exclude) if exclude else None}
         self._query |= {"layout": layout, "keep": keep}
@@ -198,7 +198,7 @@ class ImageData(LightningDataModule):
             rows = self.manifest.rows(split)
             self._datasets[split] = ImageDataset(
                 root=self.manifest.root,
-                paths=[self.manifest.paths[row] for row in rows.tolist()],
+                paths=self.manifest.paths[rows],
                 labels=self.manifest.labels[rows],
                 image_size=self.image_size,
                 resize=self.resize,

@@ -21,7 +21,8 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from project.errors import UserError
+from project.data import shards
+from project.errors import FailedRun, UserError
 
 # stretch, pad:bicubic, crop:bicubic:0.875: the way, the interpolation and, of a crop, the share of the short side
 RESIZE = re.compile(r"(?:stretch|pad|(crop))(?::(nearest|bilinear|bicubic|lanczos)(?(1)(?::(0?\.0?[1-9][0-9]*|1))?))?")
@@ -88,8 +89,14 @@ def opened(source: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
     """
     name = "<bytes>" if isinstance(source, bytes) else os.fspath(source)
     try:
-        if not isinstance(source, bytes) and not stat.S_ISREG(Path(source).stat().st_mode):  # a pipe would block
-            raise ImageError(name, "not a regular file")
+        if not isinstance(source, bytes):
+            try:
+                is_file = stat.S_ISREG(Path(source).stat().st_mode)
+            except FileNotFoundError:
+                source = shards.read(name)
+            else:
+                if not is_file:  # a pipe would block
+                    raise ImageError(name, "not a regular file")
         with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as stream:
             try:
                 image = _open(stream, name)
@@ -100,8 +107,8 @@ def opened(source: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
                 image = _open(io.BytesIO(without_metadata(head + stream.read())), name)
             yield image
     except Exception as error:  # hostile bytes make decoders raise anything: OSError, SyntaxError, struct.error, ...
-        if isinstance(error, ImageError) or getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE):
-            raise  # the second is no fault of the image: too many files are open
+        if isinstance(error, (ImageError, FailedRun)) or getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE):
+            raise  # but for the first no fault of the image: storage out of reach, too many open files
         raise ImageError(name, _reason(error)) from error
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from project import files
-from project.data import folders, manifest
+from project.data import folders, manifest, shards
 from project.data.folders import Skipped
 from project.errors import UserError, some
 
@@ -32,6 +32,8 @@ def gather(arguments: Iterable[str]) -> list[tuple[str, str]]:
 def _images(name: str) -> Iterator[tuple[str, str]]:
     if name == STREAM:
         yield from gather(line.rstrip("\r\n") for line in sys.stdin if line.strip())
+    elif shards.is_shards(root := shards.local(name)):
+        yield from ((str(root / row.path), row.label) for row in manifest.rows_of_shards(root))
     elif os.path.isdir(name):  # noqa: PTH112 (Path.is_dir raises for a name that is too long)
         skipped = Skipped()
         paths = sorted(folders.images(name, name.rstrip("/"), skipped), key=lambda path: path.split("/"))
@@ -42,7 +44,7 @@ def _images(name: str) -> Iterator[tuple[str, str]]:
         for line in manifest.read_csv(Path(name), {"path"}, tidy=True):
             true = line.get("true", line.get("label", ""))  # beside true, label is a prediction
             yield os.path.normpath(Path(name).parent / line["path"]), true
-    elif os.path.lexists(name):  # a dangling link exists, and gets its error row
+    elif os.path.lexists(name) or shards.is_file(name):  # a dangling link exists, and gets its error row
         yield name, ""
     else:
         folder = next((str(folder) for folder in Path(name).parents if os.path.isdir(folder)), "")  # noqa: PTH112

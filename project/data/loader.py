@@ -75,7 +75,7 @@ class BatchSampler(Sampler[list[Key]]):
 
 
 class LostWorker(FailedRun):
-    """Why a worker has ended; the fit can be resumed."""
+    """Why a worker has ended, or images cannot be read; the fit can be resumed."""
 
 
 class Loader:
@@ -105,6 +105,8 @@ class Loader:
             if self._batches.num_workers and (reason := workers.why_lost(error, self._workers)):
                 raise LostWorker(reason) from error
             raise
+        except FailedRun as error:  # a worker's has its traceback
+            raise LostWorker(str(error).rstrip().rpartition(f"{FailedRun.__name__}: ")[2]) from error
 
 
 def loader(

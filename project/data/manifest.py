@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from project import files
-from project.data import folders, splits
+from project.data import folders, shards, splits
 from project.data.folders import SPLIT_OF_FOLDER, Layout, Skipped
+from project.data.paths import Paths
 from project.data.splits import SPLITS, Row
 from project.errors import UserError, look_alike, some
 
@@ -28,12 +29,13 @@ class Manifest:
     """The rows of a data set: images with labels and splits."""
 
     root: Path  # the folder that `paths` are relative to
-    paths: list[str]  # one POSIX path a row, in order
+    paths: Paths  # one POSIX path a row, in order
     labels: npt.NDArray[np.int32]  # (N,) the row's index into `class_names`
     splits: npt.NDArray[np.int8]  # (N,) the row's index into `SPLITS`
     class_names: list[str]  # sorted names of the training split's classes
     groups: list[str] = field(default_factory=list)  # a row each; a group must stay in one split. Empty without groups
     notices: list[str] = field(default_factory=list)  # sentences about what was left out, for the user
+    is_stored: bool = False  # whether labels and splits are in the data set as they are here: shards
 
     def rows(self, split: str) -> npt.NDArray[np.int64]:
         """Indices of one split's rows, in order of path."""
@@ -75,6 +77,9 @@ def load(
         raise UserError("--data.folds, the number of parts, and --data.fold, the part to test on, need each other.")
     if folds is not None and fold is not None and not 0 <= fold < folds >= 2:
         raise UserError(f"There is no --data.fold {fold} of --data.folds {folds}: the first is 0, and 2 is the least.")
+    if shards.is_shards(root) and (split, group, folds, exclude) == (None,) * 4:
+        names, stored = shards.opened(root)
+        return Manifest(root, Paths(stored["path"]), stored["label"], stored["split"], names, is_stored=True)
     skipped, notices = Skipped(keep), list[str]()
     rows = list(scan(root, skipped, layout if split is None else "classes"))  # the same paths
     if split is not None:
@@ -119,7 +124,9 @@ def load(
 
 def scan(root: Path, skipped: Skipped, layout: Layout | None = None) -> Iterator[Row]:
     """Yields the rows of a folder or CSV file, without a split where none is given; UserError if it cannot be read."""
-    if os.path.isdir(root):  # noqa: PTH112 (False for a name that is too long, too)
+    if shards.is_shards(root):
+        yield from rows_of_shards(root)
+    elif os.path.isdir(root):  # noqa: PTH112 (False for a name that is too long, too)
         yield from folders.scan(root, skipped, layout)
     elif files.is_table(root.name) and os.path.isfile(root):  # noqa: PTH113
         yield from read_rows(root)
@@ -128,9 +135,16 @@ def scan(root: Path, skipped: Skipped, layout: Layout | None = None) -> Iterator
         raise UserError(f"{what}; give a folder of images, <folder>/<class>/*.jpg, or a CSV file.")
 
 
+def rows_of_shards(root: Path) -> Iterator[Row]:
+    """The images in a folder of shards; UserError where it is not whole."""
+    names, rows = shards.opened(root)
+    for path, label, split, group in rows[["path", "label", "split", "group"]].tolist():
+        yield Row(os.fsdecode(path), names[label], SPLITS[split], os.fsdecode(group))
+
+
 def folder_of(root: Path) -> Path:
     """The folder that the paths of a data set are relative to."""
-    return root.parent if root.is_file() else root
+    return root.parent if root.is_file() else shards.local(root)
 
 
 def read_rows(file: Path, is_split_file: bool = False) -> list[Row]:
@@ -276,7 +290,7 @@ def _manifest(root: Path, rows: list[Row], notices: list[str], skipped: Skipped)
     index = {name: number for number, name in enumerate(names)}
     return Manifest(
         root=folder_of(root),
-        paths=[row.path for row in rows],
+        paths=Paths.of(row.path for row in rows),
         labels=np.array([index[row.label] for row in rows], dtype=np.int32),
         splits=np.array([SPLITS.index(row.split) for row in rows], dtype=np.int8),
         class_names=names,

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from project import runs
-from project.data import splits
+from project.data import shards, splits
 from project.errors import UserError, command
 from project.evaluation import run_split
 from project.evaluation.scores import ScoredPredictions
@@ -147,7 +147,7 @@ def gather(source: Source, predictor: Predictor, data: str | None = None) -> Res
     run, metadata, val, temperature, notice = source.run, predictor.metadata, None, None, ""
     if source.is_bundle:
         images = run_split.images(run, "test", metadata, data)
-        pairs = [(path, label) for path, label in images.pairs if Path(path).is_file()]
+        pairs = [(path, label) for path, label in images.pairs if shards.is_file(path)]
         if not pairs:
             raise UserError(f"No test image of {source.file} is in {images.root}; give the data's folder by --data.")
         test = TestPredictions.of(_predict(predictor, pairs), predictor.class_names, images.root)
@@ -203,10 +203,10 @@ def _validation(checkpoint: Path, predictor: Predictor, measured: dict[str, Any]
     file = run / runs.VAL_PREDICTIONS
     if is_best and _is_newer(file, checkpoint):
         return TestPredictions.read(file)
-    if not (run / run_split.FILE).is_file():
+    if not (run / run_split.FILE).is_file() and not run_split.shards_of(run):
         return None
     pairs = run_split.images(run, "val", predictor.metadata, measured.get("data")).pairs
-    if not pairs or not all(Path(path).exists() for path, _ in pairs):
+    if not pairs or not all(shards.is_file(path) for path, _ in pairs):
         return None
     rows = list(_predict(predictor, pairs))
     if is_best:

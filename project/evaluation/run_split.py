@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from project.data import manifest
+import yaml
+
+from project.data import manifest, shards
 from project.data.splits import Row
 from project.errors import UserError, some
 from project.inference.metadata import Metadata
@@ -27,7 +29,7 @@ def images(run: Path, split: str, metadata: Metadata, data: str | None) -> Split
     """
     options, notice = metadata.config["data"], ""
     location = data or options.get("root") or ""
-    root = Path(location)
+    root = shards.local(location)
     try:
         exists = bool(location) and root.exists()
     except OSError as error:
@@ -41,10 +43,11 @@ def images(run: Path, split: str, metadata: Metadata, data: str | None) -> Split
         data_set = manifest.load(root, seed=options.get("split_seed") or 0, **query)
         indices = data_set.rows(split).tolist()
         pairs = [(data_set.paths[index], data_set.class_names[data_set.labels[index]]) for index in indices]
-        notice = (
-            f"There is no {FILE} in {run}: the data was split again with the options of the training. If files were "
-            f"added or removed since, the network may have been trained on some of these {split} images."
-        )
+        if not data_set.is_stored:
+            notice = (
+                f"There is no {FILE} in {run}: the data was split again with the options of the training. If files "
+                f"were added or removed since, the network may have been trained on some of these {split} images."
+            )
     else:
         pairs = []
     if unknown := sorted({label for _, label in pairs} - set(metadata.class_names)):
@@ -57,6 +60,16 @@ def images(run: Path, split: str, metadata: Metadata, data: str | None) -> Split
 
 
 def rows(run: Path) -> list[Row]:
-    """The rows of a run's split.csv; none where the file is missing."""
-    file = run / FILE
-    return manifest.read_rows(file, is_split_file=True) if file.is_file() else []
+    """The rows of a run's split.csv, or else of its shards; none where both are missing."""
+    if (file := run / FILE).is_file():
+        return manifest.read_rows(file, is_split_file=True)
+    root = shards_of(run)
+    return list(manifest.rows_of_shards(root)) if root else []
+
+
+def shards_of(run: Path) -> Path | None:
+    """The folder of shards that a run without a split.csv has the split of, if it is there."""
+    if (run / FILE).is_file() or not (file := run / "config.yaml").is_file():
+        return None
+    root = shards.local((yaml.safe_load(file.read_text(encoding="utf-8")).get("data") or {}).get("root") or "")
+    return root if shards.is_shards(root) else None

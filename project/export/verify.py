@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from project.data import shards
 from project.data.images import Pixels
 from project.errors import FailedRun, UserError
 from project.evaluation import run_split
@@ -46,7 +47,7 @@ def draw_images(
     """
     kind, found = {"train": "training", "val": "validation"}[split], run_split.images(run, split, metadata, data)
     order = np.random.default_rng(0).permutation(len(found.pairs)).tolist()
-    pairs = list(islice((found.pairs[index] for index in order if Path(found.pairs[index][0]).is_file()), count))
+    pairs = list(islice((found.pairs[index] for index in order if shards.is_file(found.pairs[index][0])), count))
     if not pairs and "class_path" in metadata.config["data"] and (split, data) == ("val", None):
         random = np.random.default_rng(0)  # 64 pixels an image, in the format PPM
         return LabelledImages([b"P6 8 8 255\n" + random.bytes(192) for _ in range(64)], [""] * 64, "generated images")

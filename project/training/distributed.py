@@ -63,8 +63,8 @@ class SameOnAllRanks(Callback):
             return
         manifest = data_of(trainer).manifest
         sources = [path.read_bytes() for path in sorted(PACKAGE.rglob("*.py"))]
-        names = "\n".join((*manifest.class_names, *manifest.paths)).encode(errors="surrogateescape")
-        rows = names, manifest.labels.tobytes(), manifest.splits.tobytes()
+        names = "\n".join(manifest.class_names).encode(errors="surrogateescape")
+        rows = names, *(column.tobytes() for column in (manifest.paths.encoded, manifest.labels, manifest.splits))
         self._own |= {
             "code": [f"torch {torch.__version__}", f"Lightning {lightning.__version__}", f"project {_digest(sources)}"],
             "images": [f"{len(manifest.paths):,} images", f"names and labels {_digest(rows)}"],

@@ -61,7 +61,8 @@ class Run:
 
         def fill(folder: Path) -> None:
             write_config(folder, options)
-            data.manifest.write_split(folder / "split.csv")
+            if not data.manifest.is_stored:
+                data.manifest.write_split(folder / "split.csv")
             runs.write_status(folder, state="running", reason="", job=job())  # a fit killed from here on is resumed
 
         return cls(*runs.create_run(name, fill, base), source)

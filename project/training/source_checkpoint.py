@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from project import optim, parts, runs
-from project.data import digits
+from project.data import digits, shards
 from project.data.datamodule import ImageData
 from project.errors import UserError, look_alike, some
 from project.inference import checkpoint
@@ -64,7 +64,8 @@ class SourceCheckpoint:
     def require_root(self, root: str | None) -> None:
         """Raises UserError where the images' path is the run's, and relative to the folder where that was begun."""
         path, is_own = Path(root or ""), root == self.metadata.config["data"].get("root")
-        if is_own and not (path.is_absolute() or path.exists() or path == digits.ROOT):
+        is_found = path.is_absolute() or path.exists() or path == digits.ROOT or shards.is_remote(root or "")
+        if is_own and not is_found:
             begun = (self.run.resolve() / "../../..").resolve()
             there = shlex.quote(str(begun)) if (begun / path).exists() else "there"
             raise UserError(

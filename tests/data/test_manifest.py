@@ -316,7 +316,7 @@ def test_parquet_table_is_read_like_a_csv_file_and_refused_like_one(tmp_path):
     parquet.write_table(pyarrow.table(columns), tmp_path / "list.parquet")
     (tmp_path / "list.csv").write_text("\n".join(["path,label,split", *GIVEN]))
     found, expected = load(tmp_path / "list.parquet"), load(tmp_path / "list.csv")
-    assert (found.paths, found.class_names, found.root) == (expected.paths, expected.class_names, tmp_path)
+    assert ([*found.paths], found.class_names, found.root) == ([*expected.paths], expected.class_names, tmp_path)
     assert found.labels.tolist() == expected.labels.tolist()
     assert found.splits.tolist() == expected.splits.tolist()
     parquet.write_table(pyarrow.table({"path": ["x", "y"], "label": [1, None]}), tmp_path / "holes.parquet")

@@ -1,0 +1,197 @@
+"""Packs a data set into a few large files: python -m project.cli shard photos shards/photos."""
+
+import hashlib
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jsonargparse.typing import PositiveInt
+from PIL import Image
+
+from project import files
+from project.data import images, manifest, shards
+from project.data.folders import Layout
+from project.data.manifest import Manifest
+from project.data.splits import SPLITS
+from project.data.workers import usable_cores
+from project.errors import UserError, command, some
+
+MOST_IMAGES, MOST_BYTES = 1_000, 64 * 1024**2  # of a file, the second as they were before
+QUALITY = 90  # of a JPEG
+UNFINISHED = "unfinished.json"  # what is being written
+
+
+def shard(
+    root: str,
+    out: str,
+    /,
+    short_side: PositiveInt = 256,
+    keep: bool = False,
+    split: str | None = None,
+    split_seed: int = 0,
+    group: str | None = None,
+    exclude: str | None = None,
+    layout: Layout | None = None,
+) -> None:
+    """Packs a data set into a folder of a few large files, in the format of LitData, which fit reads as --data.root.
+
+    The folder has the split inside, so that one may be copied to other machines, or to object storage: --data.root
+    s3://bucket/prefix. A command that was killed goes on when it is given again.
+
+    Args:
+        root: The images: a folder or a table, as fit takes them.
+        out: The folder of the shards; must not exist.
+        short_side: Images are shrunk to this short side, in pixels, and stored as JPEG; smaller ones stay as they are.
+        keep: Store the images as they are.
+        split: A run's split.csv, as fit --data.split takes it.
+        split_seed: Seed of the split, as fit --data.split_seed takes it.
+        group: Pattern of what must stay in one split, as fit --data.group takes it.
+        exclude: Table of images to leave out, as fit --data.exclude takes it.
+        layout: Whether the folders in root are splits or classes, as fit --data.layout takes it.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    try:
+        from litdata.streaming import Cache
+    except ImportError as error:
+        raise UserError("shard needs the library litdata; install it: pip install -e .[stream]") from error
+    root_, split_, exclude_ = shards.local(root), Path(split) if split else None, Path(exclude) if exclude else None
+    data = manifest.load(root_, split_, split_seed, group=group, exclude=exclude_, layout=layout)
+    order = np.argsort(data.paths.encoded, kind="stable")  # as they are looked up
+    folder, side = Path(out), None if keep else int(short_side)
+    parts = list(_parts(data, order))
+    _begin(folder, data, {"short_side": side})
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for number, rows in track(list(enumerate(parts)), "shard", console=Console(stderr=True), transient=True):
+            if not (done := folder / f"part-{number}.json").exists():
+                with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as name:
+                    part = _write(Cache(name, chunk_size=len(rows)), Path(name), data, rows, side, pool)
+                    if part["sizes"]:
+                        Path(name, shards.chunk(0)).replace(folder / shards.chunk(number))
+                    files.write_json(done, part)
+    _finish(folder, data, parts)
+
+
+def _parts(data: Manifest, order: Any) -> Iterator[list[int]]:
+    """The rows of each file, in order."""
+    rows, size = list[int](), 0
+    for row in order.tolist():
+        size += _size(data.root / data.paths[row])
+        if rows and (len(rows) == MOST_IMAGES or size > MOST_BYTES):
+            yield rows
+            rows, size = [], _size(data.root / data.paths[row])
+        rows.append(row)
+    yield rows
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def _begin(folder: Path, data: Manifest, options: dict[str, Any]) -> None:
+    """Makes the folder, or finds it as an interrupted command with the same options and images left it."""
+    columns = (data.paths.encoded, data.labels, data.splits, np.array(data.class_names))
+    digest = hashlib.sha256(b"\0".join(column.tobytes() for column in columns)).hexdigest()
+    about, unfinished = options | {"images": digest}, folder / UNFINISHED
+    if unfinished.exists():
+        if json.loads(unfinished.read_text(encoding="utf-8")) != about:
+            raise UserError(f"{folder} was begun with other options or images; remove it, or give another folder.")
+        return
+    if folder.exists():
+        raise UserError(f"{folder} exists; give another folder, or remove it.")
+    try:
+        files.write_json(unfinished, about)
+    except OSError as error:
+        raise UserError(f"Cannot write into {folder}: {error.strerror}; give another folder.") from error
+
+
+def _write(
+    cache: Any, folder: Path, data: Manifest, rows: list[int], short_side: int | None, pool: Executor
+) -> dict[str, Any]:
+    """Writes one file of images by LitData; returns its index, and where each image lies in it."""
+
+    def encode(row: int) -> bytes | images.ImageError:
+        try:
+            return _encoded(data.root / data.paths[row], short_side)
+        except images.ImageError as error:
+            return error
+
+    found = dict(zip(rows, pool.map(encode, rows), strict=True))
+    left_out = {data.paths[row]: error.reason for row, error in found.items() if isinstance(error, images.ImageError)}
+    contents = {row: content for row, content in found.items() if isinstance(content, bytes)}
+    if not contents:
+        return {"index": {"chunks": []}, "rows": [], "offsets": [], "sizes": [], "left_out": left_out}
+    for number, (row, content) in enumerate(contents.items()):
+        label = int(data.labels[row])
+        cache[number] = {
+            "image": content,
+            "label": label,
+            "class": data.class_names[label],
+            "split": SPLITS[data.splits[row]],
+            "path": data.paths.encoded[row].decode(errors="replace"),
+        }
+    cache.done()
+    cache.merge()
+    written, offsets = (folder / shards.chunk(0)).read_bytes(), list[int]()
+    end = 0
+    for content in contents.values():  # in order, wherever the format has put them
+        offsets.append(written.index(content, end))
+        end = offsets[-1] + len(content)
+    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    sizes = list(map(len, contents.values()))
+    return {"index": index, "rows": list(contents), "offsets": offsets, "sizes": sizes, "left_out": left_out}
+
+
+def _encoded(file: Path, short_side: int | None) -> bytes:
+    """An image's file, or where its short side is longer than that, a smaller JPEG; ImageError if it is unreadable."""
+    if short_side is not None:
+        with images.opened(file) as image:
+            images.upright(image)
+            scale = short_side / min(image.size)
+            if scale < 1:
+                small, content = images.to_8_bits(image), io.BytesIO()
+                size = [max(1, round(side * scale)) for side in image.size]
+                small.resize((size[0], size[1]), Image.Resampling.LANCZOS).save(content, "JPEG", quality=QUALITY)
+                return content.getvalue()
+    try:
+        return shards.read(str(file))
+    except OSError as error:
+        raise images.ImageError(str(file), error.strerror or str(error)) from error
+
+
+def _finish(folder: Path, data: Manifest, parts: list[list[int]]) -> None:
+    """Writes the lists of all images and files, and prints what there is."""
+    done = [json.loads((folder / f"part-{number}.json").read_text(encoding="utf-8")) for number in range(len(parts))]
+    encoded, groups = data.paths.encoded, np.array(data.groups or [""], dtype=np.bytes_)
+    table = np.zeros(sum(len(part["rows"]) for part in done), shards.dtype(encoded.itemsize, groups.itemsize))
+    chunks, entries, config, at = list[int](), list[dict[str, Any]](), dict[str, Any](), 0
+    for number, part in enumerate(done):
+        rows, end = part["rows"], at + len(part["rows"])
+        values = {"path": encoded[rows], "label": data.labels[rows], "split": data.splits[rows], "chunk": number}
+        values |= {"offset": part["offsets"], "size": part["sizes"]} | ({"group": groups[rows]} if data.groups else {})
+        for name, column in values.items():
+            table[name][at:end] = column
+        chunks.append((folder / shards.chunk(number)).stat().st_size if rows else 0)
+        entries += [entry | {"filename": shards.chunk(number)} for entry in part["index"]["chunks"]]
+        config, at = part["index"].get("config") or config, end
+    with files.replacing(folder / shards.ROWS, "wb") as stream:
+        np.save(stream, table)
+    files.write_json(folder / "index.json", {"chunks": entries, "config": config})
+    size = (folder / shards.ROWS).stat().st_size
+    files.write_json(folder / shards.ABOUT, {"class_names": data.class_names, "chunks": chunks, "rows": size})
+    for file in [folder / UNFINISHED, *folder.glob("part-*.json")]:
+        file.unlink()
+    for unfinished in folder.glob(".part-*"):  # of a command that was killed
+        shutil.rmtree(unfinished)
+    if left_out := {path: reason for part in done for path, reason in part["left_out"].items()}:
+        print(f"left out, unreadable: {some([f'{path} ({reason})' for path, reason in left_out.items()], 3)}")
+    count = f"{len(entries):,} file{'s' * (len(entries) != 1)}"
+    print(f"written: {folder}, {len(table):,} images in {count}, {sum(chunks) / 1e6:,.1f} MB")
+    print(f"next: {command('fit', folder)}")
