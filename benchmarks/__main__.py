@@ -14,13 +14,14 @@ from benchmarks.predict import predict
 from benchmarks.read import reading
 from benchmarks.recipes import recipes
 from benchmarks.serve import serve
+from benchmarks.shards import shards
 from benchmarks.train import precision, training
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--json", type=Path)
     options, words = parser.parse_known_args()
-    benchmarks: Any = [training, precision, reading, predict, serve, bundle, accuracy, recipes, ddp]
+    benchmarks: Any = [training, precision, reading, predict, serve, bundle, accuracy, recipes, ddp, shards]
     figures = auto_cli(benchmarks, args=words or ["training"], as_positional=False)
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=2))
