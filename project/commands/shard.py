@@ -81,18 +81,16 @@ def shard(
 
 def _parts(data: Manifest, order: Any) -> Iterator[list[int]]:
     """The rows of each file, in order."""
-    rows, size = list[int](), 0
+    rows, total = list[int](), 0
     for row in order.tolist():
-        size += _size(data.root / data.paths[row])
-        if rows and (len(rows) == MOST_IMAGES or size > MOST_BYTES):
+        file = data.root / data.paths[row]
+        size = file.stat().st_size if file.exists() else 0
+        if rows and (len(rows) == MOST_IMAGES or total + size > MOST_BYTES):
             yield rows
-            rows, size = [], _size(data.root / data.paths[row])
+            rows, total = [], 0
         rows.append(row)
+        total += size
     yield rows
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0
 
 
 def _begin(folder: Path, data: Manifest, options: dict[str, Any]) -> None:
@@ -139,8 +137,7 @@ def _write(
         }
     cache.done()
     cache.merge()
-    written, offsets = (folder / shards.chunk(0)).read_bytes(), list[int]()
-    end = 0
+    written, offsets, end = (folder / shards.chunk(0)).read_bytes(), list[int](), 0
     for content in contents.values():  # in order, wherever the format has put them
         offsets.append(written.index(content, end))
         end = offsets[-1] + len(content)
