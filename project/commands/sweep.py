@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).parents[1] / "evaluation" / "templates" / "sweep.html"
 TRIALS, ONE = PositiveInt(20), PositiveInt(1)
+WORKER = "PROJECT_SWEEP_WORKER"  # says that another process writes the summary
 BEAT, GRACE = 10, 60  # seconds; a worker that has not been heard of for longer is lost, and its trial goes to another
 
 
@@ -71,7 +72,8 @@ def sweep(
         _start(workers, [*words, *([] if storage is None else [f"--storage={storage}"])])
     else:
         _search(study, Objective(spaces, shared, name, monitor, trust), trials)
-    _summarize(study, folder, monitor)
+    if WORKER not in os.environ:
+        _summarize(study, folder, monitor)
     return 0
 
 
@@ -214,7 +216,7 @@ def _search(study: "Study", objective: Objective, trials: int) -> None:
 
 def _start(workers: int, words: list[str]) -> None:
     """Runs the sweep in several processes, and ends them if this one is ended."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, usable_cores() // workers))}
+    environment = os.environ | {WORKER: "1", "OMP_NUM_THREADS": str(max(1, usable_cores() // workers))}
     worker = [sys.executable, "-m", "project.cli", "sweep", *words]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     started = [subprocess.Popen(worker, env=environment) for _ in range(workers)]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock
 
 from project import files
 from project.errors import FailedRun, UserError, some
@@ -63,8 +64,6 @@ def local(root: str | os.PathLike[str]) -> Path:
         return Path(root)
     folder = CACHE.joinpath(*(part for part in match.groups() if part))
     folder.mkdir(parents=True, exist_ok=True)
-    from filelock import FileLock
-
     remote = [match[1], f"{match[2]}/" if match[2] else ""]
     with FileLock(folder / ".lock"), tempfile.TemporaryDirectory(dir=folder) as new:
         files.write_json(Path(new, REMOTE), remote)
@@ -143,8 +142,6 @@ def _find(path: str) -> tuple[str, np.void]:
 
 def _fetch(folder: Path, number: int) -> None:
     """Downloads a file of images, unless another process does."""
-    from filelock import FileLock
-
     name = chunk(number)
     with FileLock(folder / f".{name}.lock"):
         if not (folder / name).exists():

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from project import models
@@ -154,7 +155,10 @@ def published(name: str, choice: str) -> Weights:
     entry = known[choice]
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(entry.url).path).name
     try:
-        tensors = entry.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu")
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        lock = contextlib.nullcontext() if cached.exists() else FileLock(cached.with_name(f".{cached.name}.lock"))
+        with lock:  # of the processes of a machine one downloads
+            tensors = entry.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu")
     except OSError as error:  # urllib's errors are of this kind
         raise UserError(
             f"Cannot download the weights {entry.name} of {name} ({getattr(error, 'reason', error)}); "

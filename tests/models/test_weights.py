@@ -1,10 +1,20 @@
 """Where a network's weights come from: published files, checkpoints, state dicts; and what is refused."""
 
+import hashlib
+import http.server
+import io
 import json
+import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import timm
@@ -214,3 +224,39 @@ def test_timms_networks_are_built_also_with_two_heads_and_without_a_connection_t
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"Cannot get the weights of resnet10t.*model.safetensors"):
         weights.start("timm/resnet10t", ["a", "b"], "DEFAULT")
+
+
+class Slow(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder, a second after each request."""
+
+    requests: ClassVar[list[str]] = []
+
+    def do_GET(self):
+        self.requests.append(self.path)
+        time.sleep(1)
+        super().do_GET()
+
+
+@pytest.mark.slow
+def test_of_the_processes_of_a_machine_one_downloads(tmp_path, monkeypatch):
+    content = io.BytesIO()
+    torch.save(torchvision.models.squeezenet1_1().state_dict(), content)
+    digest = hashlib.sha256(content.getvalue()).hexdigest()
+    name = f"squeezenet1_1-{digest[:8]}.pth"
+    (tmp_path / name).write_bytes(content.getvalue())
+    monkeypatch.setattr(Slow, "requests", [])
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Slow, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever).start()
+        code = f"""
+from torchvision.models import SqueezeNet1_1_Weights as Published
+Published.DEFAULT.value.url = "http://127.0.0.1:{server.server_port}/{name}"
+from project.models import weights
+assert weights.published("squeezenet1_1", "DEFAULT").tensors
+"""
+        environment = os.environ | {"TORCH_HOME": str(tmp_path / "home")}
+        ranks = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
+        try:
+            assert [rank.wait(120) for rank in ranks] == [0, 0, 0]
+        finally:
+            server.shutdown()
+    assert Slow.requests == [f"/{name}"]
