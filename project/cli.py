@@ -8,6 +8,7 @@ import importlib
 import io
 import os
 import sys
+import time
 
 from project import files
 from project.data import workers
@@ -64,6 +65,8 @@ def _exit_code(argv: list[str]) -> int:
     try:
         return _run(argv)
     except UserError as error:
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+            time.sleep(3)  # of a launcher's processes the first usually says the same, and the launcher ends this one
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (FailedRun, OSError) as error:

@@ -75,13 +75,15 @@ def test_every_image_is_read_once_an_epoch(out, workers, ranks):
     data = ImageData(str(out), image_size=32, batch_size=8, workers=workers, cache="off")
     seen = []
     for rank in range(ranks):
-        loader = data.val_dataloader() if ranks == 1 else data.in_order("val")
+        loader = data.in_order("val")
         loader.batch_sampler.rank, loader.batch_sampler.world_size = rank, ranks
         for batch in loader:
             seen += batch.row.tolist()
             for row, pixels in zip(batch.row.tolist(), batch.image, strict=True):
                 path = Path("photos", os.path.relpath(data.dataset("val").path(row), out))
                 assert np.array_equal(pixels.permute(1, 2, 0), images.read(path, 32))
+        if workers:
+            loader._iterator._shutdown_workers()  # as Lightning does after a fit
     assert sorted(seen) == list(range(len(data.dataset("val"))))
 
 
