@@ -38,7 +38,7 @@ torture: dev  ## part of test-full: forty fits killed at random and resumed, 10,
 board: core  ## TensorBoard on runs/; restart it to see a run with a new name
 	@sh scripts/board.sh $(ARGS)
 
-bench: dev  ## compare with other programs: ARGS=training, precision, reading, predict, serve, bundle, accuracy, recipes or ddp
+bench: dev  ## compare with other programs: ARGS=training, precision, reading, predict, serve, bundle, accuracy, recipes, ddp or shards
 	$(VENV) -m benchmarks $(ARGS)
 
 clean-cache:  ## remove decoded images; the next fit decodes them again

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from project import files
 from project.data import images, manifest, shards
 from project.data.folders import Layout
 from project.data.manifest import Manifest
+from project.data.paths import Paths
 from project.data.splits import SPLITS
 from project.data.workers import usable_cores
 from project.errors import UserError, command, some
@@ -64,7 +66,7 @@ def shard(
         raise UserError("shard needs the library litdata; install it: pip install -e .[stream]") from error
     root_, split_, exclude_ = shards.local(root), Path(split) if split else None, Path(exclude) if exclude else None
     data = manifest.load(root_, split_, split_seed, group=group, exclude=exclude_, layout=layout)
-    order = np.argsort(data.paths.encoded, kind="stable")  # as they are looked up
+    order = np.argsort(Paths.of(data.paths).encoded, kind="stable")  # as they are looked up
     folder, side = Path(out), None if keep else int(short_side)
     parts = list(_parts(data, order))
     _begin(folder, data, {"short_side": side})
@@ -95,7 +97,7 @@ def _parts(data: Manifest, order: Any) -> Iterator[list[int]]:
 
 def _begin(folder: Path, data: Manifest, options: dict[str, Any]) -> None:
     """Makes the folder, or finds it as an interrupted command with the same options and images left it."""
-    columns = (data.paths.encoded, data.labels, data.splits, np.array(data.class_names))
+    columns = (Paths.of(data.paths).encoded, data.labels, data.splits, np.array(data.class_names))
     digest = hashlib.sha256(b"\0".join(column.tobytes() for column in columns)).hexdigest()
     about, unfinished = options | {"images": digest}, folder / UNFINISHED
     if unfinished.exists():
@@ -133,7 +135,7 @@ def _write(
             "label": label,
             "class": data.class_names[label],
             "split": SPLITS[data.splits[row]],
-            "path": data.paths.encoded[row].decode(errors="replace"),
+            "path": os.fsencode(data.paths[row]).decode(errors="replace"),
         }
     cache.done()
     cache.merge()
@@ -166,7 +168,7 @@ def _encoded(file: Path, short_side: int | None) -> bytes:
 def _finish(folder: Path, data: Manifest, parts: list[list[int]]) -> None:
     """Writes the lists of all images and files, and prints what there is."""
     done = [json.loads((folder / f"part-{number}.json").read_text(encoding="utf-8")) for number in range(len(parts))]
-    encoded, groups = data.paths.encoded, np.array(data.groups or [""], dtype=np.bytes_)
+    encoded, groups = Paths.of(data.paths).encoded, np.array(data.groups or [""], dtype=np.bytes_)
     table = np.zeros(sum(len(part["rows"]) for part in done), shards.dtype(encoded.itemsize, groups.itemsize))
     chunks, entries, config, at = list[int](), list[dict[str, Any]](), dict[str, Any](), 0
     for number, part in enumerate(done):

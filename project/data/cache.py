@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -83,11 +84,13 @@ def checksum(pixels: Pixels) -> int:
     return (int(words.sum(dtype=np.uint64)) + int(flat[whole:].sum()) * 257 + 1) % (1 << 64)
 
 
-def choose(choice: Choice, folder: Path, root: Path, paths: Paths, size: int, resize: str) -> tuple[Cache | None, str]:
+def choose(
+    choice: Choice, folder: Path, root: Path, paths: Sequence[str], size: int, resize: str
+) -> tuple[Cache | None, str]:
     """The cache of `root`'s images, with `auto` if it takes at most half of the free space, and a sentence about it."""
     if choice == "off":
         return None, ""
-    key = os.fsencode(repr((PIL.__version__, str(root.resolve())))) + paths.encoded.tobytes()
+    key = os.fsencode(repr((PIL.__version__, str(root.resolve())))) + Paths.of(paths).encoded.tobytes()
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in SOURCE) + key).hexdigest()
     file = folder / f"{digest[:16]}-{size}-{resize.replace(':', '-')}.pixels"
     cache = Cache(file, len(paths), size)

@@ -24,6 +24,7 @@ from project.data.folders import Layout
 from project.data.images import parse_resize
 from project.data.loader import BatchSampler, Loader, loader
 from project.data.manifest import Manifest
+from project.data.paths import Paths
 from project.data.transforms import Augment, augmentation
 from project.errors import UserError, some
 
@@ -198,7 +199,7 @@ class ImageData(LightningDataModule):
             rows = self.manifest.rows(split)
             self._datasets[split] = ImageDataset(
                 root=self.manifest.root,
-                paths=self.manifest.paths[rows],
+                paths=Paths.of(self.manifest.paths)[rows],
                 labels=self.manifest.labels[rows],
                 image_size=self.image_size,
                 resize=self.resize,

@@ -7,7 +7,7 @@ import os
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -29,7 +29,7 @@ class Manifest:
     """The rows of a data set: images with labels and splits."""
 
     root: Path  # the folder that `paths` are relative to
-    paths: Paths  # one POSIX path a row, in order
+    paths: Sequence[str]  # one POSIX path a row, in order
     labels: npt.NDArray[np.int32]  # (N,) the row's index into `class_names`
     splits: npt.NDArray[np.int8]  # (N,) the row's index into `SPLITS`
     class_names: list[str]  # sorted names of the training split's classes

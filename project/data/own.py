@@ -22,7 +22,6 @@ from project.data.datamodule import STAGE_SPLITS, ImageData
 from project.data.dataset import ImageDataset, Key
 from project.data.images import ImageError, Pixels
 from project.data.manifest import Manifest
-from project.data.paths import Paths
 from project.data.splits import SPLITS
 from project.data.transforms import seeded
 from project.errors import UserError
@@ -66,7 +65,7 @@ class OwnData(ImageData):
     def manifest(self) -> Manifest:
         """The rows of the splits that the verb needs, of a fit all."""
         sets = {SPLITS.index(split): self.dataset(split) for split in self._splits}
-        paths = Paths.of(each.path(row) for each in sets.values() for row in range(len(each)))
+        paths = [each.path(row) for each in sets.values() for row in range(len(each))]
         splits = np.repeat([*sets], [len(each) for each in sets.values()]).astype(np.int8)
         labels = np.concatenate([each.labels for each in sets.values()]).astype(np.int32)
         return Manifest(self.root, paths, labels, splits, [*map(str, self._own.class_names)])

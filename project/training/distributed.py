@@ -18,6 +18,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from project.data.paths import Paths
 from project.errors import FailedRun, UserError, some
 from project.training.callbacks import data_of, gather
 from project.training.loop_state import LOOP_STATE
@@ -64,7 +65,10 @@ class SameOnAllRanks(Callback):
         manifest = data_of(trainer).manifest
         sources = [path.read_bytes() for path in sorted(PACKAGE.rglob("*.py"))]
         names = "\n".join(manifest.class_names).encode(errors="surrogateescape")
-        rows = names, *(column.tobytes() for column in (manifest.paths.encoded, manifest.labels, manifest.splits))
+        rows = (
+            names,
+            *(column.tobytes() for column in (Paths.of(manifest.paths).encoded, manifest.labels, manifest.splits)),
+        )
         self._own |= {
             "code": [f"torch {torch.__version__}", f"Lightning {lightning.__version__}", f"project {_digest(sources)}"],
             "images": [f"{len(manifest.paths):,} images", f"names and labels {_digest(rows)}"],

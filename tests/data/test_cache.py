@@ -17,7 +17,6 @@ from PIL import Image
 from project.data import cache, images
 from project.data.cache import Cache, choose, stamp
 from project.data.dataset import ImageDataset
-from project.data.paths import Paths
 
 SIZE = 30  # 2,700 bytes an image: not a multiple of the checksum's eight
 FORK = multiprocessing.get_context("fork")
@@ -123,16 +122,14 @@ def test_full_disk_is_reported_and_images_are_read_without_the_cache(photos, cap
 
 def test_cache_that_cannot_be_created_is_reported_and_images_are_read_without_it(photos, capsys):
     Path("place").write_text("a file where the folder should be")
-    assert (
-        choose("on", Path("place"), photos, Paths.of(["a.png"]), SIZE, "stretch")[0] is not None
-    )  # reported by the first row
+    assert choose("on", Path("place"), photos, ["a.png"], SIZE, "stretch")[0] is not None  # reported by the first row
     data = dataset(photos, "place/it.pixels")
     assert (all_of(data) == truth(data)).all()
     assert capsys.readouterr().out.count("continuing without") == 1
 
 
 def test_auto_decides_by_free_space_and_explains(photos, monkeypatch):
-    folder, options = Path("data/cache"), (photos, Paths.of(["red/000.png", "red/001.png"]), SIZE, "stretch")
+    folder, options = Path("data/cache"), (photos, ["red/000.png", "red/001.png"], SIZE, "stretch")
     chosen, sentence = choose("auto", folder, *options)
     assert str(chosen.file) in sentence
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**4))
@@ -148,9 +145,7 @@ def test_auto_decides_by_free_space_and_explains(photos, monkeypatch):
             assert choose("on", folder, *options)[0].file != before
     names = {"__init__", "cache", "dataset", "images"}  # a module that a fork adds comes by itself
     assert {source.stem for source in cache.SOURCE} == names
-    for index, other in enumerate(
-        (photos / "red", Paths.of(["red/001.png"]), SIZE + 1, "pad")
-    ):  # each has its own cache
+    for index, other in enumerate((photos / "red", ["red/001.png"], SIZE + 1, "pad")):  # each has its own cache
         changed = [*options[:index], other, *options[index + 1 :]]
         assert choose("on", folder, *changed)[0].file != choose("on", folder, *options)[0].file
     ways = ("crop", "crop:bicubic", "crop:bicubic:0.875", "crop:bicubic:0.87")

@@ -69,9 +69,8 @@ def test_images_labels_and_split_are_those_of_the_folder_and_litdata_reads_them_
     assert "out exists; give another folder, or remove it." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_every_image_is_read_once_an_epoch(out, workers, ranks):
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 4), (2, 2), (3, 1)])
+def test_every_image_is_read_once_an_epoch(out, ranks, workers):
     data = ImageData(str(out), image_size=32, batch_size=8, workers=workers, cache="off")
     seen = []
     for rank in range(ranks):
@@ -223,7 +222,7 @@ def test_object_storage_has_the_figures_of_the_folder_and_is_read_once(storage, 
     assert measured(runs[0]) == measured(runs[1])
     cached = {file: file.stat().st_mtime_ns for file in (shards.CACHE / "bucket/photos").glob("chunk-*")}
     assert len(cached) == 6
-    assert fit("s3://bucket/photos", "--data.workers", "0") == 0
+    assert fit("s3://bucket/photos", "--trainer.max_steps", "1") == 0
     assert cached == {file: file.stat().st_mtime_ns for file in cached}
 
 
