@@ -69,6 +69,7 @@ def test_images_labels_and_split_are_those_of_the_folder_and_litdata_reads_them_
     assert "out exists; give another folder, or remove it." in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 4), (2, 2), (3, 1)])
 def test_every_image_is_read_once_an_epoch(out, ranks, workers):
     data = ImageData(str(out), image_size=32, batch_size=8, workers=workers, cache="off")
