@@ -127,7 +127,7 @@ def _write(
     left_out = {data.paths[row]: error.reason for row, error in found.items() if isinstance(error, images.ImageError)}
     contents = {row: content for row, content in found.items() if isinstance(content, bytes)}
     if not contents:
-        return {"index": {"chunks": []}, "rows": [], "offsets": [], "sizes": [], "left_out": left_out}
+        return {"index": {"chunks": []}, "rows": [], "offsets": [], "sizes": [], "digest": "", "left_out": left_out}
     for number, (row, content) in enumerate(contents.items()):
         label = int(data.labels[row])
         cache[number] = {
@@ -144,8 +144,8 @@ def _write(
         offsets.append(written.index(content, end))
         end = offsets[-1] + len(content)
     index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    sizes = list(map(len, contents.values()))
-    return {"index": index, "rows": list(contents), "offsets": offsets, "sizes": sizes, "left_out": left_out}
+    places = {"rows": list(contents), "offsets": offsets, "sizes": list(map(len, contents.values()))}
+    return places | {"index": index, "digest": hashlib.sha256(written).hexdigest(), "left_out": left_out}
 
 
 def _encoded(file: Path, short_side: int | None) -> bytes:
@@ -183,8 +183,9 @@ def _finish(folder: Path, data: Manifest, parts: list[list[int]]) -> None:
     with files.replacing(folder / shards.ROWS, "wb") as stream:
         np.save(stream, table)
     files.write_json(folder / "index.json", {"chunks": entries, "config": config})
-    size = (folder / shards.ROWS).stat().st_size
-    files.write_json(folder / shards.ABOUT, {"class_names": data.class_names, "chunks": chunks, "rows": size})
+    about = {"class_names": data.class_names, "chunks": chunks, "rows": (folder / shards.ROWS).stat().st_size}
+    digest = hashlib.sha256("".join(part["digest"] for part in done).encode()).hexdigest()  # tells others of equal size
+    files.write_json(folder / shards.ABOUT, about | {"digest": digest})
     for file in [folder / UNFINISHED, *folder.glob("part-*.json")]:
         file.unlink()
     for unfinished in folder.glob(".part-*"):  # of a command that was killed

@@ -231,10 +231,15 @@ def test_other_shards_at_the_same_place_replace_the_cached_ones(storage, out):
     data = manifest.load(shards.local("s3://bucket/photos"))
     path = data.paths[0]
     before = images.read(data.root / path, 32)
-    Image.fromarray(255 - before).save(Path("photos", path))
-    assert cli.main(["shard", "photos", "other", "--keep"]) == 0
-    upload(boto3.client("s3"), Path("other"))
+    Image.fromarray(255 - before).save(Path("photos", path), compress_level=0)
+    assert cli.main(["shard", "photos", "same", "--keep"]) == 0
+    upload(boto3.client("s3"), Path("same"))
     assert np.array_equal(images.read(shards.local("s3://bucket/photos") / path, 32), 255 - before)
+    Image.fromarray(before).save(Path("photos", path), compress_level=0)  # as many bytes
+    assert cli.main(["shard", "photos", "other", "--keep"]) == 0
+    assert (Path("other/rows.npy").read_bytes()) == (Path("same/rows.npy").read_bytes())
+    upload(boto3.client("s3"), Path("other"))
+    assert np.array_equal(images.read(shards.local("s3://bucket/photos") / path, 32), before)
 
 
 def test_storage_that_is_not_there_is_a_sentence(storage, monkeypatch, capsys):
