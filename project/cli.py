@@ -66,7 +66,7 @@ def _exit_code(argv: list[str]) -> int:
         return _run(argv)
     except UserError as error:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
-            time.sleep(3)  # of a launcher's processes the first usually says the same, and the launcher ends this one
+            time.sleep(20)  # of a launcher's processes the first usually says the same, and the launcher ends this one
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (FailedRun, OSError) as error:

@@ -81,7 +81,7 @@ class SameOnAllRanks(Callback):
             if not theirs + ours:
                 continue
             if not trainer.is_global_zero:
-                time.sleep(3)  # when this rank ends, torchrun ends the first one, which has to say why
+                time.sleep(10)  # when this rank ends, torchrun ends the first one, which has to say why
                 raise SystemExit(2)
             raise UserError(
                 f"Rank {rank} on {other['host']} has other {kind} than rank 0 on {ranks[0]['host']}: "
