@@ -221,7 +221,7 @@ def test_ranks_stop_together_and_one_process_goes_on_where_they_were(photos, cap
         assert [v for _, v in curves[tag][near]] == pytest.approx([v for _, v in others[tag][near]], abs=1e-3), tag
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_fits_that_start_together_do_not_disturb_each_other(photos):
     processes = [subprocess.Popen([*CLI, *FIT], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate(timeout=120)[0] for process in processes]

@@ -113,8 +113,8 @@ def test_fit_stopped_in_a_step_and_in_a_validation_goes_on_to_the_same_bits(phot
         assert (run / "projector" / "validation" / "tensors.tsv").exists()
 
 
-@pytest.mark.slow
-@every_kind(1, pytest.mark.full)
+@pytest.mark.full
+@every_kind(len(KINDS), pytest.mark.full)
 def test_fit_that_was_stopped_anywhere_goes_on_to_the_same_bits(photos, undisturbed, interrupt, options):
     """At the first and the last step of an epoch, in successive steps, and often."""
     last = (6 if "7" in options else STEPS - 1) + STEPS
