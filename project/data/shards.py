@@ -55,26 +55,30 @@ def is_remote(root: str) -> bool:
     return LOCATION.fullmatch(root) is not None
 
 
+def place(root: str | os.PathLike[str]) -> Path:
+    """The folder of a data set; that of one in object storage is a cache here, as the last start has left it."""
+    match = LOCATION.fullmatch(os.fspath(root))
+    return CACHE.joinpath(*filter(None, match.groups())) if match else Path(root)
+
+
 def local(root: str | os.PathLike[str]) -> Path:
     """The folder of a data set; that of one in object storage is a cache here, which has what every start needs.
 
     UserError where the storage cannot be reached, or has no shards there.
     """
+    folder = place(root)
     if not (match := LOCATION.fullmatch(os.fspath(root))):
-        return Path(root)
-    folder = CACHE.joinpath(*(part for part in match.groups() if part))
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
-    remote = [match[1], f"{match[2]}/" if match[2] else ""]
     with FileLock(folder / ".lock"), tempfile.TemporaryDirectory(dir=folder) as new:
-        files.write_json(Path(new, REMOTE), remote)
+        files.write_json(Path(new, REMOTE), [match[1], f"{match[2]}/" if match[2] else ""])
         _download(Path(new), ABOUT, UserError)
-        about = Path(new, ABOUT).read_bytes()
-        if not is_shards(folder) or (folder / ABOUT).read_bytes() != about:
-            for file in (folder / ABOUT, folder / ROWS, *folder.glob("chunk-*")):  # of others
+        if not is_shards(folder) or (folder / ABOUT).read_bytes() != Path(new, ABOUT).read_bytes():
+            _download(Path(new), ROWS, UserError)
+            opened(new)  # not while they are uploaded
+            for file in (folder / ABOUT, *folder.glob("chunk-*")):  # of others
                 file.unlink(missing_ok=True)
             for name in (ROWS, REMOTE, ABOUT):
-                if name == ROWS:
-                    _download(Path(new), name, UserError)
                 Path(new, name).replace(folder / name)
     return folder
 
@@ -87,13 +91,14 @@ def opened(folder: str | os.PathLike[str]) -> Shards:
 @functools.lru_cache(8)
 def _opened(name: str, _version: int) -> Shards:
     folder = Path(name)
-    sizes, found = {ABOUT: -1}, {file.name: file.stat().st_size for file in folder.iterdir()}
-    with contextlib.suppress(ValueError, KeyError):
+    sizes = {ABOUT: -1}
+    with contextlib.suppress(ValueError, KeyError, TypeError):
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         sizes = {ROWS: about["rows"]}
-        if REMOTE not in found:
+        if not (folder / REMOTE).exists():
             sizes |= {chunk(number): size for number, size in enumerate(about["chunks"]) if size}
-    if lost := [name for name, size in sizes.items() if found.get(name) != size]:
+    needed = ((folder / name, size) for name, size in sizes.items())
+    if lost := [file.name for file, size in needed if not file.exists() or file.stat().st_size != size]:
         raise UserError(f"The shards in {folder} are not whole: {some(lost, 3)}; copy them again, or write them anew.")
     rows = np.load(folder / ROWS, mmap_mode="r").view(np.ndarray)  # read as it is needed, once for all processes
     return Shards(about["class_names"], rows)
@@ -142,26 +147,25 @@ def _find(path: str) -> tuple[str, np.void]:
 
 def _fetch(folder: Path, number: int) -> None:
     """Downloads a file of images, unless another process does."""
-    name = chunk(number)
-    with FileLock(folder / f".{name}.lock"):
-        if not (folder / name).exists():
-            _download(folder, name)
+    file = folder / chunk(number)
+    with FileLock(folder / f".{file.name}.lock"):
+        if not file.exists():
+            _download(folder, file.name)
+            if file.stat().st_size != json.loads((folder / ABOUT).read_text(encoding="utf-8"))["chunks"][number]:
+                file.unlink()
+                raise FailedRun(f"Other shards have replaced those of {folder} since the start; start again.")
 
 
 def _download(folder: Path, name: str, refusal: type[Exception] = FailedRun) -> None:
-    """Downloads a file, whole or not at all; `refusal` where it cannot be read."""
+    """Downloads a file, whole or not at all, as boto3 does; `refusal` where it cannot be read."""
     bucket, prefix = json.loads((folder / REMOTE).read_text(encoding="utf-8"))
-    unfinished = files.beside(folder / name)
     try:
-        _client().download_file(bucket, prefix + name, str(unfinished))
-        unfinished.replace(folder / name)
+        _client().download_file(bucket, prefix + name, str(folder / name))
+    except UserError:
+        raise
     except Exception as error:  # of boto3, urllib3 or the disk
-        if isinstance(error, UserError):
-            raise
         reason = " ".join(str(error).split()).rstrip(".")
         raise refusal(f"Cannot read s3://{bucket}/{prefix}{name}: {reason}.") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 @functools.cache
