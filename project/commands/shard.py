@@ -70,7 +70,7 @@ def shard(
     root_, split_, exclude_ = shards.local(root), Path(split) if split else None, Path(exclude) if exclude else None
     data = manifest.load(root_, split_, split_seed, group=group, exclude=exclude_, layout=layout)
     if outside := [path for path in data.paths if path.startswith(("/", "../"))]:
-        raise UserError(f"{root} lists images that are not below its folder: {some(outside, 3)}; move the table there.")
+        raise UserError(f"{root} must have relative paths, below its folder, not {some(outside, 3)}; change them.")
     folder, side, parts = Path(out), None if keep else int(short_side), list(_parts(data))
     _begin(folder, data, {"short_side": side, "parts": list(map(len, parts))})
     with ThreadPoolExecutor(usable_cores()) as pool:
@@ -166,18 +166,14 @@ def _encoded(short_side: int | None, file: Path) -> bytes | str:
 def _finish(folder: Path, data: Manifest, parts: list[list[int]]) -> None:
     """Writes the lists of all images and files, and prints what there is."""
     done = [json.loads((folder / f"part-{number}.json").read_text(encoding="utf-8")) for number in range(len(parts))]
-    rows, chunks = [row for part in done for row in part["rows"]], [part["bytes"] for part in done]
+    rows, offsets, sizes = ([value for part in done for value in part[name]] for name in ("rows", "offsets", "sizes"))
+    numbers, chunks = np.repeat(np.arange(len(done)), [len(part["rows"]) for part in done]), [p["bytes"] for p in done]
     encoded, groups = Paths.of(data.paths).encoded, Paths.of(data.groups or [""] * len(data.paths)).encoded
-    table = np.zeros(len(rows), shards.dtype(encoded.itemsize, groups.itemsize))
-    table["path"], table["group"] = encoded[rows], groups[rows]
-    table["label"], table["split"] = data.labels[rows], data.splits[rows]
-    table["chunk"] = np.repeat(np.arange(len(done)), [len(part["rows"]) for part in done])
-    for name in ("offset", "size"):
-        table[name] = [value for part in done for value in part[f"{name}s"]]
-    entries, config = list[dict[str, Any]](), dict[str, Any]()
-    for number, part in enumerate(done):
-        entries += [entry | {"filename": shards.chunk(number)} for entry in part["index"]["chunks"]]
-        config = part["index"].get("config") or config
+    columns: list[Any] = [encoded[rows], data.labels[rows], data.splits[rows], groups[rows], numbers, offsets, sizes]
+    table = np.rec.fromarrays(columns, dtype=shards.dtype(encoded.itemsize, groups.itemsize))
+    named = [(entry, shards.chunk(number)) for number, part in enumerate(done) for entry in part["index"]["chunks"]]
+    entries = [entry | {"filename": name} for entry, name in named]
+    config: dict[str, Any] = next((part["index"]["config"] for part in done if part["rows"]), {})
     with files.replacing(folder / shards.ROWS, "wb") as stream:
         np.save(stream, table)
     files.write_json(folder / "index.json", {"chunks": entries, "config": config})

@@ -69,7 +69,7 @@ def rows(run: Path) -> list[Row]:
 
 def shards_of(run: Path) -> Path | None:
     """The folder of shards that a run without a split.csv has the split of, if it is there or cached."""
-    if (run / FILE).is_file() or not (file := run / "config.yaml").is_file():
+    if not (file := run / "config.yaml").is_file():
         return None
     root = shards.place((yaml.safe_load(file.read_text(encoding="utf-8")).get("data") or {}).get("root") or "")
     return root if shards.is_shards(root) else None
