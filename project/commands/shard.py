@@ -104,16 +104,15 @@ def _begin(folder: Path, data: Manifest, options: dict[str, Any]) -> None:
     columns = (Paths.of(data.paths).encoded, data.labels, data.splits, np.array(data.class_names))
     digest = hashlib.sha256(b"\0".join(column.tobytes() for column in columns)).hexdigest()
     about, unfinished = options | {"images": digest}, folder / UNFINISHED
-    if unfinished.exists():
-        if json.loads(unfinished.read_text(encoding="utf-8")) != about:
-            raise UserError(f"{folder} was begun with other options or images; remove it, or give another folder.")
-        return
-    if folder.exists():
+    if not folder.exists():
+        try:
+            files.write_json(unfinished, about)
+        except OSError as error:
+            raise UserError(f"Cannot write into {folder}: {error.strerror}; give another folder.") from error
+    elif not unfinished.exists():
         raise UserError(f"{folder} exists; give another folder, or remove it.")
-    try:
-        files.write_json(unfinished, about)
-    except OSError as error:
-        raise UserError(f"Cannot write into {folder}: {error.strerror}; give another folder.") from error
+    elif json.loads(unfinished.read_text(encoding="utf-8")) != about:
+        raise UserError(f"{folder} was begun with other options or images; remove it, or give another folder.")
 
 
 def _write(cache: Any, folder: Path, data: Manifest, rows: list[int], encoded: Iterable[bytes | str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,15 +27,8 @@ LOCATION = re.compile(r"s3:/+([^/]+)(?:/(.*?))?/*")
 ATTEMPTS = 8  # to reach the storage, over about a minute
 
 
-class Shards(NamedTuple):
-    """What a folder of shards holds."""
-
-    class_names: list[str]
-    rows: npt.NDArray[np.void]  # (N,) by path: path, label, split, group, and chunk, offset and size in bytes
-
-
 def dtype(path: int, group: int) -> np.dtype[np.void]:
-    """A row of images whose paths and groups are at most that many bytes long."""
+    """A row of images whose paths and groups are at most that many bytes long; offset and size are in bytes."""
     place = [("chunk", np.int32), ("offset", np.int64), ("size", np.int64)]
     return np.dtype([("path", f"S{path}"), ("label", np.int32), ("split", np.int8), ("group", f"S{group}"), *place])
 
@@ -83,13 +76,13 @@ def local(root: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def opened(folder: str | os.PathLike[str]) -> Shards:
-    """Opens a folder of shards; UserError where it is not whole."""
+def opened(folder: str | os.PathLike[str]) -> tuple[list[str], npt.NDArray[np.void]]:
+    """The names of the classes and the rows (N,), by path, of a folder of shards; UserError where it is not whole."""
     return _opened(os.fspath(folder), os.stat(os.path.join(folder, ABOUT)).st_mtime_ns)  # noqa: PTH116, PTH118
 
 
 @functools.lru_cache(8)
-def _opened(name: str, _version: int) -> Shards:
+def _opened(name: str, _version: int) -> tuple[list[str], npt.NDArray[np.void]]:
     folder = Path(name)
     sizes = {ABOUT: -1}
     with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -101,7 +94,7 @@ def _opened(name: str, _version: int) -> Shards:
     if lost := [file.name for file, size in needed if not file.exists() or file.stat().st_size != size]:
         raise UserError(f"The shards in {folder} are not whole: {some(lost, 3)}; copy them again, or write them anew.")
     rows = np.load(folder / ROWS, mmap_mode="r").view(np.ndarray)  # read as it is needed, once for all processes
-    return Shards(about["class_names"], rows)
+    return about["class_names"], rows
 
 
 def status(path: str) -> os.stat_result:
@@ -138,7 +131,7 @@ def _find(path: str) -> tuple[str, np.void]:
     while above != folder and not is_shards(above):
         folder, above = above, os.path.dirname(above)  # noqa: PTH120
     if is_shards(above):
-        rows, name = opened(above).rows, os.fsencode(path[len(above) :].lstrip("/"))
+        rows, name = opened(above)[1], os.fsencode(path[len(above) :].lstrip("/"))
         index = bisect.bisect_left(rows["path"], name)
         if index < len(rows) and rows[index]["path"] == name:
             return above, rows[index]
