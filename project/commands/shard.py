@@ -71,6 +71,8 @@ def shard(
     data = manifest.load(root_, split_, split_seed, group=group, exclude=exclude_, layout=layout)
     if outside := [path for path in data.paths if path.startswith(("/", "../"))]:
         raise UserError(f"{root} must have relative paths, below its folder, not {some(outside, 3)}; change them.")
+    for notice in data.notices:  # which fit has no more
+        print(notice)
     folder, side, parts = Path(out), None if keep else int(short_side), list(_parts(data))
     _begin(folder, data, {"short_side": side, "parts": list(map(len, parts))})
     with ThreadPoolExecutor(usable_cores()) as pool:

@@ -13,6 +13,7 @@ import re
 import tempfile
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -50,8 +51,10 @@ def is_remote(root: str) -> bool:
 
 def place(root: str | os.PathLike[str]) -> Path:
     """The folder of a data set; that of one in object storage is a cache here, as the last start has left it."""
-    match = LOCATION.fullmatch(os.fspath(root))
-    return CACHE.joinpath(*filter(None, match.groups())) if match else Path(root)
+    if not (match := LOCATION.fullmatch(os.fspath(root))):
+        return Path(root)
+    location = "/".join(filter(None, match.groups()))
+    return CACHE / quote(location, safe="") / location.rpartition("/")[2]  # none inside another
 
 
 def local(root: str | os.PathLike[str]) -> Path:

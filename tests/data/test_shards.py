@@ -137,7 +137,7 @@ def test_large_images_are_shrunk_and_small_ones_kept(workplace, capsys):
         images.read("out/b/broken.png", 32)
 
 
-def test_groups_splits_and_exclusions_are_stored_or_applied(photos):
+def test_groups_splits_and_exclusions_are_stored_or_applied(photos, capsys):
     split = [("path", "label", "split")]
     for number, path in enumerate(sorted(photos.rglob("*.png"))):
         split.append((path.relative_to(photos).as_posix(), path.parent.name, ("train", "val", "test")[number % 3]))
@@ -147,7 +147,8 @@ def test_groups_splits_and_exclusions_are_stored_or_applied(photos):
     assert stored == {path: side for path, _, side in split[1:]}
     Path("out.csv").write_text(f"path\n{split[1][0]}\n")
     assert len(manifest.load(OUT, exclude=Path("out.csv")).paths) == 119
-    assert cli.main(["shard", "photos", "grouped", "--group", r"(\d)\.png"]) == 0
+    assert cli.main(["shard", "photos", "grouped", "--group", r"(\d)\.png", "--exclude", "out.csv"]) == 0
+    assert "left out, listed in out.csv: 1 of 1 paths" in capsys.readouterr().out
     assert {row.group for row in manifest.rows_of_shards(Path("grouped"))} == set("0123456789")
 
 
@@ -267,7 +268,7 @@ def test_object_storage_has_the_figures_of_the_folder_and_is_read_once(storage, 
     runs = [Path("runs", name, "version_0") for name in ("out", "photos")]
     assert (runs[0] / "metrics.csv").read_text() == (runs[1] / "metrics.csv").read_text()
     assert measured(runs[0]) == measured(runs[1])
-    cached = {file: file.stat().st_mtime_ns for file in (shards.CACHE / "bucket/photos").glob("chunk-*")}
+    cached = {file: file.stat().st_mtime_ns for file in shards.place("s3://bucket/photos").glob("chunk-*")}
     assert len(cached) == 6
     assert fit("s3://bucket/photos", "--trainer.max_steps", "1") == 0
     assert cached == {file: file.stat().st_mtime_ns for file in cached}
@@ -310,6 +311,10 @@ def test_storage_that_is_not_there_is_a_sentence(storage, monkeypatch, capsys):
     assert "Cannot read s3://bucket/nothing/shards.json: " in capsys.readouterr().err
     assert fit("s3://nobody/photos") == 2
     assert "Cannot read s3://nobody/photos/shards.json: " in capsys.readouterr().err
+    root = shards.local("s3://bucket/photos")
+    path = manifest.load(root).paths[0]
+    assert fit(f"s3://bucket/photos/{path}") == 2
+    assert images.read(root / path, 32).shape == (32, 32, 3)  # no folder of that name is in its way
     monkeypatch.setattr(shards, "ATTEMPTS", 2)
     shards._client.cache_clear()
     storage.stop()
