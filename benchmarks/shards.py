@@ -80,12 +80,12 @@ def _speeds(roots: dict[str, str], rounds: int, workers: int) -> dict[str, float
 
 def _starts(folder: Path, rounds: int) -> dict[int, float]:
     """Seconds of a short fit by the number of images; the same few files, under as many names."""
-    old = format_.opened(folder)
+    _, old = format_.opened(folder)
     for count in (1_000, MILLION):
         rows, copy = np.zeros(count, format_.dtype(40, 1)), Path(f"many-{count}")
         shutil.copytree(folder, copy)
         for column in ("label", "split", "chunk", "offset", "size"):
-            rows[column] = np.sort(old.rows, order="split")[column][np.arange(count) % len(old.rows)]
+            rows[column] = np.sort(old, order="split")[column][np.arange(count) % len(old)]
         rows["path"] = [b"%09d.jpg" % number for number in range(count)]
         with (copy / format_.ROWS).open("wb") as stream:
             np.save(stream, rows)

@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,27 +65,32 @@ def shard(
         from litdata.streaming import Cache
     except ImportError as error:
         raise UserError("shard needs the library litdata; install it: pip install -e .[stream]") from error
+    if shards.is_remote(out):
+        raise UserError(f"shard writes a folder, not {out}; give one, and copy it there: aws s3 cp --recursive.")
     root_, split_, exclude_ = shards.local(root), Path(split) if split else None, Path(exclude) if exclude else None
     data = manifest.load(root_, split_, split_seed, group=group, exclude=exclude_, layout=layout)
-    order = np.argsort(Paths.of(data.paths).encoded, kind="stable")  # as they are looked up
-    folder, side = Path(out), None if keep else int(short_side)
-    parts = list(_parts(data, order))
-    _begin(folder, data, {"short_side": side})
+    if outside := [path for path in data.paths if path.startswith(("/", "../"))]:
+        raise UserError(f"{root} must have relative paths, below its folder, not {some(outside, 3)}; change them.")
+    for notice in data.notices:  # which fit has no more
+        print(notice)
+    folder, side, parts = Path(out), None if keep else int(short_side), list(_parts(data))
+    _begin(folder, data, {"short_side": side, "parts": list(map(len, parts))})
     with ThreadPoolExecutor(usable_cores()) as pool:
         for number, rows in track(list(enumerate(parts)), "shard", console=Console(stderr=True), transient=True):
             if not (done := folder / f"part-{number}.json").exists():
                 with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as name:
-                    part = _write(Cache(name, chunk_size=len(rows)), Path(name), data, rows, side, pool)
+                    encoded = pool.map(partial(_encoded, side), [data.root / data.paths[row] for row in rows])
+                    part = _write(Cache(name, chunk_size=len(rows)), Path(name), data, rows, encoded)
                     if part["sizes"]:
                         Path(name, shards.chunk(0)).replace(folder / shards.chunk(number))
                     files.write_json(done, part)
     _finish(folder, data, parts)
 
 
-def _parts(data: Manifest, order: Any) -> Iterator[list[int]]:
+def _parts(data: Manifest) -> Iterator[list[int]]:
     """The rows of each file, in order."""
     rows, total = list[int](), 0
-    for row in order.tolist():
+    for row in np.argsort(Paths.of(data.paths).encoded, kind="stable").tolist():  # as they are looked up
         file = data.root / data.paths[row]
         size = file.stat().st_size if file.exists() else 0
         if rows and (len(rows) == MOST_IMAGES or total + size > MOST_BYTES):
@@ -100,34 +106,25 @@ def _begin(folder: Path, data: Manifest, options: dict[str, Any]) -> None:
     columns = (Paths.of(data.paths).encoded, data.labels, data.splits, np.array(data.class_names))
     digest = hashlib.sha256(b"\0".join(column.tobytes() for column in columns)).hexdigest()
     about, unfinished = options | {"images": digest}, folder / UNFINISHED
-    if unfinished.exists():
-        if json.loads(unfinished.read_text(encoding="utf-8")) != about:
-            raise UserError(f"{folder} was begun with other options or images; remove it, or give another folder.")
-        return
-    if folder.exists():
-        raise UserError(f"{folder} exists; give another folder, or remove it.")
-    try:
-        files.write_json(unfinished, about)
-    except OSError as error:
-        raise UserError(f"Cannot write into {folder}: {error.strerror}; give another folder.") from error
-
-
-def _write(
-    cache: Any, folder: Path, data: Manifest, rows: list[int], short_side: int | None, pool: Executor
-) -> dict[str, Any]:
-    """Writes one file of images by LitData; returns its index, and where each image lies in it."""
-
-    def encode(row: int) -> bytes | images.ImageError:
+    if not folder.exists():
         try:
-            return _encoded(data.root / data.paths[row], short_side)
-        except images.ImageError as error:
-            return error
+            files.write_json(unfinished, about)
+        except OSError as error:
+            raise UserError(f"Cannot write into {folder}: {error.strerror}; give another folder.") from error
+    elif not unfinished.exists():
+        raise UserError(f"{folder} exists; give another folder, or remove it.")
+    elif json.loads(unfinished.read_text(encoding="utf-8")) != about:
+        raise UserError(f"{folder} was begun with other options or images; remove it, or give another folder.")
 
-    found = dict(zip(rows, pool.map(encode, rows), strict=True))
-    left_out = {data.paths[row]: error.reason for row, error in found.items() if isinstance(error, images.ImageError)}
+
+def _write(cache: Any, folder: Path, data: Manifest, rows: list[int], encoded: Iterable[bytes | str]) -> dict[str, Any]:
+    """Writes one file of images by LitData; returns its index, and where each image lies in it."""
+    found = dict(zip(rows, encoded, strict=True))
+    left_out = {data.paths[row]: reason for row, reason in found.items() if isinstance(reason, str)}
     contents = {row: content for row, content in found.items() if isinstance(content, bytes)}
+    places: dict[str, Any] = {"rows": list(contents), "sizes": list(map(len, contents.values())), "left_out": left_out}
     if not contents:
-        return {"index": {"chunks": []}, "rows": [], "offsets": [], "sizes": [], "digest": "", "left_out": left_out}
+        return places | {"index": {"chunks": []}, "offsets": [], "bytes": 0, "digest": ""}
     for number, (row, content) in enumerate(contents.items()):
         label = int(data.labels[row])
         cache[number] = {
@@ -144,42 +141,40 @@ def _write(
         offsets.append(written.index(content, end))
         end = offsets[-1] + len(content)
     index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    places = {"rows": list(contents), "offsets": offsets, "sizes": list(map(len, contents.values()))}
-    return places | {"index": index, "digest": hashlib.sha256(written).hexdigest(), "left_out": left_out}
+    digest = hashlib.sha256(written).hexdigest()
+    return places | {"index": index, "offsets": offsets, "bytes": len(written), "digest": digest}
 
 
-def _encoded(file: Path, short_side: int | None) -> bytes:
-    """An image's file, or where its short side is longer than that, a smaller JPEG; ImageError if it is unreadable."""
-    if short_side is not None:
-        with images.opened(file) as image:
-            images.upright(image)
-            scale = short_side / min(image.size)
-            if scale < 1:
-                small, content = images.to_8_bits(image), io.BytesIO()
-                size = [max(1, round(side * scale)) for side in image.size]
-                small.resize((size[0], size[1]), Image.Resampling.LANCZOS).save(content, "JPEG", quality=QUALITY)
-                return content.getvalue()
+def _encoded(short_side: int | None, file: Path) -> bytes | str:
+    """An image's file, or where its short side is longer than that, a smaller JPEG; the reason if it is unreadable."""
     try:
+        if short_side is not None:
+            with images.opened(file) as image:
+                images.upright(image)
+                scale = short_side / min(image.size)
+                if scale < 1:
+                    small, content = images.to_8_bits(image), io.BytesIO()
+                    width, height = (max(1, round(side * scale)) for side in image.size)
+                    small.resize((width, height), Image.Resampling.LANCZOS).save(content, "JPEG", quality=QUALITY)
+                    return content.getvalue()
         return shards.read(str(file))
+    except images.ImageError as error:
+        return error.reason
     except OSError as error:
-        raise images.ImageError(str(file), error.strerror or str(error)) from error
+        return error.strerror or str(error)
 
 
 def _finish(folder: Path, data: Manifest, parts: list[list[int]]) -> None:
     """Writes the lists of all images and files, and prints what there is."""
     done = [json.loads((folder / f"part-{number}.json").read_text(encoding="utf-8")) for number in range(len(parts))]
-    encoded, groups = Paths.of(data.paths).encoded, np.array(data.groups or [""], dtype=np.bytes_)
-    table = np.zeros(sum(len(part["rows"]) for part in done), shards.dtype(encoded.itemsize, groups.itemsize))
-    chunks, entries, config, at = list[int](), list[dict[str, Any]](), dict[str, Any](), 0
-    for number, part in enumerate(done):
-        rows, end = part["rows"], at + len(part["rows"])
-        values = {"path": encoded[rows], "label": data.labels[rows], "split": data.splits[rows], "chunk": number}
-        values |= {"offset": part["offsets"], "size": part["sizes"]} | ({"group": groups[rows]} if data.groups else {})
-        for name, column in values.items():
-            table[name][at:end] = column
-        chunks.append((folder / shards.chunk(number)).stat().st_size if rows else 0)
-        entries += [entry | {"filename": shards.chunk(number)} for entry in part["index"]["chunks"]]
-        config, at = part["index"].get("config") or config, end
+    rows, offsets, sizes = ([value for part in done for value in part[name]] for name in ("rows", "offsets", "sizes"))
+    numbers, chunks = np.repeat(np.arange(len(done)), [len(part["rows"]) for part in done]), [p["bytes"] for p in done]
+    encoded, groups = Paths.of(data.paths).encoded, Paths.of(data.groups or [""] * len(data.paths)).encoded
+    columns: list[Any] = [encoded[rows], data.labels[rows], data.splits[rows], groups[rows], numbers, offsets, sizes]
+    table = np.rec.fromarrays(columns, dtype=shards.dtype(encoded.itemsize, groups.itemsize))
+    named = [(entry, shards.chunk(number)) for number, part in enumerate(done) for entry in part["index"]["chunks"]]
+    entries = [entry | {"filename": name} for entry, name in named]
+    config: dict[str, Any] = next((part["index"]["config"] for part in done if part["rows"]), {})
     with files.replacing(folder / shards.ROWS, "wb") as stream:
         np.save(stream, table)
     files.write_json(folder / "index.json", {"chunks": entries, "config": config})

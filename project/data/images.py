@@ -8,7 +8,6 @@ import importlib
 import io
 import os
 import re
-import stat
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -89,14 +88,10 @@ def opened(source: str | os.PathLike[str] | bytes) -> Iterator[Image.Image]:
     """
     name = "<bytes>" if isinstance(source, bytes) else os.fspath(source)
     try:
-        if not isinstance(source, bytes):
-            try:
-                is_file = stat.S_ISREG(Path(source).stat().st_mode)
-            except FileNotFoundError:
-                source = shards.read(name)
-            else:
-                if not is_file:  # a pipe would block
-                    raise ImageError(name, "not a regular file")
+        if not isinstance(source, bytes) and not Path(source).is_file():
+            if Path(source).exists():  # a pipe would block
+                raise ImageError(name, "not a regular file")
+            source = shards.read(name)
         with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as stream:
             try:
                 image = _open(stream, name)

@@ -16,9 +16,7 @@ class Paths(Sequence[str]):
 
     @classmethod
     def of(cls, paths: Iterable[str]) -> "Paths":
-        return (
-            paths if isinstance(paths, cls) else cls(np.array([os.fsencode(path) for path in paths], dtype=np.bytes_))
-        )
+        return paths if isinstance(paths, cls) else cls(np.array([*map(os.fsencode, paths)], dtype=np.bytes_))
 
     def __len__(self) -> int:
         return len(self.encoded)

@@ -12,7 +12,8 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -27,15 +28,8 @@ LOCATION = re.compile(r"s3:/+([^/]+)(?:/(.*?))?/*")
 ATTEMPTS = 8  # to reach the storage, over about a minute
 
 
-class Shards(NamedTuple):
-    """What a folder of shards holds."""
-
-    class_names: list[str]
-    rows: npt.NDArray[np.void]  # (N,) by path: path, label, split, group, and chunk, offset and size in bytes
-
-
 def dtype(path: int, group: int) -> np.dtype[np.void]:
-    """A row of images whose paths and groups are at most that many bytes long."""
+    """A row of images whose paths and groups are at most that many bytes long; offset and size are in bytes."""
     place = [("chunk", np.int32), ("offset", np.int64), ("size", np.int64)]
     return np.dtype([("path", f"S{path}"), ("label", np.int32), ("split", np.int8), ("group", f"S{group}"), *place])
 
@@ -55,48 +49,55 @@ def is_remote(root: str) -> bool:
     return LOCATION.fullmatch(root) is not None
 
 
+def place(root: str | os.PathLike[str]) -> Path:
+    """The folder of a data set; that of one in object storage is a cache here, as the last start has left it."""
+    if not (match := LOCATION.fullmatch(os.fspath(root))):
+        return Path(root)
+    location = "/".join(filter(None, match.groups()))
+    return CACHE / quote(location, safe="") / location.rpartition("/")[2]  # none inside another
+
+
 def local(root: str | os.PathLike[str]) -> Path:
     """The folder of a data set; that of one in object storage is a cache here, which has what every start needs.
 
     UserError where the storage cannot be reached, or has no shards there.
     """
+    folder = place(root)
     if not (match := LOCATION.fullmatch(os.fspath(root))):
-        return Path(root)
-    folder = CACHE.joinpath(*(part for part in match.groups() if part))
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
-    remote = [match[1], f"{match[2]}/" if match[2] else ""]
     with FileLock(folder / ".lock"), tempfile.TemporaryDirectory(dir=folder) as new:
-        files.write_json(Path(new, REMOTE), remote)
+        files.write_json(Path(new, REMOTE), [match[1], f"{match[2]}/" if match[2] else ""])
         _download(Path(new), ABOUT, UserError)
-        about = Path(new, ABOUT).read_bytes()
-        if not is_shards(folder) or (folder / ABOUT).read_bytes() != about:
-            for file in (folder / ABOUT, folder / ROWS, *folder.glob("chunk-*")):  # of others
+        if not is_shards(folder) or (folder / ABOUT).read_bytes() != Path(new, ABOUT).read_bytes():
+            _download(Path(new), ROWS, UserError)
+            opened(new)  # not while they are uploaded
+            for file in (folder / ABOUT, *folder.glob("chunk-*")):  # of others
                 file.unlink(missing_ok=True)
             for name in (ROWS, REMOTE, ABOUT):
-                if name == ROWS:
-                    _download(Path(new), name, UserError)
                 Path(new, name).replace(folder / name)
     return folder
 
 
-def opened(folder: str | os.PathLike[str]) -> Shards:
-    """Opens a folder of shards; UserError where it is not whole."""
+def opened(folder: str | os.PathLike[str]) -> tuple[list[str], npt.NDArray[np.void]]:
+    """The names of the classes and the rows (N,), by path, of a folder of shards; UserError where it is not whole."""
     return _opened(os.fspath(folder), os.stat(os.path.join(folder, ABOUT)).st_mtime_ns)  # noqa: PTH116, PTH118
 
 
 @functools.lru_cache(8)
-def _opened(name: str, _version: int) -> Shards:
+def _opened(name: str, _version: int) -> tuple[list[str], npt.NDArray[np.void]]:
     folder = Path(name)
-    sizes, found = {ABOUT: -1}, {file.name: file.stat().st_size for file in folder.iterdir()}
-    with contextlib.suppress(ValueError, KeyError):
+    sizes = {ABOUT: -1}
+    with contextlib.suppress(ValueError, KeyError, TypeError):
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         sizes = {ROWS: about["rows"]}
-        if REMOTE not in found:
+        if not (folder / REMOTE).exists():
             sizes |= {chunk(number): size for number, size in enumerate(about["chunks"]) if size}
-    if lost := [name for name, size in sizes.items() if found.get(name) != size]:
+    needed = ((folder / name, size) for name, size in sizes.items())
+    if lost := [file.name for file, size in needed if not file.exists() or file.stat().st_size != size]:
         raise UserError(f"The shards in {folder} are not whole: {some(lost, 3)}; copy them again, or write them anew.")
     rows = np.load(folder / ROWS, mmap_mode="r").view(np.ndarray)  # read as it is needed, once for all processes
-    return Shards(about["class_names"], rows)
+    return about["class_names"], rows
 
 
 def status(path: str) -> os.stat_result:
@@ -133,7 +134,7 @@ def _find(path: str) -> tuple[str, np.void]:
     while above != folder and not is_shards(above):
         folder, above = above, os.path.dirname(above)  # noqa: PTH120
     if is_shards(above):
-        rows, name = opened(above).rows, os.fsencode(path[len(above) :].lstrip("/"))
+        rows, name = opened(above)[1], os.fsencode(path[len(above) :].lstrip("/"))
         index = bisect.bisect_left(rows["path"], name)
         if index < len(rows) and rows[index]["path"] == name:
             return above, rows[index]
@@ -142,26 +143,25 @@ def _find(path: str) -> tuple[str, np.void]:
 
 def _fetch(folder: Path, number: int) -> None:
     """Downloads a file of images, unless another process does."""
-    name = chunk(number)
-    with FileLock(folder / f".{name}.lock"):
-        if not (folder / name).exists():
-            _download(folder, name)
+    file = folder / chunk(number)
+    with FileLock(folder / f".{file.name}.lock"):
+        if not file.exists():
+            _download(folder, file.name)
+            if file.stat().st_size != json.loads((folder / ABOUT).read_text(encoding="utf-8"))["chunks"][number]:
+                file.unlink()
+                raise FailedRun(f"Other shards have replaced those of {folder} since the start; start again.")
 
 
 def _download(folder: Path, name: str, refusal: type[Exception] = FailedRun) -> None:
-    """Downloads a file, whole or not at all; `refusal` where it cannot be read."""
+    """Downloads a file, whole or not at all, as boto3 does; `refusal` where it cannot be read."""
     bucket, prefix = json.loads((folder / REMOTE).read_text(encoding="utf-8"))
-    unfinished = files.beside(folder / name)
     try:
-        _client().download_file(bucket, prefix + name, str(unfinished))
-        unfinished.replace(folder / name)
+        _client().download_file(bucket, prefix + name, str(folder / name))
+    except UserError:
+        raise
     except Exception as error:  # of boto3, urllib3 or the disk
-        if isinstance(error, UserError):
-            raise
         reason = " ".join(str(error).split()).rstrip(".")
         raise refusal(f"Cannot read s3://{bucket}/{prefix}{name}: {reason}.") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 @functools.cache

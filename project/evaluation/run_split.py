@@ -34,8 +34,8 @@ def images(run: Path, split: str, metadata: Metadata, data: str | None) -> Split
         exists = bool(location) and root.exists()
     except OSError as error:
         raise UserError(f"Cannot read {root}: {error.strerror}; give the images' folder by --data.") from error
-    if (run / FILE).is_file():
-        pairs = [(row.path, row.label) for row in rows(run) if row.split == split]
+    if listed := rows(run):
+        pairs = [(row.path, row.label) for row in listed if row.split == split]
     elif exists and "class_path" not in options:
         names = ("group", "folds", "fold", "layout", "keep")
         query: dict[str, Any] = {name: options[name] for name in names if name in options}
@@ -68,8 +68,8 @@ def rows(run: Path) -> list[Row]:
 
 
 def shards_of(run: Path) -> Path | None:
-    """The folder of shards that a run without a split.csv has the split of, if it is there."""
-    if (run / FILE).is_file() or not (file := run / "config.yaml").is_file():
+    """The folder of shards that a run without a split.csv has the split of, if it is there or cached."""
+    if not (file := run / "config.yaml").is_file():
         return None
-    root = shards.local((yaml.safe_load(file.read_text(encoding="utf-8")).get("data") or {}).get("root") or "")
+    root = shards.place((yaml.safe_load(file.read_text(encoding="utf-8")).get("data") or {}).get("root") or "")
     return root if shards.is_shards(root) else None

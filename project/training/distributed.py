@@ -64,11 +64,8 @@ class SameOnAllRanks(Callback):
             return
         manifest = data_of(trainer).manifest
         sources = [path.read_bytes() for path in sorted(PACKAGE.rglob("*.py"))]
-        names = "\n".join(manifest.class_names).encode(errors="surrogateescape")
-        rows = (
-            names,
-            *(column.tobytes() for column in (Paths.of(manifest.paths).encoded, manifest.labels, manifest.splits)),
-        )
+        columns = Paths.of(manifest.paths).encoded, manifest.labels, manifest.splits
+        rows = os.fsencode("\n".join(manifest.class_names)), *(column.tobytes() for column in columns)
         self._own |= {
             "code": [f"torch {torch.__version__}", f"Lightning {lightning.__version__}", f"project {_digest(sources)}"],
             "images": [f"{len(manifest.paths):,} images", f"names and labels {_digest(rows)}"],

@@ -64,8 +64,7 @@ class SourceCheckpoint:
     def require_root(self, root: str | None) -> None:
         """Raises UserError where the images' path is the run's, and relative to the folder where that was begun."""
         path, is_own = Path(root or ""), root == self.metadata.config["data"].get("root")
-        is_found = path.is_absolute() or path.exists() or path == digits.ROOT or shards.is_remote(root or "")
-        if is_own and not is_found:
+        if is_own and not (path.is_absolute() or path.exists() or path == digits.ROOT or shards.is_remote(str(root))):
             begun = (self.run.resolve() / "../../..").resolve()
             there = shlex.quote(str(begun)) if (begun / path).exists() else "there"
             raise UserError(

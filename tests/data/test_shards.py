@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import boto3
 import numpy as np
@@ -24,6 +25,8 @@ from project.commands import shard as shard_command
 from project.data import images, manifest, shards
 from project.data.datamodule import ImageData
 from project.data.splits import SPLITS
+from project.errors import FailedRun
+from project.evaluation import run_split
 from tests.conftest import SMALL, make_images, read_csv
 
 OUT = Path("out")
@@ -134,7 +137,7 @@ def test_large_images_are_shrunk_and_small_ones_kept(workplace, capsys):
         images.read("out/b/broken.png", 32)
 
 
-def test_groups_splits_and_exclusions_are_stored_or_applied(photos):
+def test_groups_splits_and_exclusions_are_stored_or_applied(photos, capsys):
     split = [("path", "label", "split")]
     for number, path in enumerate(sorted(photos.rglob("*.png"))):
         split.append((path.relative_to(photos).as_posix(), path.parent.name, ("train", "val", "test")[number % 3]))
@@ -144,7 +147,8 @@ def test_groups_splits_and_exclusions_are_stored_or_applied(photos):
     assert stored == {path: side for path, _, side in split[1:]}
     Path("out.csv").write_text(f"path\n{split[1][0]}\n")
     assert len(manifest.load(OUT, exclude=Path("out.csv")).paths) == 119
-    assert cli.main(["shard", "photos", "grouped", "--group", r"(\d)\.png"]) == 0
+    assert cli.main(["shard", "photos", "grouped", "--group", r"(\d)\.png", "--exclude", "out.csv"]) == 0
+    assert "left out, listed in out.csv: 1 of 1 paths" in capsys.readouterr().out
     assert {row.group for row in manifest.rows_of_shards(Path("grouped"))} == set("0123456789")
 
 
@@ -158,13 +162,56 @@ def test_shards_that_are_not_whole_or_begun_otherwise_are_refused_in_a_sentence(
         stream.write(b"x")
     assert fit("out") == 2
     assert "not whole: chunk-3-0.bin" in capsys.readouterr().err
-    Path("copy/shards.json").write_text("{")
-    assert fit("copy") == 2
-    assert "not whole: shards.json" in capsys.readouterr().err
+    for content in ("{", "[]"):
+        Path("copy/shards.json").write_text(content)
+        assert fit("copy") == 2
+        assert "not whole: shards.json" in capsys.readouterr().err
     Path("begun").mkdir()
     Path("begun/unfinished.json").write_text('{"short_side": 64, "images": ""}')
     assert cli.main(["shard", "photos", "begun"]) == 2
     assert "begun was begun with other options or images; remove it" in capsys.readouterr().err
+
+
+def test_a_file_that_another_process_has_just_renamed_does_no_harm(out):
+    (out / ".chunk-0-0.bin.tmp").symlink_to("renamed")  # listed, but without a status
+    assert len(manifest.load(out).paths) == 120
+
+
+def test_tables_may_have_groups_of_any_letters_but_no_images_outside_their_folder(photos, capsys):
+    files = sorted(photos.rglob("*.png"))
+    lines = [f"{file.relative_to(photos)},{file.parent.name},ü{number}" for number, file in enumerate(files)]
+    Path("photos/groups.csv").write_text("\n".join(["path,label,group", *lines]))
+    assert cli.main(["shard", "photos/groups.csv", "grouped"]) == 0
+    assert next(manifest.rows_of_shards(Path("grouped"))).group == "ü0"
+    for name, above in (("absolute.csv", Path.cwd()), ("photos/above.csv", "..")):
+        Path(name).write_text("\n".join(["path,label", *(f"{above}/{file},{file.parent.name}" for file in files)]))
+        assert cli.main(["shard", name, "other"]) == 2
+        assert f"{name} must have relative paths, below its folder" in capsys.readouterr().err
+    assert cli.main(["shard", "photos", "s3://bucket/photos"]) == 2
+    assert "shard writes a folder, not s3://bucket/photos" in capsys.readouterr().err
+
+
+def test_a_command_does_not_go_on_with_files_of_other_sizes(photos, monkeypatch, capsys):
+    first, *_ = files = sorted(photos.rglob("*.png"))
+    monkeypatch.setattr(shard_command, "MOST_BYTES", 4 * max(file.stat().st_size for file in files))
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_command, "_finish", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert cli.main(["shard", "photos", "out", "--keep"]) == 130
+    with first.open("ab") as stream:
+        stream.write(bytes(shard_command.MOST_BYTES))  # the next images would lie in other files
+    assert cli.main(["shard", "photos", "out", "--keep"]) == 2
+    assert "out was begun with other options or images" in capsys.readouterr().err
+
+
+def test_a_run_on_shards_has_their_split_on_the_folder_too(photos):
+    assert cli.main(["shard", "photos", "out", "--split_seed", "3"]) == 0
+    Path("config.yaml").write_text("data: {root: out}")
+    stored = manifest.load(OUT)
+    metadata = SimpleNamespace(config={"data": {"root": "out"}}, class_names=stored.class_names)
+    for root in ("out", "photos"):
+        found = run_split.images(Path(), "test", metadata, root)
+        assert [path for path, _ in found.pairs] == [f"{root}/{stored.paths[row]}" for row in stored.rows("test")]
+        assert found.notice == ""
 
 
 @pytest.mark.slow
@@ -221,7 +268,7 @@ def test_object_storage_has_the_figures_of_the_folder_and_is_read_once(storage, 
     runs = [Path("runs", name, "version_0") for name in ("out", "photos")]
     assert (runs[0] / "metrics.csv").read_text() == (runs[1] / "metrics.csv").read_text()
     assert measured(runs[0]) == measured(runs[1])
-    cached = {file: file.stat().st_mtime_ns for file in (shards.CACHE / "bucket/photos").glob("chunk-*")}
+    cached = {file: file.stat().st_mtime_ns for file in shards.place("s3://bucket/photos").glob("chunk-*")}
     assert len(cached) == 6
     assert fit("s3://bucket/photos", "--trainer.max_steps", "1") == 0
     assert cached == {file: file.stat().st_mtime_ns for file in cached}
@@ -242,11 +289,32 @@ def test_other_shards_at_the_same_place_replace_the_cached_ones(storage, out):
     assert np.array_equal(images.read(shards.local("s3://bucket/photos") / path, 32), before)
 
 
+def test_old_and_new_shards_are_never_mixed(storage, out, capsys):
+    url, client = "s3://bucket/photos", boto3.client("s3")
+    root = shards.local(url)
+    path = str(root / manifest.load(root).paths[0])
+    Path("left_out.csv").write_text(f"path\n{manifest.load(out).paths[0]}\n")
+    assert cli.main(["shard", "photos", "new", "--keep", "--exclude", "left_out.csv"]) == 0
+    upload(client, Path("new"))
+    with pytest.raises(FailedRun, match="Other shards have replaced those of"):
+        shards.read(path)
+    upload(client, out)
+    client.upload_file("new/shards.json", "bucket", "photos/shards.json")  # the others follow later
+    assert fit(url) == 2
+    assert "not whole: rows.npy" in capsys.readouterr().err
+    upload(client, Path("new"))
+    assert len(manifest.load(shards.local(url)).paths) == 119
+
+
 def test_storage_that_is_not_there_is_a_sentence(storage, monkeypatch, capsys):
     assert fit("s3://bucket/nothing") == 2
     assert "Cannot read s3://bucket/nothing/shards.json: " in capsys.readouterr().err
     assert fit("s3://nobody/photos") == 2
     assert "Cannot read s3://nobody/photos/shards.json: " in capsys.readouterr().err
+    root = shards.local("s3://bucket/photos")
+    path = manifest.load(root).paths[0]
+    assert fit(f"s3://bucket/photos/{path}") == 2
+    assert images.read(root / path, 32).shape == (32, 32, 3)  # no folder of that name is in its way
     monkeypatch.setattr(shards, "ATTEMPTS", 2)
     shards._client.cache_clear()
     storage.stop()
