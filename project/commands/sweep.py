@@ -60,8 +60,6 @@ def sweep(
     name = name or Path(space).stem
     folder = Path(str(shared.get("runs") or runs.ROOT), name)
     folder.mkdir(parents=True, exist_ok=True)
-    from project.training import trial
-
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     storage = storage or f"sqlite:///{folder}/study.db"
@@ -70,6 +68,8 @@ def sweep(
     if workers > 1:
         _start(workers, [space, f"--trials={trials}", f"--name={name}", f"--storage={storage}", *trusted])
     else:
+        from project.training import trial
+
         words = [f"--config={json.dumps(shared)}", *trusted]
         trial.search(study, trial.Objective(spaces, words, folder, monitor), trials)
     if WORKER not in os.environ:
@@ -155,12 +155,7 @@ def _summarize(study: "Study", folder: Path, monitor: str) -> None:
         yaml.safe_dump(config, stream, sort_keys=False, allow_unicode=True)
     ended = [*complete, *(trial for trial in study.trials if trial.state.name in ("PRUNED", "FAIL"))]
     rows = [
-        [
-            t.number,
-            t.state.name.lower(),
-            "" if t.value is None else t.value,
-            *(t.params.get(name) for name in best.params),
-        ]
+        [t.number, t.state.name.lower(), "" if t.value is None else t.value, *map(t.params.get, best.params)]
         for t in ended
     ]
     files.write_csv(folder / "trials.csv", [["trial", "state", monitor, *best.params], *rows])

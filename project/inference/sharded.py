@@ -60,8 +60,7 @@ def read(folder: Path) -> dict[str, Any]:
             load({**tensors}, storage_reader=reader, no_dist=True)
         content: dict[str, Any] = torch.load(folder / REST, map_location="cpu", weights_only=True)
         return content | {"state_dict": {name.removeprefix(MODEL): tensor for name, tensor in tensors.items()}}
-    # bytes from anywhere make these readers raise anything
-    except (Exception, CheckpointException) as error:
+    except (Exception, CheckpointException) as error:  # bytes from anywhere make these readers raise anything
         raise UserError(
             f"{folder} is damaged, is not a sharded checkpoint, or holds code, which is never run."
         ) from error

@@ -64,9 +64,8 @@ class SameOnAllRanks(Callback):
             return
         manifest = data_of(trainer).manifest
         sources = [path.read_bytes() for path in sorted(PACKAGE.rglob("*.py"))]
-        names = "\n".join(manifest.class_names).encode(errors="surrogateescape")
-        columns = (Paths.of(manifest.paths).encoded, manifest.labels, manifest.splits)
-        rows = [names, *(column.tobytes() for column in columns)]
+        names, paths = (Paths.of(texts).encoded for texts in (manifest.class_names, manifest.paths))
+        rows = [column.tobytes() for column in (names, paths, manifest.labels, manifest.splits)]
         self._own |= {
             "code": [f"torch {torch.__version__}", f"Lightning {lightning.__version__}", f"project {_digest(sources)}"],
             "images": [f"{len(manifest.paths):,} images", f"names and labels {_digest(rows)}"],
