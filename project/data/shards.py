@@ -17,7 +17,6 @@ from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock
 
 from project import files
 from project.errors import FailedRun, UserError, some
@@ -66,6 +65,8 @@ def local(root: str | os.PathLike[str]) -> Path:
     if not (match := LOCATION.fullmatch(os.fspath(root))):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
+    from filelock import FileLock  # a server of a bundle has none
+
     with FileLock(folder / ".lock"), tempfile.TemporaryDirectory(dir=folder) as new:
         files.write_json(Path(new, REMOTE), [match[1], f"{match[2]}/" if match[2] else ""])
         _download(Path(new), ABOUT, UserError)
@@ -144,6 +145,8 @@ def _find(path: str) -> tuple[str, np.void]:
 def _fetch(folder: Path, number: int) -> None:
     """Downloads a file of images, unless another process does."""
     file = folder / chunk(number)
+    from filelock import FileLock
+
     with FileLock(folder / f".{file.name}.lock"):
         if not file.exists():
             _download(folder, file.name)

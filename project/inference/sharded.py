@@ -12,25 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from project.errors import UserError
 
 RECORDS, REST = ".metadata", "meta.pt"
 MODEL = "model."  # the prefix of the weights' names, which Lightning adds
-DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 ALLOWED = {
-    "torch": {"Size", *DTYPES},
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "pathlib": {"Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
-    "torch.distributed.checkpoint.metadata": {
-        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
-        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
-    },
+    metadata.__name__: {*metadata.__all__, "_MEM_FORMAT_ENCODING"},
 }
 
 
@@ -42,12 +38,8 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Reader(FileSystemReader):
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        content = _Unpickler(io.BytesIO(Path(self.path, RECORDS).read_bytes())).load()
-        if not isinstance(content, Metadata):
-            raise pickle.UnpicklingError("it holds no records")
-        content.storage_meta = content.storage_meta or StorageMeta()
-        content.storage_meta.load_id = self.load_id
+    def read_metadata(self, *_: Any, **__: Any) -> metadata.Metadata:
+        content: metadata.Metadata = _Unpickler(io.BytesIO(Path(self.path, RECORDS).read_bytes())).load()
         return content
 
 
@@ -58,19 +50,17 @@ def read(folder: Path) -> dict[str, Any]:
     """
     try:
         reader = _Reader(folder)
-        found = reader.read_metadata().state_dict_metadata.items()
         tensors: dict[str, Tensor] = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in found
-            if name.startswith(MODEL) and isinstance(entry, TensorStorageMetadata)
+            for name, entry in reader.read_metadata().state_dict_metadata.items()
+            if name.startswith(MODEL) and isinstance(entry, metadata.TensorStorageMetadata)
         }
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*intent is to load in a single process.*")
             load({**tensors}, storage_reader=reader, no_dist=True)
         content: dict[str, Any] = torch.load(folder / REST, map_location="cpu", weights_only=True)
         return content | {"state_dict": {name.removeprefix(MODEL): tensor for name, tensor in tensors.items()}}
-    # bytes from anywhere make these readers raise anything
-    except (Exception, CheckpointException) as error:
+    except (Exception, CheckpointException) as error:  # bytes from anywhere make these readers raise anything
         raise UserError(
             f"{folder} is damaged, is not a sharded checkpoint, or holds code, which is never run."
         ) from error

@@ -266,9 +266,9 @@ class Cli(LightningCLI):
             fit.introduce(self.datamodule, self.model, self.trainer, self.run)
         with fit.recorded(self.run, self.trainer, self.saver):
             try:
-                self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path)
+                with distributed.lost_ranks():
+                    self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path)
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-                distributed.require_ranks(error)
                 if str(error).startswith("Early stopping conditioned on"):
                     raise UserError(" ".join(str(error).split())) from error
                 if not (self.saver.restoring and self.ckpt_path):

@@ -8,7 +8,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +64,16 @@ class SameOnAllRanks(Callback):
             return
         manifest = data_of(trainer).manifest
         sources = [path.read_bytes() for path in sorted(PACKAGE.rglob("*.py"))]
-        columns = Paths.of(manifest.paths).encoded, manifest.labels, manifest.splits
-        rows = os.fsencode("\n".join(manifest.class_names)), *(column.tobytes() for column in columns)
+        names, paths = (Paths.of(texts).encoded for texts in (manifest.class_names, manifest.paths))
+        rows = [column.tobytes() for column in (names, paths, manifest.labels, manifest.splits)]
         self._own |= {
             "code": [f"torch {torch.__version__}", f"Lightning {lightning.__version__}", f"project {_digest(sources)}"],
             "images": [f"{len(manifest.paths):,} images", f"names and labels {_digest(rows)}"],
         }
         ranks = gather(trainer, {"host": socket.gethostname(), **self._own})
         for kind, (rank, other) in itertools.product(self._own, enumerate(ranks)):
-            theirs, ours = (
-                [text for text in a[kind] if text not in b[kind]] for a, b in ((other, ranks[0]), (ranks[0], other))
-            )
+            theirs = [text for text in other[kind] if text not in ranks[0][kind]]
+            ours = [text for text in ranks[0][kind] if text not in other[kind]]
             if not theirs + ours:
                 continue
             if not trainer.is_global_zero:
@@ -88,24 +87,16 @@ class SameOnAllRanks(Callback):
 
 @contextlib.contextmanager
 def lost_ranks() -> Iterator[None]:
-    """Explains, as `require_ranks` does, what is raised within."""
+    """Raises FailedRun where an error within is that of the communication with another process."""
     try:
         yield
     except RuntimeError as error:
-        require_ranks(error)
-        raise
-
-
-def require_ranks(error: Exception) -> None:
-    """Raises FailedRun where an error is that of the communication with another process."""
-    if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+        if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            raise
         reason = re.sub(r"^\[\S+\] |\. This is typically.*", "", str(error).strip().splitlines()[0])
         hint = "the messages of the others say why, if they could"
         raise FailedRun(f"The processes of this command have lost each other ({reason}); {hint}.") from error
 
 
-def _digest(parts: Iterable[bytes]) -> str:
-    whole = hashlib.sha256()
-    for part in parts:
-        whole.update(part)
-    return whole.hexdigest()[:12]
+def _digest(parts: list[bytes]) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
