@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -101,11 +102,11 @@ def _suggestion(file: Path, option: str, entry: Any) -> tuple[str, dict[str, Any
     raise UserError(f"{file}: {option} is {entry}; give a list of values, or low and high, and log: true or step.")
 
 
-def _study(name: str, url: str, monitor: str) -> "Study":
-    """The sweep so far, in its storage."""
+def _study(name: str, url: str, monitor: str, attempts: int = 5) -> "Study":
+    """The sweep so far, in its storage; machines that begin together may all try to make its tables."""
     import optuna
     from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
-    from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
     retry = RetryHeartbeatStaleTrialCallback()
     try:
@@ -119,6 +120,9 @@ def _study(name: str, url: str, monitor: str) -> "Study":
             load_if_exists=True,
         )
     except (SQLAlchemyError, ImportError, ValueError) as error:
+        if isinstance(error, (IntegrityError, ProgrammingError)) and attempts > 1:
+            time.sleep(1)
+            return _study(name, url, monitor, attempts - 1)
         raise UserError(f"--storage {url} cannot be used: {str(error).strip().splitlines()[0]}") from error
 
 
