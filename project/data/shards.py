@@ -80,6 +80,12 @@ def local(root: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def are_other(run: Path, folder: Path) -> bool:
+    """Whether a run began with other shards than those in the folder now, so that its split was another."""
+    ours, theirs = run / ABOUT, folder / ABOUT
+    return ours.is_file() and theirs.is_file() and ours.read_bytes() != theirs.read_bytes()
+
+
 def opened(folder: str | os.PathLike[str]) -> tuple[list[str], npt.NDArray[np.void]]:
     """The names of the classes and the rows (N,), by path, of a folder of shards; UserError where it is not whole."""
     return _opened(os.fspath(folder), os.stat(os.path.join(folder, ABOUT)).st_mtime_ns)  # noqa: PTH116, PTH118

@@ -72,4 +72,4 @@ def shards_of(run: Path) -> Path | None:
     if not (file := run / "config.yaml").is_file():
         return None
     root = shards.place((yaml.safe_load(file.read_text(encoding="utf-8")).get("data") or {}).get("root") or "")
-    return root if shards.is_shards(root) else None
+    return root if shards.is_shards(root) and not shards.are_other(run, root) else None

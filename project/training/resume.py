@@ -12,7 +12,7 @@ import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
 
 from project import files, optim, parts, runs
-from project.data import digits
+from project.data import digits, shards
 from project.data.datamodule import ImageData
 from project.data.splits import SPLITS
 from project.errors import UserError, command
@@ -61,7 +61,9 @@ class Run:
 
         def fill(folder: Path) -> None:
             write_config(folder, options)
-            if not data.manifest.is_stored:
+            if data.manifest.is_stored:
+                shutil.copy(data.root / shards.ABOUT, folder)
+            else:
                 data.manifest.write_split(folder / "split.csv")
             runs.write_status(folder, state="running", reason="", job=job())  # a fit killed from here on is resumed
 

@@ -107,3 +107,7 @@ class SourceCheckpoint:
                 f"{self.path} and {root} have different classes: the checkpoint has {some(trained)}; the data has "
                 f"{some(class_names)}. Give its own data by --data.root.{look_alike(trained, class_names)}"
             )
+        if root == shards.place(self.metadata.config["data"].get("root") or "") and shards.are_other(self.run, root):
+            raise UserError(
+                f"The shards in {root} are not those of {self.run} any more; put these back, or start anew."
+            )

@@ -358,3 +358,16 @@ def test_a_network_that_stays_away_ends_the_fit_in_a_sentence_and_keeps_the_chec
     assert "Resume with: python -m project.cli fit --resume runs/photos/version_0" in said
     assert Path("runs/photos/version_0/checkpoints/last.ckpt").exists()
     assert json.loads(Path("runs/photos/version_0/status.json").read_text())["state"] == "failed"
+
+
+def test_shards_that_were_written_anew_are_not_taken_for_those_of_a_run(out, capsys):
+    assert fit("out", "--trainer.max_steps", "3") == 0
+    shutil.rmtree(out)
+    assert cli.main(["shard", "photos", "out", "--keep", "--split_seed", "1"]) == 0
+    for words in (
+        ["test", "runs/out/version_0"],
+        ["fit", "--resume", "runs/out/version_0", "--trainer.max_steps", "-1"],
+    ):
+        assert cli.main(words) == 2
+        assert "The shards in out are not those of runs/out/version_0 any more" in capsys.readouterr().err
+    assert cli.main(["test", "runs/out/version_0", "--data.root", "photos", "--report", "false"]) == 0
