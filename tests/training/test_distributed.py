@@ -72,7 +72,7 @@ def test_a_rank_that_dies_brings_the_others_down_in_a_sentence_and_the_fit_can_b
     assert cli.main(["fit", "--resume", str(RUN), "--trainer.devices", "1", "--trainer.max_epochs", "1"]) in (0, 2)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_mistake_in_the_options_is_said_once(photos):
     two = [word.replace("--nproc_per_node=3", "--nproc_per_node=2") for word in TORCHRUN]
     done = subprocess.run([*two, *FIT, "--model.lr", "high"], capture_output=True, text=True, timeout=120)

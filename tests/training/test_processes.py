@@ -90,7 +90,9 @@ def started(*command, until):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [FULL(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"), [FULL(signal.SIGINT, 130), FULL(signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
 def test_signal_leaves_no_worker_and_what_can_be_caught_saves_the_step_in_progress(photos, number, code):
     fit = [*FIT, "--trainer.max_epochs", "500", "--data.workers", "2", "--save_every", "1000"]
     process = started(*CLI, *fit, until=METRICS.exists)
@@ -144,7 +146,7 @@ FULL_LATER += "sys.exit(cli.main(sys.argv[1:]))"  # as if another program had fi
     ("limit", "command", "code", "sentence"),
     [
         ("mount -t tmpfs -o size=1264k tmpfs /dev/shm", CLI, 0, "1 are used, each 1 batches ahead"),
-        ("mount -t tmpfs -o size=1100k tmpfs /dev/shm", CLI, 0, "the main process reads the images"),
+        FULL("mount -t tmpfs -o size=1100k tmpfs /dev/shm", CLI, 0, "the main process reads the images"),
         (
             "mount -t tmpfs -o size=100k tmpfs /dev/shm",
             [sys.executable, "-c", FULL_LATER],
@@ -152,7 +154,7 @@ FULL_LATER += "sys.exit(cli.main(sys.argv[1:]))"  # as if another program had fi
             "/dev/shm is probably full",
         ),
         *(FULL(f"ulimit -n {n}", CLI, 0, f"the limit is {n} (see ulimit -n): 0 are used") for n in (12, 20)),
-        ("ulimit -n 40", CLI, 0, "the limit is 40 (see ulimit -n): 1 are used"),
+        FULL("ulimit -n 40", CLI, 0, "the limit is 40 (see ulimit -n): 1 are used"),
     ],
 )
 def test_small_shared_memory_takes_fewer_workers_and_a_limit_is_named(photos, limit, command, code, sentence):
@@ -175,7 +177,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_workers_that_are_still_there_when_python_exits_end_with_it(photos):
     Path("left.py").write_text(LEFT)
     run(sys.executable, "left.py")

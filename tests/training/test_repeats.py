@@ -91,7 +91,7 @@ def test_seeds_are_ordinary_runs_with_one_split_made_once_and_summarised(photos,
     assert verbs(started) == ["fit", "fit"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_folds_stopped_in_between_go_on_and_their_pooled_predictions_make_one_report(
     photos, started, monkeypatch, capsys
 ):
