@@ -170,7 +170,8 @@ def _download(folder: Path, name: str, refusal: type[Exception] = FailedRun) -> 
         raise
     except Exception as error:  # of boto3, urllib3 or the disk
         reason = " ".join(str(error).split()).rstrip(".")
-        raise refusal(f"Cannot read s3://{bucket}/{prefix}{name}: {reason}.") from error
+        hint = "check the address, the network, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
+        raise refusal(f"Cannot read s3://{bucket}/{prefix}{name}: {reason}; {hint}.") from error
 
 
 @functools.cache
