@@ -150,9 +150,9 @@ def _find(path: str) -> tuple[str, np.void]:
 
 def _fetch(folder: Path, number: int) -> None:
     """Downloads a file of images, unless another process does."""
-    file = folder / chunk(number)
     from filelock import FileLock
 
+    file = folder / chunk(number)
     with FileLock(folder / f".{file.name}.lock"):
         if not file.exists():
             _download(folder, file.name)
