@@ -1,0 +1,201 @@
+"""Makes this template a project of your own: make rename NAME=flowers [WITHOUT=serving,benchmarks,export].
+
+Renames the package, the distribution and the console script wherever they are written, and removes the parts that
+WITHOUT names, with their verbs, extras, tests and pages. The changes are staged, not committed: git shows and undoes them.
+"""
+
+import argparse
+import importlib.metadata
+import io
+import keyword
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tokenize
+import tomllib
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import without
+
+LEFT_ALONE = ("LICENSE", "CITATION.cff", "CHANGELOG.md", "tests/contracts/run/")  # the template's own, or checked sums
+TEMPLATE = "Template-Commit"  # a line of an upgrade's message: up to where the template was taken over
+SHELL = {"Makefile", "Dockerfile", ".dockerignore"}  # with *.sh and *.yml: each word before a # may be the folder
+
+
+class Mistake(Exception):
+    """Something for the user to mend, in one sentence."""
+
+
+def git(*words: str | Path, root: Path = Path()) -> str:
+    """Runs git; returns what it prints."""
+    done = subprocess.run(["git", "-C", root, *words], capture_output=True, text=True)
+    if done.returncode:
+        raise Mistake(f"git {words[0]} failed: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+def tracked(root: Path) -> dict[str, str]:
+    """The text files that git knows, by name."""
+    texts = {}
+    for name in git("ls-files", root=root).splitlines():
+        file = root / name
+        if file.is_file() and not name.startswith(LEFT_ALONE):
+            try:
+                texts[name] = file.read_bytes().decode()
+            except UnicodeDecodeError:
+                continue
+    return texts
+
+
+def names(root: Path) -> tuple[str, str]:
+    """The names of the package and of the distribution, from pyproject.toml."""
+    table = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
+    return table["scripts"][table["name"]].partition(".")[0], table["name"]
+
+
+def require_name(name: str, root: Path) -> None:
+    """Refuses what cannot be the package's name."""
+    if not re.fullmatch("[a-z][a-z0-9_]{1,29}", name):
+        raise Mistake(f"{name!r} cannot name a package; use 2 to 30 of a-z, 0-9 and _, a letter first.")
+    if keyword.iskeyword(name) or keyword.issoftkeyword(name):
+        raise Mistake(f"{name} is a keyword of Python; choose another name.")
+    if name in sys.stdlib_module_names:
+        raise Mistake(f"{name} is a module of Python's standard library; choose another name.")
+    if name in importlib.metadata.packages_distributions() or (root / name).exists():
+        raise Mistake(f"{name} is an installed package or a folder here; choose another name.")
+    for file, text in tracked(root).items():
+        if file.endswith(".py"):
+            for token in tokenize.generate_tokens(io.StringIO(text).readline):
+                if (token.type, token.string) == (tokenize.NAME, name):
+                    raise Mistake(f"{name} is a name in the code, {file}:{token.start[0]}; choose another name.")
+
+
+def renamed(text: str, file: str, old: str, new: str) -> str:
+    """The text with the new name where the word is the package, and not where it is a word of a sentence."""
+    places = [
+        rf"(?<![\w.[-]){old}(?=\\?\.[A-Za-z_{{*(]|/)",  # project.cli, project\.cli, project/cli.py
+        rf"(?<!\)\[)(?<=[\"'`]){old}(?=\*?[\"'`])",  # "project", but not ["project"], a table of pyproject.toml
+        rf"(?<=\bfrom ){old}(?= import\b)|(?<=\bimport ){old}\b|(?<=\bimport sys, ){old}\b|(?<=-m ){old}\b",
+    ]
+    if Path(file).name in SHELL or Path(file).suffix in (".sh", ".yml"):
+        places.append(rf"(?m)(?<![\w.#'-]){old}\b(?![-'’])(?=[^\n]*)")
+    for place in places:
+        text = re.sub(place, new, text)
+    return re.sub(rf"\b{old.upper()}_", f"{new.upper()}_", text)
+
+
+def rename(root: Path, name: str) -> None:
+    """Renames the package, the distribution and the console script."""
+    (old, old_distribution), distribution = names(root), name.replace("_", "-")
+    for file, text in tracked(root).items():
+        changed = renamed(text, file, old, name).replace(old_distribution, distribution)
+        if changed != text:
+            (root / file).write_bytes(changed.encode())
+    git("mv", old, name, root=root)
+    shutil.rmtree(root / old, ignore_errors=True)  # what git does not know: __pycache__
+    shutil.rmtree(root / f"{old_distribution.replace('-', '_')}.egg-info", ignore_errors=True)
+
+
+def tidy(root: Path, package: str) -> None:
+    """Sorts imports, drops unused ones, wraps lines that have become too long, and measures the ceilings again."""
+    for words in (["check", "--fix", "--select", "I,F401,F811"], ["format"]):
+        if subprocess.run([sys.executable, "-m", "ruff", *words, "--quiet", "."], cwd=root).returncode:
+            raise Mistake(f"ruff {words[0]} failed; its message is above.")
+    lengths = [len(file.read_text("utf-8").splitlines()) for file in (root / package).rglob("*.py")]
+    limits = root / "tests" / "test_architecture.py"
+    before = re.search(r"^ENTRIES, LINES, FILE, .* = (\d+), ([\d_]+), (\d+),", limits.read_text("utf-8"), re.MULTILINE)
+    if before is not None:  # wrapped lines are more lines
+        lines, file = (max(new, int(old)) for new, old in ((sum(lengths), before[2]), (max(lengths), before[3])))
+        after = f"{before[0][: before.start(2) - before.start()]}{lines:_}, {file},"
+        limits.write_text(limits.read_text("utf-8").replace(before[0], after), "utf-8")
+    longest = max(len(line) for file in root.rglob("*.py") for line in file.read_text("utf-8").splitlines())
+    if longest > 120:  # texts and comments, which are not wrapped
+        settings = root / "pyproject.toml"
+        rule = f"[tool.ruff.lint.pycodestyle]\nmax-line-length = {longest}\n\n[tool.ruff.lint.pydocstyle]"
+        settings.write_text(settings.read_text("utf-8").replace("[tool.ruff.lint.pydocstyle]", rule), "utf-8")
+
+
+def apply(root: Path, name: str, parts: list[str]) -> None:
+    """Removes the parts and renames, in a folder under git; commits nothing."""
+    for part in parts:
+        without.remove(root, part)
+    rename(root, name)
+    tidy(root, name)
+    git("add", "--all", root=root)
+
+
+def upgrade(root: Path, address: str) -> None:
+    """Adds what has changed in the template at an address since it was forked or last upgraded, as one commit.
+
+    The template as it was then and as it is now are renamed as this fork is; the difference between the two is picked.
+    """
+    git("fetch", "--quiet", address, "HEAD", root=root)
+    latest, package = git("rev-parse", "FETCH_HEAD", root=root), names(root)[0]
+    taken = git("log", "-1", f"--grep=^{TEMPLATE}: ", f"--format=%(trailers:key={TEMPLATE},valueonly)", root=root)
+    if not taken:
+        related = subprocess.run(["git", "-C", root, "merge-base", "HEAD", latest], capture_output=True, text=True)
+        # a fork made by GitHub's "Use this template" has a history of its own, which begins with the template's files
+        taken = related.stdout.strip() or git("rev-list", "--max-parents=0", "HEAD", root=root).splitlines()[-1]
+    if taken == latest:
+        print("The template has not changed since.")
+        return
+    parts = [part for part, each in without.PARTS.items() if not (root / each.room.replace("project", package)).exists()]
+    commit = None
+    with tempfile.TemporaryDirectory() as folder:
+        scripts = Path(folder, "scripts")
+        scripts.mkdir()
+        for file in ("rename.py", "without.py"):  # those of the template as it is now, for both
+            (scripts / file).write_text(git("show", f"{latest}:scripts/{file}", root=root) + "\n", "utf-8")
+        for number, version in enumerate((taken, latest)):
+            tree = Path(folder, str(number))
+            git("worktree", "add", "--quiet", "--detach", tree, version, root=root)
+            try:
+                words = [package, "--without", ",".join(parts), "--here"]
+                subprocess.run([sys.executable, scripts / "rename.py", *words], cwd=tree, check=True)
+                message = f"Template as of {version[:12]}\n\n{TEMPLATE}: {version}"
+                parent = ["-p", commit] if commit else []
+                commit = git("commit-tree", git("write-tree", root=tree), *parent, "-m", message, root=root)
+            finally:
+                git("worktree", "remove", "--force", tree, root=root)
+    if subprocess.run(["git", "-C", root, "cherry-pick", commit]).returncode:
+        raise Mistake("both have changed the same lines; edit these files, git add them, then: git cherry-pick --continue")
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", nargs="?", help="the package's new name")
+    parser.add_argument("--without", default="", help=f"parts to remove, of {', '.join(without.PARTS)}")
+    parser.add_argument("--upgrade", metavar="ADDRESS", help="take over what has changed in the template there")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # checked already, by --upgrade
+    options, root = parser.parse_args(), Path.cwd()
+    try:
+        parts = [part for part in options.without.replace(",", " ").split()]
+        if unknown := set(parts) - {*without.PARTS}:
+            raise Mistake(f"there is no part {', '.join(sorted(unknown))}; the parts are {', '.join(without.PARTS)}.")
+        if options.here:
+            apply(root, options.name, parts)
+            return
+        if git("status", "--porcelain", root=root):
+            raise Mistake("there are changes that are not committed; commit or stash them first, then git can undo this.")
+        if options.upgrade:
+            upgrade(root, options.upgrade)
+            return
+        if not options.name:
+            raise Mistake("give the new name: make rename NAME=flowers")
+        old = names(root)[1]
+        require_name(options.name, root)
+        apply(root, options.name, parts)
+        if Path(sys.prefix) == root / ".venv":
+            subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", old], check=False)
+        print(f"Renamed. Look: git diff --cached --stat. Try: make test. Keep: git commit. Undo: git reset --hard")
+    except Mistake as mistake:
+        print(f"rename: {mistake}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

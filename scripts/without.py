@@ -1,0 +1,186 @@
+"""The parts of the template that a fork may do without, and how each is taken out. rename.py calls this."""
+
+import ast
+import json
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Part:
+    """What belongs to a part. Its verb, extra and target are found where they are written."""
+
+    room: str  # where this folder is missing, so is the part
+    paths: tuple[str, ...]
+    verb: str | None = None
+    extra: str | None = None
+    target: str | None = None
+    fixture: str | None = None  # tests that use it need the part
+    requirements: tuple[str, ...] = ()  # of the extra dev, for this part alone
+    cuts: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)  # by file: patterns, and what stays
+
+
+PARTS = {
+    "serving": Part(
+        room="project/serving",
+        paths=(
+            *("project/commands/serve.py", "tests/serving", "docs/serve.md", "docs/serve.png", "Dockerfile"),
+            *(".dockerignore", "benchmarks/serve.py", "benchmarks/litserve.py"),
+        ),
+        verb="serve",
+        extra="serve",
+        requirements=("litserve", "schemathesis"),
+        cuts={
+            "benchmarks/__main__.py": ((r"^from benchmarks\.(serve|litserve) .*\n", ""), (r", serve\b", "")),
+            "tests/test_cli.py": ((r'^    \("serve run .*\n', ""),),
+            "tests/inference/test_bundle.py": ((r', \["serve", [^]]*\]', ""), (r'^ *"[^"]*": \["serve", .*\n', "")),
+        },
+    ),
+    "export": Part(
+        room="project/export",
+        paths=("project/commands/export.py", "tests/export", "docs/export.md", "benchmarks/bundle.py"),
+        verb="export",
+        fixture="packed",
+        cuts={"tests/test_drills.py": ((r'^ *\["export", .*\n', ""), (r'^ *assert load\("bundle"\).*\n', ""))},
+    ),
+    "benchmarks": Part(
+        room="benchmarks",
+        paths=("docs/benchmarks.md", "tests/test_benchmarks.py"),
+        target="bench",
+        requirements=("litserve",),
+        cuts={"pyproject.toml": ((r', "benchmarks"', ""),)},
+    ),
+}
+
+
+def remove(root: Path, name: str) -> None:
+    """Removes a part: its files, and what other files say of it."""
+    part = PARTS[name]
+    gone = [file for path in (part.room, *part.paths) for file in _delete(root / path)]
+    pages = [file.name for file in gone if file.parent.name == "docs"]
+    for file, cuts in part.cuts.items():
+        for pattern, rest in cuts:
+            _edit(root / file, lambda text, p=pattern, r=rest: re.sub(p, r, text, flags=re.MULTILINE))
+    for page in (*root.glob("*.md"), *root.glob("docs/**/*.md")):
+        _edit(page, lambda text: _page(text, part, pages))
+    _edit(root / "Makefile", lambda text: _makefile(text, part))
+    _edit(root / "pyproject.toml", lambda text: _pyproject(text, part))
+    _edit(root / "project" / "cli.py", lambda text: re.sub(rf'^    "{part.verb}": .*\n', "", text, flags=re.MULTILINE))
+    options = root / "tests" / "contracts" / "options.json"
+    kept = {verb: words for verb, words in json.loads(options.read_text()).items() if verb != part.verb}
+    _edit(options, lambda text: text if part.verb is None else json.dumps(kept, indent=1) + "\n")
+    _tests(root, part, {str(file.relative_to(root)) for file in gone})
+
+
+def _delete(path: Path) -> list[Path]:
+    """Deletes a file or folder; returns the files."""
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path] * path.exists()
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    return files
+
+
+def _edit(file: Path, change) -> None:  # noqa: ANN001
+    """Changes the text of a file, if it is there."""
+    if file.exists():
+        file.write_text(change(file.read_text("utf-8")), "utf-8")
+
+
+def _page(text: str, part: Part, pages: list[str]) -> str:
+    """A Markdown page without the rows, commands and paragraphs of the part, and without links to its pages."""
+    command = rf"\.cli {part.verb}\b|\bmake {part.target}\b"
+    row = rf"^\|[^\n]*(`{part.verb}`|\({'|'.join(map(re.escape, pages)) or '-'}\)|make {part.target}\b)[^\n]*\n"
+    kept = []
+    for number, block in enumerate(re.split(r"^(```.*?^```\n)", text, flags=re.DOTALL | re.MULTILINE)):
+        if number % 2:  # code: without its commands, and without its folders in the tree
+            lines = block.replace("\\\n", "\0").splitlines(keepends=True)
+            lines = [line for line in lines if not re.search(command, line)]
+            lines = [line for line in lines if not re.match(rf" *{Path(part.room).name}/ ", line)]
+            kept.append("".join(lines).replace("\0", "\\\n") * (len(lines) > 2))
+        else:
+            paragraphs = re.split(r"(\n{2,})", re.sub(row, "", block, flags=re.MULTILINE))
+            kept += ["" if re.search(command, paragraph) else paragraph for paragraph in paragraphs]
+    for page in pages:
+        kept = [re.sub(rf"!?\[([^]]*)\]\((?:\.\./|docs/)*{re.escape(page)}(#[^)]*)?\)", r"\1", block) for block in kept]
+    return re.sub(r"\n{3,}", "\n\n", "".join(kept)).rstrip("\n") + "\n"
+
+
+def _makefile(text: str, part: Part) -> str:
+    text = re.sub(rf"^{part.target}:.*\n(\t.*\n)*\n?", "", text, flags=re.MULTILINE)
+    return re.sub(rf"^(\.PHONY:.*) {part.target}\b", r"\1", text, flags=re.MULTILINE)
+
+
+def _pyproject(text: str, part: Part) -> str:
+    text = re.sub(rf"^{part.extra} = \[\n(  .*\n)*\]\n", "", text, flags=re.MULTILINE)
+    text = re.sub(rf'^"{part.room.replace("/", ".")}" = .*\n', "", text, flags=re.MULTILINE)
+    text = re.sub(rf"(\[[\w,]*?)\b{part.extra},|,{part.extra}(?=\])", r"\1", text)
+    for requirement in part.requirements:
+        text = re.sub(rf'^  "{requirement}[^a-z-].*\n', "", text, flags=re.MULTILINE)
+    return text
+
+
+def _tests(root: Path, part: Part, gone: set[str]) -> None:
+    """Removes the tests and fixtures that use what is gone, then the helpers and files that no test needs any more."""
+    modules = {file.removesuffix(".py").replace("/", ".") for file in gone if file.endswith(".py")}
+    modules |= {module.removesuffix(".__init__") for module in modules}
+    files = {file: file.read_text("utf-8") for file in (root / "tests").rglob("*.py")}
+    shared = {part.fixture} - {None}  # names of removed fixtures of conftest.py
+    for file in sorted(files, key=lambda file: file.name != "conftest.py"):
+        code = ast.parse(files[file])
+        lost: dict[str, ast.stmt] = {}
+        missing = shared | _imported(code, modules)
+        functions = [node for node in code.body if isinstance(node, ast.FunctionDef)]
+        while new := [n for n in functions if n.name not in lost and (_needs(n, part) or _used(n) & (missing | {*lost}))]:
+            lost |= {node.name: node for node in new}
+        if file.name == "conftest.py":
+            shared |= {*lost}
+        remaining = [node.name for node in functions if node.name not in lost]
+        if lost and not any(name.startswith("test_") for name in remaining) and file.name.startswith("test_"):
+            file.unlink()
+            continue
+        while unused := [n for n in functions if lost and n.name not in lost and not _is_used(n, code, lost)]:
+            lost |= {node.name: node for node in unused}
+        lines = files[file].splitlines(keepends=True)
+        for node in sorted(lost.values(), key=lambda node: -node.lineno):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            while first > 1 and lines[first - 2].startswith("#"):
+                first -= 1
+            del lines[first - 1 : node.end_lineno]
+        if lost:
+            file.write_text("".join(lines), "utf-8")
+
+
+def _imported(code: ast.Module, modules: set[str]) -> set[str]:
+    """The names that a file imports from the modules."""
+    names = set()
+    for node in code.body:
+        if isinstance(node, ast.Import):
+            names |= {(each.asname or each.name).partition(".")[0] for each in node.names if each.name in modules}
+        elif isinstance(node, ast.ImportFrom):
+            for each in node.names:
+                if {node.module, f"{node.module}.{each.name}"} & modules:
+                    names.add(each.asname or each.name)
+    return names
+
+
+def _used(node: ast.AST) -> set[str]:
+    """Names, arguments and texts in a function; pytest.mark.usefixtures has a fixture's name as a text."""
+    nodes = list(ast.walk(node))
+    used = {each.id for each in nodes if isinstance(each, ast.Name)} | {n.arg for n in nodes if isinstance(n, ast.arg)}
+    return used | {each.value for each in nodes if isinstance(each, ast.Constant) and isinstance(each.value, str)}
+
+
+def _needs(node: ast.AST, part: Part) -> bool:
+    """Whether a function runs the part's verb, or names the part's folder at the root."""
+    words = {part.verb, part.room if "/" not in part.room else None} - {None}
+    return any(text == word or text.startswith(f"{word} ") for text in _used(node) for word in words)
+
+
+def _is_used(function: ast.FunctionDef, code: ast.Module, lost: dict[str, ast.stmt]) -> bool:
+    """Whether pytest or another function of the file that stays calls the function."""
+    others = [node for node in code.body if node is not function and node not in lost.values()]
+    return function.name.startswith("test_") or any(function.name in _used(node) for node in others)
