@@ -6,6 +6,7 @@ WITHOUT names, with their verbs, extras, tests and pages. The changes are staged
 
 import argparse
 import importlib.metadata
+import importlib.util
 import io
 import keyword
 import re
@@ -20,7 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import without
 
-LEFT_ALONE = ("LICENSE", "CITATION.cff", "CHANGELOG.md", "tests/contracts/run/")  # the template's own, or checked sums
+LEFT_ALONE = "tests/contracts/run/"  # files of an earlier release, with their checksums
+CREDITS = ("LICENSE", "CITATION.cff", "CHANGELOG.md")  # name the template's authors and releases
 TEMPLATE = "Template-Commit"  # a line of an upgrade's message: up to where the template was taken over
 SHELL = {"Makefile", "Dockerfile", ".dockerignore"}  # with *.sh and *.yml: each word before a # may be the folder
 
@@ -77,7 +79,7 @@ def renamed(text: str, file: str, old: str, new: str) -> str:
     """The text with the new name where the word is the package, and not where it is a word of a sentence."""
     places = [
         rf"(?<![\w.[-]){old}(?=\\?\.[A-Za-z_{{*(]|/)",  # project.cli, project\.cli, project/cli.py
-        rf"(?<!\)\[)(?<=[\"'`]){old}(?=\*?[\"'`])",  # "project", but not ["project"], a table of pyproject.toml
+        rf"(?<!\)\[.)(?<=[\"'`]){old}(?=\*?[\"'`])",  # "project", but not ["project"], a table of pyproject.toml
         rf"(?<=\bfrom ){old}(?= import\b)|(?<=\bimport ){old}\b|(?<=\bimport sys, ){old}\b|(?<=-m ){old}\b",
     ]
     if Path(file).name in SHELL or Path(file).suffix in (".sh", ".yml"):
@@ -91,7 +93,8 @@ def rename(root: Path, name: str) -> None:
     """Renames the package, the distribution and the console script."""
     (old, old_distribution), distribution = names(root), name.replace("_", "-")
     for file, text in tracked(root).items():
-        changed = renamed(text, file, old, name).replace(old_distribution, distribution)
+        changed = renamed(text, file, old, name)
+        changed = changed if file in CREDITS else changed.replace(old_distribution, distribution)
         if changed != text:
             (root / file).write_bytes(changed.encode())
     git("mv", old, name, root=root)
@@ -142,7 +145,9 @@ def upgrade(root: Path, address: str) -> None:
     if taken == latest:
         print("The template has not changed since.")
         return
-    parts = [part for part, each in without.PARTS.items() if not (root / each.room.replace("project", package)).exists()]
+    parts = [
+        part for part, each in without.PARTS.items() if not (root / each.room.replace("project", package)).exists()
+    ]
     commit = None
     with tempfile.TemporaryDirectory() as folder:
         scripts = Path(folder, "scripts")
@@ -161,7 +166,9 @@ def upgrade(root: Path, address: str) -> None:
             finally:
                 git("worktree", "remove", "--force", tree, root=root)
     if subprocess.run(["git", "-C", root, "cherry-pick", commit]).returncode:
-        raise Mistake("both have changed the same lines; edit these files, git add them, then: git cherry-pick --continue")
+        raise Mistake(
+            "both have changed the same lines; edit these files, git add them, then: git cherry-pick --continue"
+        )
 
 
 def main() -> None:
@@ -180,12 +187,16 @@ def main() -> None:
             apply(root, options.name, parts)
             return
         if git("status", "--porcelain", root=root):
-            raise Mistake("there are changes that are not committed; commit or stash them first, then git can undo this.")
+            raise Mistake(
+                "there are changes that are not committed; commit or stash them first, then git can undo this."
+            )
         if options.upgrade:
             upgrade(root, options.upgrade)
             return
         if not options.name:
             raise Mistake("give the new name: make rename NAME=flowers")
+        if importlib.util.find_spec("ruff") is None:
+            raise Mistake("ruff is needed, which sorts and wraps what has become longer; run: make install")
         old = names(root)[1]
         require_name(options.name, root)
         apply(root, options.name, parts)

@@ -134,7 +134,9 @@ def _tests(root: Path, part: Part, gone: set[str]) -> None:
         lost: dict[str, ast.stmt] = {}
         missing = shared | _imported(code, modules)
         functions = [node for node in code.body if isinstance(node, ast.FunctionDef)]
-        while new := [n for n in functions if n.name not in lost and (_needs(n, part) or _used(n) & (missing | {*lost}))]:
+        while new := [
+            n for n in functions if n.name not in lost and (_needs(n, part) or _used(n) & (missing | {*lost}))
+        ]:
             lost |= {node.name: node for node in new}
         if file.name == "conftest.py":
             shared |= {*lost}
