@@ -1,7 +1,8 @@
 """Makes this template a project of your own: make rename NAME=flowers [WITHOUT=serving,benchmarks,export].
 
 Renames the package, the distribution and the console script wherever they are written, and removes the parts that
-WITHOUT names, with their verbs, extras, tests and pages. The changes are staged, not committed: git shows and undoes them.
+WITHOUT names, with their verbs, extras, tests and pages. The changes are staged, not committed, so that git shows and
+undoes them. WITHOUT works without NAME, too.
 """
 
 import argparse
@@ -83,7 +84,7 @@ def renamed(text: str, file: str, old: str, new: str) -> str:
         rf"(?<=\bfrom ){old}(?= import\b)|(?<=\bimport ){old}\b|(?<=\bimport sys, ){old}\b|(?<=-m ){old}\b",
     ]
     if Path(file).name in SHELL or Path(file).suffix in (".sh", ".yml"):
-        places.append(rf"(?m)(?<![\w.#'-]){old}\b(?![-'’])(?=[^\n]*)")
+        places.append(rf"(?<![\w.#'-]){old}\b(?![-'])")
     for place in places:
         text = re.sub(place, new, text)
     return re.sub(rf"\b{old.upper()}_", f"{new.upper()}_", text)
@@ -125,7 +126,8 @@ def apply(root: Path, name: str, parts: list[str]) -> None:
     """Removes the parts and renames, in a folder under git; commits nothing."""
     for part in parts:
         without.remove(root, part)
-    rename(root, name)
+    if name != names(root)[0]:
+        rename(root, name)
     tidy(root, name)
     git("add", "--all", root=root)
 
@@ -145,9 +147,7 @@ def upgrade(root: Path, address: str) -> None:
     if taken == latest:
         print("The template has not changed since.")
         return
-    parts = [
-        part for part, each in without.PARTS.items() if not (root / each.room.replace("project", package)).exists()
-    ]
+    parts = [part for part, each in without.PARTS.items() if not (root / each.room).exists()]
     commit = None
     with tempfile.TemporaryDirectory() as folder:
         scripts = Path(folder, "scripts")
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # checked already, by --upgrade
     options, root = parser.parse_args(), Path.cwd()
     try:
-        parts = [part for part in options.without.replace(",", " ").split()]
+        parts = options.without.replace(",", " ").split()
         if unknown := set(parts) - {*without.PARTS}:
             raise Mistake(f"there is no part {', '.join(sorted(unknown))}; the parts are {', '.join(without.PARTS)}.")
         if options.here:
@@ -193,16 +193,17 @@ def main() -> None:
         if options.upgrade:
             upgrade(root, options.upgrade)
             return
-        if not options.name:
+        if not options.name and not parts:
             raise Mistake("give the new name: make rename NAME=flowers")
         if importlib.util.find_spec("ruff") is None:
             raise Mistake("ruff is needed, which sorts and wraps what has become longer; run: make install")
-        old = names(root)[1]
-        require_name(options.name, root)
-        apply(root, options.name, parts)
-        if Path(sys.prefix) == root / ".venv":
+        package, old = names(root)
+        if options.name:
+            require_name(options.name, root)
+        apply(root, options.name or package, parts)
+        if options.name and Path(sys.prefix) == root / ".venv":
             subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", old], check=False)
-        print(f"Renamed. Look: git diff --cached --stat. Try: make test. Keep: git commit. Undo: git reset --hard")
+        print("Done. Look: git diff --cached --stat. Try: make test. Keep: git commit. Undo: git reset --hard")
     except Mistake as mistake:
         print(f"rename: {mistake}", file=sys.stderr)
         sys.exit(2)
