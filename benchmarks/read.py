@@ -13,7 +13,7 @@ from benchmarks.runner import show, training_images
 from project.commands.bench import BATCH, SIZE, loaders
 from project.data import images
 from project.data.workers import usable_cores
-from project.export.verify import side_by_side
+from project.inference.timing import side_by_side
 
 REFERENCE, OURS = "torchvision's reference reader", "fit, from the cache"
 Runs = dict[str, Callable[[], Any]]

@@ -18,7 +18,7 @@ from project import files
 from project.data.inputs import gather
 from project.data.workers import usable_cores
 from project.errors import UserError
-from project.export.verify import side_by_side
+from project.inference.timing import side_by_side
 
 BATCH, SIZE = 64, 224
 PARTS = {  # of a step, and the actions under which Lightning's profiler records them

@@ -10,7 +10,7 @@ import numpy as np
 from project.data.images import Pixels
 from project.errors import UserError
 from project.export import onnx, verify
-from project.inference import bundle
+from project.inference import bundle, timing
 from project.inference.metadata import Metadata
 
 MAX_LOSS, MIN_SMALLER, MIN_FASTER = 0.5, 3.0, 1.5  # points of accuracy it may lose; times smaller or faster
@@ -90,7 +90,7 @@ def quantize(
     difference = float(np.abs(expected.probabilities - outputs.probabilities).max())
     sizes = [file.stat().st_size for file in (model, trial / bundle.MODEL)]
     image = np.zeros((1, exact.image_size, exact.image_size, 3), np.uint8)
-    seconds = verify.side_by_side(lambda: exact.probabilities(image), lambda: candidate.probabilities(image))
+    seconds = timing.side_by_side(lambda: exact.probabilities(image), lambda: candidate.probabilities(image))
     lost, smaller, faster = 100 * (accuracy[0] - accuracy[1]), sizes[0] / sizes[1], seconds[0] / seconds[1]
     kept = round(lost, 6) <= MAX_LOSS and (smaller >= MIN_SMALLER or faster >= MIN_FASTER)
     print(

@@ -1,11 +1,8 @@
 """Verification: a bundle must predict the same as its checkpoint, from image files on, before anyone gets it."""
 
-import statistics
-import time
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -105,14 +102,3 @@ def predict(predictor: Predictor, images: LabelledImages, batch_size: int) -> Ou
         raise UserError(f"None of the {len(predictions):,} {images.source} can be read: {first.path}: {first.error}.")
     right = [row.label == label for row, label in pairs]
     return Outputs(np.array([row.probabilities for row, _ in pairs]), sum(right) / len(right))
-
-
-def side_by_side(*runs: Callable[[], Any], rounds: int = 20, warm_up: int = 3) -> list[float]:
-    """Returns the median seconds of each function over `rounds` in which they take turns, after some to warm up."""
-    seconds: list[list[float]] = [[] for _ in runs]
-    for _ in range(warm_up + rounds):
-        for run, times in zip(runs, seconds, strict=True):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-    return [statistics.median(times[warm_up:]) for times in seconds]

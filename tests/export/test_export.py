@@ -23,7 +23,7 @@ from project.data import images, manifest
 from project.errors import FailedRun, UserError
 from project.export import onnx as onnx_export
 from project.export import quantize, verify
-from project.inference import bundle, calibration
+from project.inference import bundle, calibration, timing
 from project.inference.load import locate
 from project.inference.predictions import Prediction
 from project.inference.predictor import Predictor
@@ -207,7 +207,7 @@ def test_int8_must_gain_much_and_lose_little_or_leaves_the_exact_model(
     exact = load(folder)
     outputs = verify.predict(exact, three, 3)._replace(accuracy=0.985)
     monkeypatch.setattr(verify, "predict", lambda *_, **__: outputs._replace(accuracy=0.985 - lost / 100))
-    monkeypatch.setattr(verify, "side_by_side", lambda *_: [faster, 1.0])
+    monkeypatch.setattr(timing, "side_by_side", lambda *_: [faster, 1.0])
     size = int((folder / "model.onnx").stat().st_size / smaller)
     monkeypatch.setattr(quantize, "write_int8", lambda _, file, *__: file.write_bytes(b"x" * size))
     monkeypatch.setattr(bundle, "OnnxPredictor", lambda _: exact)
