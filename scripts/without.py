@@ -26,31 +26,52 @@ PARTS = {
     "serving": Part(
         room="project/serving",
         paths=(
-            *("project/commands/serve.py", "tests/serving", "docs/serve.md", "docs/serve.png", "Dockerfile"),
-            *(".dockerignore", "benchmarks/serve.py", "benchmarks/litserve.py"),
+            *(
+                "project/commands/serve.py",
+                "tests/serving",
+                "docs/serve.md",
+                "docs/serve.png",
+                "notebooks/05-ship.ipynb",
+            ),
+            *("Dockerfile", ".dockerignore", "requirements-serve.txt", "benchmarks/serve.py", "benchmarks/litserve.py"),
         ),
         verb="serve",
         extra="serve",
         requirements=("litserve", "schemathesis"),
         cuts={
-            "benchmarks/__main__.py": ((r"^from benchmarks\.(serve|litserve) .*\n", ""), (r", serve\b", "")),
-            "tests/test_cli.py": ((r'^    \("serve run .*\n', ""),),
+            "README.md": ((" serving/", ""), (r"^\| serving.*\n", "")),
+            "benchmarks/__main__.py": ((r"^from benchmarks.serve .*\n", ""), (", serve", "")),
+            "tests/test_cli.py": ((r'^ *\("serve run .*\n', ""),),
             "tests/inference/test_bundle.py": ((r', \["serve", [^]]*\]', ""), (r'^ *"[^"]*": \["serve", .*\n', "")),
         },
     ),
-    "export": Part(
+    "export": Part(  # bundles that were made elsewhere are read on, for which the extra stays
         room="project/export",
-        paths=("project/commands/export.py", "tests/export", "docs/export.md", "benchmarks/bundle.py"),
+        paths=(
+            *("project/commands/export.py", "tests/export", "docs/export.md", "notebooks/05-ship.ipynb"),
+            *("benchmarks/bundle.py", "benchmarks/serve.py", "benchmarks/litserve.py"),
+        ),
         verb="export",
         fixture="packed",
-        cuts={"tests/test_drills.py": ((r'^ *\["export", .*\n', ""), (r'^ *assert load\("bundle"\).*\n', ""))},
+        cuts={
+            "README.md": ((" export/", ""),),
+            "pyproject.toml": ((r'^  "onnx(script)?>.*\n', ""),),
+            "project/inference/bundle.py": ((r" by python -m project\.cli export", ""),),
+            "project/inference/load.py": (("; make another bundle by export --calibrated", ""),),
+            "benchmarks/__main__.py": ((r"^from benchmarks.(serve|bundle) .*\n", ""), (", serve, bundle", "")),
+            "tests/test_drills.py": ((r'^ *\["export", .*\n', ""), (r'^ *assert load\("bundle"\).*\n', "")),
+        },
     ),
     "benchmarks": Part(
         room="benchmarks",
         paths=("docs/benchmarks.md", "tests/test_benchmarks.py"),
         target="bench",
         requirements=("litserve",),
-        cuts={"pyproject.toml": ((r', "benchmarks"', ""),)},
+        cuts={
+            "pyproject.toml": ((', "benchmarks"', ""),),
+            "project/cli.py": ((r"^MOVED_BENCHMARKS.*\n", ""), (r"^    if .* in MOVED_BENCHMARKS\).*\n.*\n", "")),
+            "tests/test_cli.py": ((r'^ *\("bench accuracy .*\n', ""),),
+        },
     ),
 }
 
@@ -93,6 +114,7 @@ def _edit(file: Path, change) -> None:  # noqa: ANN001
 def _page(text: str, part: Part, pages: list[str]) -> str:
     """A Markdown page without the rows, commands and paragraphs of the part, and without links to its pages."""
     command = rf"\.cli {part.verb}\b|\bmake {part.target}\b"
+    named = rf",\s`{part.verb}`(?=[\s,)])|`{part.verb}`,\s|\sand\s`{part.verb}`"  # among others
     row = rf"^\|[^\n]*(`{part.verb}`|\({'|'.join(map(re.escape, pages)) or '-'}\)|make {part.target}\b)[^\n]*\n"
     kept = []
     for number, block in enumerate(re.split(r"^(```.*?^```\n)", text, flags=re.DOTALL | re.MULTILINE)):
@@ -102,7 +124,8 @@ def _page(text: str, part: Part, pages: list[str]) -> str:
             lines = [line for line in lines if not re.match(rf" *{Path(part.room).name}/ ", line)]
             kept.append("".join(lines).replace("\0", "\\\n") * (len(lines) > 2))
         else:
-            paragraphs = re.split(r"(\n{2,})", re.sub(row, "", block, flags=re.MULTILINE))
+            block = re.sub(named, "", re.sub(row, "", block, flags=re.MULTILINE))
+            paragraphs = re.split(r"(\n{2,})", block)
             kept += ["" if re.search(command, paragraph) else paragraph for paragraph in paragraphs]
     for page in pages:
         kept = [re.sub(rf"!?\[([^]]*)\]\((?:\.\./|docs/)*{re.escape(page)}(#[^)]*)?\)", r"\1", block) for block in kept]
