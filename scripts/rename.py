@@ -126,6 +126,7 @@ def apply(root: Path, name: str, parts: list[str]) -> None:
     """Removes the parts and renames, in a folder under git; commits nothing."""
     for part in parts:
         without.remove(root, part)
+    git("add", "--all", root=root)
     if name != names(root)[0]:
         rename(root, name)
     tidy(root, name)
@@ -200,7 +201,11 @@ def main() -> None:
         package, old = names(root)
         if options.name:
             require_name(options.name, root)
-        apply(root, options.name or package, parts)
+        try:
+            apply(root, options.name or package, parts)
+        except BaseException:
+            git("reset", "--hard", "--quiet", root=root)
+            raise
         if options.name and Path(sys.prefix) == root / ".venv":
             subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", old], check=False)
         print("Done. Look: git diff --cached --stat. Try: make test. Keep: git commit. Undo: git reset --hard")
