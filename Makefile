@@ -3,7 +3,7 @@ PYTHON ?=
 ARGS ?=
 VENV = .venv/bin/python
 
-.PHONY: help install fit test test-slow test-full torture check board bench clean clean-cache core dev
+.PHONY: help install fit test test-slow test-full torture check board rename upgrade bench clean clean-cache core dev
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):[^#]*## /make \1\t/' | expand -t 18
@@ -37,6 +37,12 @@ torture: dev  ## part of test-full: forty fits killed at random and resumed, 10,
 
 board: core  ## TensorBoard on runs/; restart it to see a run with a new name
 	@sh scripts/board.sh $(ARGS)
+
+rename: dev  ## make the template yours: NAME=flowers, and to remove parts, WITHOUT=serving,benchmarks,export
+	$(VENV) scripts/rename.py $(NAME) $(if $(WITHOUT),--without $(WITHOUT))
+
+upgrade: dev  ## take over what has changed in the template since: FROM=its git address
+	$(VENV) scripts/rename.py --upgrade $(FROM)
 
 bench: dev  ## compare with other programs: ARGS=training, precision, reading, predict, serve, bundle, accuracy, recipes, ddp or shards
 	$(VENV) -m benchmarks $(ARGS)

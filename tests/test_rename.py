@@ -1,0 +1,188 @@
+"""A fork: renamed, trimmed and upgraded copies of the template work, and what cannot be done is refused."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import rename
+import without
+
+PACKAGE = rename.names(ROOT)[0]
+QUICK = ["--model.name", "squeezenet1_1", "--data.image_size", "32", "--trainer.limit_train_batches", "2"]
+TWENTY = (  # of rooms and files that have the package's name in imports, class paths, messages or subprocesses
+    "tests/test_architecture.py tests/test_contracts.py tests/test_metrics.py tests/data/test_transforms.py "
+    "tests/training/test_optim.py tests/inference/test_metadata.py"
+).split()
+
+
+def git(folder, *words):
+    identity = ["-c", "user.name=Someone", "-c", "user.email=someone@example.com"]
+    done = subprocess.run(["git", "-C", folder, *identity, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def python(folder, *words, code=0):
+    """Runs Python in a copy, which imports its own package and none of this one."""
+    environment = os.environ | {
+        "PYTHONPATH": str(folder),
+        "GIT_AUTHOR_NAME": "Someone",
+        "GIT_COMMITTER_NAME": "Someone",
+    }
+    environment |= {"GIT_AUTHOR_EMAIL": "someone@example.com", "GIT_COMMITTER_EMAIL": "someone@example.com"}
+    done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def template(tmp_path):
+    """A repository with the tracked files as they are now."""
+    folder = tmp_path / "template"
+    for name in git(ROOT, "ls-files").splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    git(tmp_path, "init", "-q", folder)
+    git(folder, "add", "--all")
+    git(folder, "commit", "-q", "-m", "Template")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("Flowers", "'Flowers' cannot name a package"),
+        ("1flower", "cannot name a package"),
+        ("my-flowers", "cannot name a package"),
+        ("f" * 31, "2 to 30 of a-z"),
+        ("lambda", "keyword"),
+        ("match", "keyword"),
+        ("statistics", "standard library"),
+        ("torch", "installed package"),
+        ("tests", "a folder here"),
+        ("logits", r"logits is a name in the code, [\w/]+\.py:\d+"),
+    ],
+)
+def test_name_that_would_break_the_code_is_refused(name, why):
+    with pytest.raises(rename.Mistake, match=why):
+        rename.require_name(name, ROOT)
+    rename.require_name("flowers", ROOT)
+
+
+@pytest.mark.parametrize(
+    ("line", "file", "expected"),
+    [
+        ("from {} import cli", "a.py", "from zebras import cli"),
+        ("import sys, {}.cli; {}.cli.main()", "a.py", "import sys, zebras.cli; zebras.cli.main()"),
+        ('PACKAGE = ROOT / "{}"', "a.py", 'PACKAGE = ROOT / "zebras"'),
+        (r'match=r"python -m {}\.cli fit"', "a.py", r'match=r"python -m zebras\.cli fit"'),
+        ("class_path: {}.models.nets.Tiny", "a.yaml", "class_path: zebras.models.nets.Tiny"),
+        ("COPY {0} {0}", "Dockerfile", "COPY zebras zebras"),
+        ("\tfind {} tests -name x", "Makefile", "\tfind zebras tests -name x"),
+        ('include = ["{}*"]', "pyproject.toml", 'include = ["zebras*"]'),
+        ("[{}.scripts]", "pyproject.toml", None),
+        ('tomllib.loads(text)["{}"]', "a.py", None),
+        ("This {} has no such class. The {}'s own.", "a.md", None),
+    ],
+)
+def test_word_is_replaced_where_it_is_the_package(line, file, expected):
+    line = line.format(PACKAGE, PACKAGE)
+    assert rename.renamed(line, file, PACKAGE, "zebras") == (line if expected is None else expected)
+
+
+@pytest.mark.parametrize("name", without.PARTS)
+def test_what_a_part_removes_is_there(name):
+    part = without.PARTS[name]
+    assert [path for path in (part.room, *part.paths) if not (ROOT / path).exists()] == []
+    for file, cuts in part.cuts.items():
+        for pattern, _ in cuts:
+            assert re.search(pattern, (ROOT / file).read_text(), re.MULTILINE), (file, pattern)
+
+
+@pytest.mark.slow
+def test_renamed_copy_passes_its_checks_fits_and_is_undone_by_git(template):
+    before = git(template, "rev-parse", "HEAD^{tree}")
+    (template / "new.py").touch()
+    assert "not committed" in python(template, "scripts/rename.py", "zebras", code=2)
+    (template / "new.py").unlink()
+    python(template, "scripts/rename.py", "zebras")
+    left = [f"{file}: {line}" for file, line in mentions(template)]
+    assert left == []
+    python(template, "-m", "ruff", "check", ".")
+    python(template, "-m", "ruff", "format", "--check", ".")
+    assert "zebras" in python(template, "-m", "zebras.cli", "--version")
+    python(template, "-m", "zebras.cli", "fit", *QUICK, "--trainer.max_epochs", "1")
+    git(template, "reset", "-q", "--hard")
+    assert git(template, "write-tree") == before
+    assert not (template / "zebras").is_dir() or list((template / "zebras").rglob("*.py")) == []
+
+
+def mentions(folder):
+    """Lines where the old name is code: in an import, a path or a command."""
+    for file, text in rename.tracked(folder).items():
+        for line in text.splitlines():
+            if re.search(rf"-m {PACKAGE}\b|from {PACKAGE}[. ]|import {PACKAGE}\b|\b{PACKAGE}(/[a-z]|\.cli)", line):
+                yield file, line
+            elif rename.names(ROOT)[1] in line and file not in rename.CREDITS:
+                yield file, line
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["flower_classification"],
+        ["zebras", "--without", "serving"],
+        ["zebras", "--without", "export"],
+        ["zebras", "--without", "benchmarks"],
+        ["zebras", "--without", "serving,benchmarks,export"],
+    ],
+    ids=" ".join,
+)
+def test_whole_suite_of_a_copy_passes(words, template):
+    python(template, "scripts/rename.py", *words)
+    git(template, "commit", "-q", "-m", "Rename")
+    for room in (without.PARTS[part].room for part in (words[-1].split(",") if words[1:] else [])):
+        assert not (template / room.replace(PACKAGE, words[0])).exists()
+    assert list(mentions(template)) == []
+    python(template, "-m", "ruff", "check", ".")
+    python(template, "-m", "mypy")
+    python(template, "-m", "pytest", "-q", "-m", "not full", "-n", "2", "--dist", "loadfile", "-k", "not set_up_says")
+
+
+@pytest.mark.slow
+def test_later_changes_of_the_template_are_taken_over_and_own_ones_stay(template, tmp_path):
+    fork = tmp_path / "fork"
+    git(tmp_path, "clone", "-q", template, fork)
+    python(fork, "scripts/rename.py", "zebras", "--without", "serving")
+    git(fork, "commit", "-q", "-m", "Rename")
+    losses, optim = f"{PACKAGE}/losses.py", f"{PACKAGE}/optim.py"
+    append(fork / "zebras" / "losses.py", "OURS = 1")
+    git(fork, "commit", "-q", "-a", "-m", "Own loss")
+    append(template / optim, f"from {PACKAGE} import losses  # noqa: E402, F401")
+    append(template / PACKAGE / "serving" / "app.py", "UPSTREAM = 1")
+    git(template, "commit", "-q", "-a", "-m", "Mend")
+    python(fork, "scripts/rename.py", "--upgrade", str(template))
+    assert "from zebras import losses" in (fork / "zebras" / "optim.py").read_text()
+    assert "OURS = 1" in (fork / "zebras" / "losses.py").read_text()
+    assert not (fork / "zebras" / "serving").exists()
+    assert git(template, "rev-parse", "HEAD").strip() in git(fork, "log", "-1", "--format=%B")
+    assert "not changed" in python(fork, "scripts/rename.py", "--upgrade", str(template))
+
+    append(template / losses, "THEIRS = 1")  # where the fork has a line of its own
+    git(template, "commit", "-q", "-a", "-m", "Loss")
+    assert "git cherry-pick --continue" in python(fork, "scripts/rename.py", "--upgrade", str(template), code=2)
+    assert "<<<<<<<" in (fork / "zebras" / "losses.py").read_text()
+
+
+def append(file, line):
+    file.write_text(f"{file.read_text()}\n{line}\n")
