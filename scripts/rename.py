@@ -70,7 +70,7 @@ def require_name(name: str, root: Path) -> None:
     if name in importlib.metadata.packages_distributions() or (root / name).exists():
         raise Mistake(f"{name} is an installed package or a folder here; choose another name.")
     for file, text in tracked(root).items():
-        if file.endswith(".py"):
+        if file.endswith(".py") and re.search(rf"\b{name}\b", text):
             for token in tokenize.generate_tokens(io.StringIO(text).readline):
                 if (token.type, token.string) == (tokenize.NAME, name):
                     raise Mistake(f"{name} is a name in the code, {file}:{token.start[0]}; choose another name.")
