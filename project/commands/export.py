@@ -6,7 +6,7 @@ from typing import Literal
 
 from project import files, runs
 from project.errors import UserError, command
-from project.inference import bundle
+from project.inference import bundle, hub
 from project.inference.load import Source, locate_checkpoint
 
 
@@ -18,6 +18,7 @@ def export(
     pt2: bool = False,
     calibrated: bool = False,
     data: str | None = None,
+    push: str | None = None,
     trust: tuple[str, ...] = (),
 ) -> int:
     """Packs a checkpoint for use elsewhere, and verifies that it predicts the same there.
@@ -36,6 +37,7 @@ def export(
         pt2: Write model.pt2 too, for torch.export.load, which runs code from the file: for your own use.
         calibrated: Build in the temperature that `report` has found, so that probabilities match frequencies.
         data: Where the run's images are now; by default where they were.
+        push: Also upload the bundle to this repository on the Hugging Face hub, user/name; a new one is public.
         trust: Class path of the checkpoint's network, if that is neither this package's nor a library's; repeatable.
     """
     file = locate_checkpoint(checkpoint)
@@ -70,5 +72,6 @@ def export(
         raise UserError(f"{target} cannot be written: {error.strerror}; give another folder by --out.") from error
     size = sum(part.stat().st_size for part in target.iterdir())
     print(f"bundle: {target} ({size / 1e6:,.0f} MB, {metadata.calibration} probabilities)")
-    print(f"next: {command('predict', target)} IMAGES...")
+    address = target if push is None else hub.push(target, push)
+    print(f"next: {command('predict', address)} IMAGES...")
     return 0

@@ -20,12 +20,13 @@ MAX_NAMES = 40  # class names that the card lists
 
 def write(file: Path, checkpoint: Path, metadata: Metadata) -> None:
     """Writes the card; if the run of the exported checkpoint has been tested, with its figures."""
-    names = metadata.class_names
+    names, data = metadata.class_names, Path(metadata.config["data"].get("root") or "unknown").name
     text = html.render(
         TEMPLATE,
         title=_plain(f"{runs.name_of(checkpoint)}: {metadata.model}"),
         names=[_plain(name) for name in names[:MAX_NAMES]],
-        data=_plain(Path(metadata.config["data"].get("root") or "unknown").name),
+        data=_plain(data),
+        header={"name": runs.name_of(checkpoint), "data": data},
         counts=_counts(runs.folder_of(checkpoint), names),
         splits=SPLITS,
         **_figures(checkpoint, metadata),

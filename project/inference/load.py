@@ -13,7 +13,7 @@ from project import files, runs
 from project.data.images import is_image
 from project.data.workers import limit_threads
 from project.errors import UserError, command
-from project.inference import bundle
+from project.inference import bundle, hub
 from project.inference.predictor import Predictor
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def locate(path: str | os.PathLike[str] | None = None, trust: Collection[str] = 
     trusted = tuple(trust)
     if path is None:
         return Source(runs.newest_checkpoint(), False, trusted)
+    if str(path).startswith(hub.PREFIX):
+        return Source(hub.download(str(path)), True, trusted)
     try:
         target = runs.resolve_latest(Path(path))
         if _is_bundle(target):
@@ -103,8 +105,8 @@ def load(
     """Loads a trained classifier; UserError where the path means none that can be used, or no temperature is known.
 
     Args:
-        path: A checkpoint, also a sharded one, a run's folder or a bundle made by `export`; None means the newest run's
-            best.ckpt.
+        path: A checkpoint, also a sharded one, a run's folder, a bundle made by `export`, or hf://user/name, one
+            on the Hugging Face hub; None means the newest run's best.ckpt.
         calibrated: Divide the logits by the temperature that `report` has found, so that probabilities match
             frequencies; by default, probabilities are raw. Those of a bundle are what `export` was told to make them:
             a raw one is refused. `metadata.calibrated` tells which they are.

@@ -324,7 +324,7 @@ def test_card_without_a_test_says_so_and_names_that_markdown_would_interpret_sta
     Path(tmp_path / "bob's_cells").symlink_to(Path("photos").resolve())
     export(changed(class_names=names), tmp_path / "b", "--data", str(tmp_path / "bob's_cells"))
     text = (tmp_path / "b" / "README.md").read_text(encoding="utf-8")
-    assert text.startswith("# changed: squeezenet1\\_1\n")
+    assert "---\n# changed: squeezenet1\\_1\n" in text
     assert "not been measured on test images" in text
     assert "classes: a\\|b \\*c\\*, &lt;script&gt;, größe 大." in text
     assert "| größe 大 | 0 | 1 | 0 |" in text
@@ -370,7 +370,7 @@ def test_moved_images_are_found_by_data_missing_or_damaged_ones_are_named_and_th
     assert " of . is in photos" in refused("export", "alone.ckpt", "--out", "b")
     export("runs/latest", "done", "--data", "moved")
     assert "12 validation images of moved" in capsys.readouterr().out
-    assert Path("done", "README.md").read_text().startswith("# solar\\_cells: squeezenet1\\_1\n")
+    assert "---\n# solar\\_cells: squeezenet1\\_1\n" in Path("done", "README.md").read_text()
     for split, kind, options in (("train", "training", ["--quantize", "int8"]), ("val", "validation", [])):
         files, words = [Path("moved", path) for path in in_split(run, split)], ["--out", "b", "--data", "moved"]
         for file in files:
