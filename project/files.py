@@ -71,6 +71,15 @@ def with_home(word: str) -> str:
     return re.sub(r"^(--?[\w.-]+=)?~(?=/|$)", lambda match: (match[1] or "") + os.path.expanduser("~"), word)  # noqa: PTH111
 
 
+def shipped(config: str) -> str:
+    """The path of a configuration; configs/NAME.yaml also means the package's own, where there is no such file."""
+    if not re.fullmatch(r"configs/[\w-]+\.yaml", config) or os.path.lexists(config):
+        return config
+    package = Path(__file__).parent  # configs/ lies in an installed package, and beside a checkout's
+    found = (folder / config for folder in (package, package.parent))
+    return next((str(file) for file in found if file.is_file()), config)
+
+
 def is_table(name: str) -> bool:
     """Whether a file's name says that it is a table of images."""
     return name.lower().endswith((".csv", ".parquet"))

@@ -90,7 +90,7 @@ def _view(config: str | None, given: dict[str, Any]) -> tuple[Augmentation, int,
     data: dict[str, Any] = {}
     try:
         if config is not None:
-            data = dict(yaml.safe_load(Path(config).read_text(encoding="utf-8")).get("data") or {})
+            data = dict(yaml.safe_load(Path(files.shipped(config)).read_text(encoding="utf-8")).get("data") or {})
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"--config {config}: this is no YAML file of a fit's options in UTF-8.") from error
     options = {name: data[name] for name in View._fields if data.get(name) is not None}

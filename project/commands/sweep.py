@@ -56,7 +56,7 @@ def sweep(
         import optuna
     except ImportError as error:
         raise UserError("sweep needs the library optuna; install it: pip install -e .[sweep]") from error
-    spaces, shared = _read(Path(space))
+    spaces, shared = _read(Path(files.shipped(space)))
     monitor = str(shared.get("monitor", "val/loss"))
     name = name or Path(space).stem
     folder = Path(str(shared.get("runs") or runs.ROOT), name)

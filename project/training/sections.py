@@ -12,7 +12,7 @@ import yaml
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
-from project import arguments, parts
+from project import arguments, files, parts
 from project.classifier import Classifier
 from project.data.datamodule import ImageData
 from project.data.own import OwnData
@@ -30,7 +30,7 @@ def named(argv: Sequence[str]) -> tuple[list[str], dict[str, str], set[str]]:
     for before, word in zip(["", *argv], argv, strict=False):
         option, mark, value = word.partition("=") if word.startswith("-") else ("", "", word)
         if (name := option if mark else before) in ("-c", "--config"):
-            value = _flat(value, paths)
+            value = _flat(files.shipped(value), paths)
         elif name in ("--data.class_path", "--model.class_path"):
             paths[name[2:].partition(".")[0]] = value
         elif name == "--trust":  # one in a file does not count
