@@ -34,7 +34,7 @@ LEFT = {
     "05-ship": (
         0,
         ["runs/notebook-05/*/bundle/model.onnx", "runs/notebook-05/*/bundle/SHA256SUMS"],
-        ["the same labels", "calibrated probabilities", '"ok"', '"label"', "exit code 143"],
+        ["the same labels", "calibrated probabilities", '"ok"', " by resnet18-", "exit code 143"],
     ),
     "06-library": (1, ["runs/notebook-06/*/*/checkpoints/*.ckpt", "runs/latest/config.yaml"], ["val/loss", "test/f1"]),
 }
