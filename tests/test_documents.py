@@ -169,45 +169,47 @@ def options(verb):
         return {f"--{name}" for name in inspect.signature(function).parameters} | {"--help"}
     parser = trainer_parser(Tuning if verb == "tune" else RepeatCli, "fit")
     (verbs,) = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
-    found = {
-        name for action in arguments.actions(verbs["fit" if verb == "tune" else verb]) for name in action.option_strings
-    }
-    return found | {"--help", "--data.class_path", "--model.class_path"}
+    actions = arguments.actions(verbs["fit" if verb == "tune" else verb])
+    known = {name for action in actions for name in action.option_strings}
+    return known | {"--help", "--data.class_path", "--model.class_path"}
 
 
 # What the messages say
 
 
+@functools.cache
+def nodes_of(file):
+    return [*ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+
+
+@functools.cache
 def texts(file):
     """The texts in a source, the code of what an f-string inserts in braces."""
-    nodes = [*ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    nodes, found = nodes_of(file), []
     pieces = {id(piece) for node in nodes if isinstance(node, ast.JoinedStr) for piece in node.values}
     for node in nodes:
         if isinstance(node, ast.JoinedStr):
-            yield "".join(
-                p.value if isinstance(p, ast.Constant) else f"{{{ast.unparse(p.value)}}}" for p in node.values
-            )
+            code = (p.value if isinstance(p, ast.Constant) else f"{{{ast.unparse(p.value)}}}" for p in node.values)
+            found.append("".join(code))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in pieces:
-            yield node.value
+            found.append(node.value)
+    return found
 
 
 def printed():
     """The commands that the package prints or has in its docstrings, with plausible values where they are computed."""
     for file in SOURCES:
         for text in texts(file):
-            for verb, rest in re.findall(rf"python -m project\.cli {VERB}\b(.*)", text):
-                if text.startswith('"') or re.search(r": python -m project\.cli .*\.$", text.splitlines()[0]):
+            for verb, rest in re.findall(r"python -m project\.cli ([a-z]\w*)(.*)", text):
+                if re.search(r": python -m project\.cli .*\.$", text.splitlines()[0]):
                     rest = re.sub(r"\[(\w+)\|.*?\]", r"\1", rest.removesuffix("."))  # a docstring: all of the line
                 else:  # what looks like a command, of a sentence
                     rest = re.match(r"(?: --?[\w.]+(?:[ =][\w/.]+)?| '[^']*'| \S*/\S*)*", rest)[0]
                 yield verb, shlex.split(rest.replace("THIS_FILE", "configs/quick.yaml"))
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in nodes_of(file):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "command":
-                given = [
-                    a.value if isinstance(a, ast.Constant) else None
-                    for a in node.args
-                    if not isinstance(a, ast.Starred)
-                ]
+                literal = [a for a in node.args if not isinstance(a, ast.Starred)]
+                given = [a.value if isinstance(a, ast.Constant) else None for a in literal]
                 values = {"--config": "configs/quick.yaml"}
                 words = [word or values.get(before, "runs/latest") for before, word in itertools.pairwise(["", *given])]
                 yield words[0], words[1:] + ["IMAGES"] * (words[0] == "predict")
@@ -218,6 +220,7 @@ def test_every_command_that_is_printed_is_valid(monkeypatch):
     unique = dict.fromkeys((verb, *words) for verb, words in printed())
     assert len(unique) > 25
     for verb, *words in unique:
+        assert verb in cli.VERBS
         parse(verb, words)
 
 

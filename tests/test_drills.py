@@ -149,7 +149,7 @@ def follow(folder, title):
 
 
 def test_diffs_apply_are_short_and_clean_and_touch_the_files_that_the_page_and_the_readme_name(tmp_path):
-    folder, touched = checkout(tmp_path, *filter(DIFFS.get, DIFFS)), set()
+    folder, touched, source = checkout(tmp_path, *DIFFS), set(), Path(__file__).read_text(encoding="utf-8")
     for title, diff in DIFFS.items():
         (row,) = re.findall(rf"^\| {title.lower()} \| (.+) \|$", README, re.MULTILINE)
         before, (old, new) = CHANGES[title].partition("```diff")[0], changed(diff)
@@ -160,7 +160,9 @@ def test_diffs_apply_are_short_and_clean_and_touch_the_files_that_the_page_and_t
         for name in (Path(file).relative_to("project") for file in new):
             assert f"new file in `{name.parent}/`" in before, (title, name)
             assert " file" in row, (title, name)
+        assert {*old, *new}
         assert not touched & {*old, *new}
+        assert f'("{title}")' in source or f', "{title}")' in source, "a test follows the section"
         touched |= {*old, *new}
     for words in (["format", "--check"], ["check"]):
         python(folder, "-m", "ruff", *words, "--no-cache", *touched)
