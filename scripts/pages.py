@@ -26,7 +26,7 @@ CODE = {".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".sh": "sh", ".py": "p
 
 def address(path: str) -> str:
     """Where a file of the repository lies in the site: docs/data.md is data.md, x/ddp.yaml is x/ddp.yaml.md."""
-    if path in ("README.md", "docs"):
+    if path == "README.md" or (ROOT / path).is_dir():
         return "index.md"
     return path.removeprefix("docs/") + ".md" * (PurePosixPath(path).suffix in CODE)
 
@@ -60,9 +60,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the start page, the pages of the verbs, and the files outside docs/ that are linked."""
     pages = [f"docs/{file.src_uri}" for file in files.documentation_pages()]
     readmes = [file.name for file in sorted(ROOT.glob("README*.md"))]
-    targets = {target for page in (*readmes, *pages) for target in linked(page).values()}
-    for path in sorted({*readmes, *targets}):
+    todo = [*readmes, *pages]
+    for path in todo:  # grows
         source, uri = ROOT / path, address(path)
+        if source.suffix == ".md" and source.is_file():
+            todo += {*linked(path).values()} - {*todo}
         if source.is_file() and files.get_file_from_path(uri) is None:
             if source.suffix in CODE:
                 content = f"# {path}\n\n````{CODE[source.suffix]}\n{source.read_text('utf-8')}\n````\n"
@@ -95,7 +97,9 @@ def verb_page(verb: str) -> str:
     ):
         cli.main([verb, "--help"])
     (parser,) = parsers
-    every = {action.option_strings[-1] if action.option_strings else action.dest: action for action in shown(parser)}
+    every = {action.option_strings[-1] if action.option_strings else action.dest: action for action in listed(parser)}
+    if verb in cli.TRAINER_VERBS:  # whole sections, given as files
+        every = {name: action for name, action in every.items() if name not in ("--data", "--model", "--trainer")}
     usage = parser.format_help().partition("\n")[0].removeprefix("usage: ")  # of the Trainer's verbs
     groups, end = [("", r"\w+"), ("", r"--\w+")], ""
     if verb == "fit":
@@ -117,9 +121,9 @@ def verb_page(verb: str) -> str:
     return "\n".join(filter(None, (page, end, more and f"More: {more[1].replace('docs/', '../')}\n")))
 
 
-def shown(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """The arguments that a page lists: not --help, and no whole sections."""
-    hidden = re.compile(r"--(help|data|model|trainer|.+\.help|.+\+)|subcommand")
+def listed(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """The arguments of a parser without --help and its like."""
+    hidden = re.compile(r"--(help|.+\.help|.+\+)|subcommand")
     every = [action for action in arguments.actions(parser) if action.help != argparse.SUPPRESS]
     return [action for action in every if not any(map(hidden.fullmatch, [*action.option_strings, action.dest]))]
 
@@ -135,4 +139,6 @@ def escaped(text: str | None) -> str:
     """A help text as Markdown: `code` stays, and nothing else is markup. Lightning's lists are left out."""
     sentences = re.split(r"(?<=\.) (?=[^.]*``)", " ".join((text or "").split()))[0]
     parts = re.split(r"(`[^`]+`)", sentences)
-    return "".join(part if part.startswith("`") else re.sub(r"([\\*_<>|\[\]#])", r"\\\1", part) for part in parts)
+    return "".join(
+        part if part[:1] == "`" else re.sub(r"([\\*_>|\[\]#])", r"\\\1", part).replace("<", "&lt;") for part in parts
+    )
