@@ -164,7 +164,7 @@ def test_files_and_links_exist_and_the_readmes_first_screen_says_what_to_do():
         assert words in "\n".join(README.splitlines()[:30])
     for page, text in PAGES.items():
         for target in re.findall(r"\]\(([^)]+)\)", text):
-            assert target.startswith("https://") or (page.parent / target).exists(), (page, target)
+            assert target.startswith("https://") or (page.parent / target.partition("#")[0]).exists(), (page, target)
         for name in re.findall(r"`((?:[a-z_.]+/)+[\w.-]*\.(?:py|md|yaml|yml|ipynb))`", text):
             assert (ROOT / name).exists() or (ROOT / "project" / name).exists(), (page, name)
 
