@@ -3,7 +3,7 @@ PYTHON ?=
 ARGS ?=
 VENV = .venv/bin/python
 
-.PHONY: help install fit test test-slow test-full torture check board rename upgrade bench clean clean-cache core dev
+.PHONY: help install fit test test-slow test-full torture check board rename upgrade bench docs clean clean-cache core dev
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):[^#]*## /make \1\t/' | expand -t 18
@@ -46,6 +46,9 @@ upgrade: dev  ## take over what has changed in the template since: FROM=its git 
 
 bench: dev  ## compare with other programs: ARGS=training, precision, reading, predict, serve, bundle, accuracy, recipes, ddp or shards
 	$(VENV) -m benchmarks $(ARGS)
+
+docs: dev  ## the documentation as a site, in site/: open site/index.html
+	$(VENV) -m mkdocs build --strict $(ARGS)
 
 clean-cache:  ## remove decoded images; the next fit decodes them again
 	rm -rf data/cache

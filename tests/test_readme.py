@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from project.data import digits
 from tests.conftest import SMALL, make_images
 
 ROOT = Path(__file__).parent.parent
-PAGES = {file: file.read_text(encoding="utf-8") for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+PAGES = {file: file.read_text("utf-8") for file in (*sorted(ROOT.glob("README*.md")), *sorted(ROOT.glob("docs/*.md")))}
 README, RECIPE = PAGES[ROOT / "README.md"], PAGES[ROOT / "docs" / "recipe.md"]
 SHORT = {"fit": [*SMALL, "--trainer.max_epochs", "1"], "tune": [*SMALL, "--steps", "30"]}
 SHORT["bench"] = ["--count", "8", "--rounds", "1"]
@@ -163,7 +164,7 @@ def test_files_and_links_exist_and_the_readmes_first_screen_says_what_to_do():
         assert words in "\n".join(README.splitlines()[:30])
     for page, text in PAGES.items():
         for target in re.findall(r"\]\(([^)]+)\)", text):
-            assert target.startswith("https://") or (page.parent / target).exists(), (page, target)
+            assert target.startswith("https://") or (page.parent / target.partition("#")[0]).exists(), (page, target)
         for name in re.findall(r"`((?:[a-z_.]+/)+[\w.-]*\.(?:py|md|yaml|yml|ipynb))`", text):
             assert (ROOT / name).exists() or (ROOT / "project" / name).exists(), (page, name)
 
@@ -174,3 +175,33 @@ def test_a_run_leaves_what_the_tree_shows(tested):
     shown = {line.split()[0] for line in tree.splitlines()[1:]}
     there = {str(file.relative_to(version)) for file in version.rglob("*") if file.is_file()}
     assert {re.sub(r"tfevents.*", "tfevents…", name) for name in there} == shown
+
+
+def outline(text):
+    """The sections of a README, each with the code, links and pictures that a translation must keep."""
+    for section in re.split(r"^(?=#)", text, flags=re.MULTILINE)[1:]:
+        fences = re.findall(r"^```(\w*)\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+        prose = re.sub(r"^```.*?^```$", "", section, flags=re.DOTALL | re.MULTILINE)
+        yield {
+            "level": len(section) - len(section.lstrip("#")),
+            "commands": [re.sub(r" +#.*", "", code) for language, code in fences if language],
+            # of a tree or a drawing: the names at the beginnings of lines and within them
+            "names": [re.findall(r"^ *\S+(?: +EDIT)?|--\w[\w.]*|\w+/\w*", code, re.MULTILINE) for _, code in fences],
+            "code": Counter(re.findall(r"`([^`]+)`", prose)),
+            "links": Counter(re.findall(r"\]\(([^)]+)\)", prose)) - Counter(["README.md", "README.zh-CN.md"]),
+            "rows": len(re.findall(r"^\|", prose, re.MULTILINE)),
+            "numbers": Counter(re.findall(r"\d[\d.,]*\d", re.sub(r"`[^`]+`| 11 月", "", prose))),
+        }
+
+
+def test_the_chinese_readme_has_the_same_sections_commands_links_pictures_and_figures():
+    chinese = list(outline(PAGES[ROOT / "README.zh-CN.md"]))
+    english = list(outline(README))
+    assert len(chinese) == len(english)
+    for own, other in zip(chinese, english, strict=True):
+        assert own == other
+
+
+def test_each_readme_links_to_the_other_in_its_first_lines():
+    for name, other in (("README.md", "README.zh-CN.md"), ("README.zh-CN.md", "README.md")):
+        assert f"]({other})" in "".join(PAGES[ROOT / name].splitlines(True)[:4])
