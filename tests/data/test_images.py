@@ -70,8 +70,11 @@ def test_deep_ramp_stays_a_ramp_which_falls_where_0_means_white(kind, high):
         assert (pixels[0], pixels[-1]) == (0, 255)
 
 
-def test_16_bits_are_scaled_by_type_not_by_content_and_floats_with_nan_and_negative_values_are_read():
-    assert 126 <= read(encoded(Image.fromarray(ramp(np.uint16, 65535 // 2))), 64).max() <= 128
+def test_16_bits_are_divided_by_257_whatever_the_content_and_floats_with_nan_and_negative_values_are_read():
+    values = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
+    pixels = read(encoded(Image.fromarray(values)), 256)[:, :, 0]
+    assert (pixels == np.round(values / 257)).all()
+    assert (read(encoded(Image.fromarray(values[:128])), 256)[::2, :, 0] <= 128).all()
     values = ramp(np.float32, 2.0) - 1
     values[0, 0] = np.nan
     pixels = read(encoded(Image.fromarray(values), "TIFF"), 64)
@@ -139,8 +142,7 @@ def test_damaged_metadata_prints_no_warning_of_pillows_own(tmp_path):
 def test_unsigned_32_bits_above_half_of_their_range_are_not_read_as_negative():
     content = encoded(Image.fromarray(ramp("f8", 2**32 - 1).astype("u4").view("i4")), "TIFF")
     pixels = read(with_tag(content, 339, 2, 1), 64)[0, :, 0].astype(int)  # SampleFormat: unsigned
-    assert (np.diff(pixels) >= 0).all()
-    assert (pixels[0], pixels[-1]) == (0, 255)
+    assert pixels == pytest.approx(np.linspace(0, 255, 64), abs=1)
 
 
 def test_declared_no_data_is_obeyed_and_what_has_two_values_keeps_both():
@@ -153,6 +155,36 @@ def test_declared_no_data_is_obeyed_and_what_has_two_values_keeps_both():
     flat = np.full((64, 64), 128, np.int32)
     flat[0, 0] = -9999
     assert (read(encoded(Image.fromarray(flat), "TIFF"), 64)[1:] == 128).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "expected"),
+    [
+        ("f4", [0, 0.5, 1.5], [0, 0, 2]),  # above 1: the range of 0 to 255
+        ("f4", [0, 0.5, 1], [0, 128, 255]),
+        ("f4", [0, 1, 1], [0, 1, 1]),  # whole numbers, as in a mask of classes
+        ("i4", [0, 100, 9999], [0, 0, 39]),  # above 255 without a fraction: 16 bits
+        ("i4", [-155, 100, 100], [0, 255, 255]),
+        ("i4", [-156, 100, 100], [0, 100, 100]),  # a difference above 255 is one to no-data
+        ("f4", [0.5, 0.5, 255.5], [0, 0, 1]),
+        ("f4", [0.5, 0.5, 256], [128, 128, 255]),
+        ("f4", [200.5, 250.5, 500.5], [200, 250, 255]),  # further from the next value than all others are apart
+        ("f4", [200.5, 250.5, 300.5], [1, 1, 1]),
+        ("f4", [-60.5, 10.5, 60.5], [0, 10, 60]),
+        ("f4", [-39.5, 0.5, 60.5], [0, 102, 255]),
+    ],
+)
+def test_the_range_of_deep_greys_follows_from_their_values_alone(kind, values, expected):
+    image = Image.fromarray(np.tile(np.array(values, kind), (3, 1)))
+    assert read(encoded(image, "TIFF"), 3)[1, :, 0].tolist() == expected
+
+
+def test_premultiplied_grey_and_alpha_of_a_tiff_is_read_as_such():
+    image = Image.new("LA", (8, 8), (100, 128))
+    premultiplied = with_tag(encoded(image, "TIFF"), 338, 2, 1)  # ExtraSamples: associated alpha
+    assert Image.open(io.BytesIO(premultiplied)).mode == "La"
+    assert abs(int(read(premultiplied, 8)[0, 0, 0]) - (100 + 127)) <= 1
+    assert abs(int(read(encoded(image, "TIFF"), 8)[0, 0, 0]) - (50 + 127)) <= 1
 
 
 def test_cmyk_jpeg_becomes_rgb_and_a_bilevel_image_black_and_white():
@@ -271,6 +303,18 @@ def test_png_with_metadata_that_cannot_be_read_is_read_without(odd, tmp_path):
         assert inspect_image(str(tmp_path / "odd.png"))[1] == ""
     turned = plain[:33] + chunk(b"eXIf", TURNED) + ODD_CHUNKS["large text"] + plain[33:]  # what can be read is used
     assert (read(turned, 16) == read(plain[:33] + chunk(b"eXIf", TURNED) + plain[33:], 16)).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_png_keeps_its_transparency_where_other_metadata_cannot_be_read(mode):
+    image = Image.new(mode, (8, 8), 1 if mode == "P" else "red" if mode == "RGB" else 9)
+    plain = encoded(image, transparency={"RGB": (255, 0, 0), "L": 9, "P": bytes(2)}[mode])
+    at = plain.index(b"tRNS") - 4
+    odd = plain[:at] + ODD_CHUNKS["large text"] + plain[at:]
+    with pytest.raises(ValueError, match="too large"):
+        Image.open(io.BytesIO(odd)).load()
+    assert (read(odd, 8) == read(plain, 8)).all()
+    assert (read(odd, 8) == (0 if mode == "P" else 255)).all()
 
 
 ODD_SEGMENTS = [segment(0xE1, b"Exif\0\0no EXIF"), segment(0xE0, b"JFIF\0"), segment(0xEE, b"Adobe")]

@@ -64,7 +64,7 @@ def test_split_folders_are_taken_as_they_are_a_missing_val_carved_from_train_and
     make_images(tmp_path / "plain" / "train", {"a": 20, "b": 20})
     rows = load(tmp_path / "plain")
     assert np.bincount(rows.splits, minlength=3).tolist() == [36, 4, 0]
-    assert "no val" in rows.notices[0]
+    assert "no val: 4 images of train are set aside" in rows.notices[0]
     assert "no test" in rows.notices[1]
     rows = load(grouped(tmp_path / "groups", split="train"), group=GROUP)  # by whole groups
     assert {frozenset(splits) for splits in sides(rows).values()} == {frozenset({"train"}), frozenset({"val"})}
@@ -272,7 +272,7 @@ def test_split_file_gives_the_same_rows_again(tmp_path):
 @pytest.mark.parametrize(
     ("folders", "expected"),
     [
-        ({"": {"a": 9, "rare": 2}}, "rare (2)"),
+        ({"": {"a": 9, "rare": 2}}, "Too few images for a split: rare (2); each class needs at least 3;"),
         ({"train": {"a": 4, "b": 4}, "val": {"a": 4, "c": 4}}, "only in train: b; only in val: c"),
         ({"": {"a": 4, os.fsdecode(b"caf\xe9"): 4}}, "not UTF-8"),
         ({name: {"a": 4, "b": 4} for name in ("train", "val", "valid")}, "both val and valid"),
@@ -338,7 +338,7 @@ def test_parquet_table_is_read_like_a_csv_file_and_refused_like_one(tmp_path):
         ("path,label\n", "No images"),
         ("path,label,split\na,b,val\n", "No training images"),
         ("path,label\na,b\nc,b\nd,b\n", "one class, b"),
-        ("path,label,split\na,b,tran\n", "tran"),
+        ("path,label,split\na,b,tran\n", "has the split tran; it must be one of train, val, test."),
     ],
 )
 def test_unusable_csv_file_is_refused_with_the_reason(tmp_path, text, expected):
@@ -388,6 +388,24 @@ def test_groups_stay_in_one_split_but_a_given_one_and_shares_are_nearly_kept(tmp
     assert sorted(next(iter(splits)) for splits in few.values()) == sorted(SPLITS)
 
 
+def rows_in_groups(sizes, labels="a"):
+    """Rows of each class, in groups of these sizes."""
+    names = [(label, size, number) for label in labels for size in sizes for number in range(size)]
+    return [splits.Row(f"{label}/{size}/{number}", label, group=f"g{size}") for label, size, number in names]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_groups_get_the_largest_first_the_shares_of_each_class(seed):
+    of = {row.group: row.split for row in splits.assign(rows_in_groups([10, 70, 20]), seed)}
+    assert of == {"g70": "train", "g20": "test", "g10": "val"}
+    rows = rows_in_groups(range(1, 40), "ab")
+    for fold in (None, 0, 1, 4):
+        for counted in splits.counts(splits.assign(rows, seed, None if fold is None else 5, fold)).values():
+            assert [counted[name] / 780 for name in SPLITS] == pytest.approx([0.7, 0.1, 0.2], abs=0.01)
+    carved = splits.carve_val([row._replace(split="train") for row in rows], seed)
+    assert [of["val"] for of in splits.counts(carved).values()] == pytest.approx([78, 78], abs=1)
+
+
 @pytest.mark.parametrize("group", [None, GROUP])
 def test_folds_partition_the_images(tmp_path, group):
     grouped(tmp_path)
@@ -426,8 +444,9 @@ def test_impossible_split_is_refused_with_the_reason(tmp_path, options, expected
 
 def test_excluded_paths_are_left_out_and_counted(tmp_path):
     root = make_images(tmp_path / "photos", {"a": 20, "b": 20})
-    (tmp_path / "out.csv").write_text(f"path,reason\na/003.png,bad\n{root}/a/004.png,bad\nz/1.png,gone\n")
+    listed = ["a/003.png", f"{root}/a/004.png", "a\\005.png", " ./a/006.png ", "z/1.png"]
+    (tmp_path / "out.csv").write_text("\n".join(["path,reason", *(f"{path},bad" for path in listed)]))
     rows = load(root, exclude=tmp_path / "out.csv")
-    assert len(rows.paths) == 38
-    assert not {"a/003.png", "a/004.png"} & set(rows.paths)
-    assert any("2 of 3 paths" in notice for notice in rows.notices)
+    assert len(rows.paths) == 36
+    assert not {f"a/00{number}.png" for number in range(3, 7)} & set(rows.paths)
+    assert any("4 of 5 paths" in notice for notice in rows.notices)
