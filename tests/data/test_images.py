@@ -334,24 +334,28 @@ def test_jpeg_with_metadata_that_cannot_be_read_is_read_without(odd):
 
 
 @pytest.mark.filterwarnings("ignore")  # as Pillow's warning does not end a fit
-@pytest.mark.parametrize("depth", ["u1", "f4"])
-@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize(
+    ("depth", "compression"), [*itertools.product(("u1", "f4"), (None, "tiff_lzw")), (">u2", None)]
+)
 def test_tiff_with_tags_that_cannot_be_read_is_read_without(depth, compression):
-    image = noise((20, 30, 3)) if depth == "u1" else Image.fromarray(ramp(depth, 1))
+    image = noise((20, 30, 3)) if depth == "u1" else Image.fromarray(ramp(depth, 60000 if depth == ">u2" else 1))
     tags = {270: "a long description", 274: 1, 305: "a long name", 42113: "-9999", 700: b"<xmp>", 33432: "somebody"}
     plain = encoded(image, "TIFF", compression=compression, tiffinfo=tags)
-    table = int.from_bytes(plain[4:8], "little")
-    entries = range(table + 2, table + 2 + 12 * int.from_bytes(plain[table : table + 2], "little"), 12)
+    order = "big" if depth == ">u2" else "little"
+    assert plain.startswith(b"MM" if order == "big" else b"II")
+    table = int.from_bytes(plain[4:8], order)
+    entries = range(table + 2, table + 2 + 12 * int.from_bytes(plain[table : table + 2], order), 12)
+    text, ratio, large = (2).to_bytes(2, order), (5).to_bytes(2, order), (2**31 - 1).to_bytes(4, order)
     damaged = 0
     for at in entries:
-        if int.from_bytes(plain[at : at + 2], "little") in tags.keys() - {274}:
-            for place, odd in ((2, bytes([2])), (2, bytes([5])), (4, b"\xff\xff\xff\x7f"), (8, b"\xff\xff\xff\x7f")):
+        if int.from_bytes(plain[at : at + 2], order) in tags.keys() - {274}:
+            for place, odd in ((2, text), (2, ratio), (4, large), (8, large)):
                 content = plain[: at + place] + odd + plain[at + place + len(odd) :]
                 assert (read(content, 16) == read(plain, 16)).all()
                 damaged += 1
     assert damaged == 20
     with pytest.raises(ImageError):  # what the pixels need
-        read(plain[: entries[0] + 2] + b"\0" + plain[entries[0] + 3 :], 16)
+        read(plain[: entries[0] + 2] + bytes(2) + plain[entries[0] + 4 :], 16)
 
 
 def test_heif_is_read_by_pillows_plug_in_and_otherwise_the_extra_is_named(monkeypatch, tmp_path):

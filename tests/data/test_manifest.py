@@ -279,6 +279,11 @@ def test_split_file_gives_the_same_rows_again(tmp_path):
         ({name: {"a": 4, "b": 4} for name in ("val", "test")}, "no train"),
         ({"../cats": {"": 3}, "../cats/.trash": {"a": 3}}, "No images"),
         ({"": {"": 3}}, "3 images lie directly in"),
+        ({"": {"a": 3, "": 4}}, "at least two class folders. 4 images lie directly in"),
+        (
+            {"a": {"b": 3}},
+            "one class, a; a classifier needs at least two class folders. If its folders are the classes or",
+        ),
     ],
 )
 def test_unusable_folders_are_refused_with_the_reason(tmp_path, folders, expected):
@@ -372,6 +377,7 @@ def test_a_table_may_list_real_files_whose_names_are_not_utf8(tmp_path):
 
 def test_groups_stay_in_one_split_but_a_given_one_and_shares_are_nearly_kept(tmp_path):
     rows = load(grouped(tmp_path), group=GROUP)
+    assert rows.notices == []
     assert all(len(splits) == 1 for splits in sides(rows).values())
     assert any(len(splits) > 1 for splits in sides(load(tmp_path)).values())  # without --data.group they do not
     assert np.bincount(rows.splits) / len(rows.splits) == pytest.approx([0.7, 0.1, 0.2], abs=0.06)
