@@ -1,5 +1,6 @@
 import hashlib
 import os
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -264,6 +265,8 @@ def test_split_file_gives_the_same_rows_again(tmp_path):
     assert split_of(again) == split_of(rows)
     assert again.labels.tolist() == rows.labels.tolist()
     assert any("2 images" in notice and "left out" in notice for notice in again.notices)
+    (root / "a" / "000.png").unlink()
+    assert f"1 images of {tmp_path}/split.csv are not in {root}" in load(root, tmp_path / "split.csv").notices
     assert "split.csv is split already" in refusal(root, split=tmp_path / "split.csv", folds=3, fold=0)
     (tmp_path / "split.csv").write_text("path,label,split\na,b\n")
     assert "line 2, has no split" in refusal(root, split=tmp_path / "split.csv")
@@ -314,7 +317,7 @@ def test_csv_file_is_read_like_a_folder(tmp_path, lines, encoding, expected):
     assert list(rows.paths) == [line.split(",")[0] for line in LINES]
 
 
-def test_parquet_table_is_read_like_a_csv_file_and_refused_like_one(tmp_path):
+def test_parquet_table_is_read_like_a_csv_file_and_refused_like_one(tmp_path, monkeypatch):
     paths, labels, splits = zip(*(line.split(",") for line in GIVEN), strict=True)
     columns = {"Path": paths, "label": pyarrow.array(labels).dictionary_encode(), "split": splits}
     columns |= {"boxes": [[1, 2]] * 60, "score": [0.5] * 60}
@@ -329,6 +332,8 @@ def test_parquet_table_is_read_like_a_csv_file_and_refused_like_one(tmp_path):
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1 and no more")
     assert "Cannot read" in refusal(tmp_path / "damaged.parquet")
     assert list(gather([str(tmp_path / "list.parquet")])) == list(gather([str(tmp_path / "list.csv")]))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "list.parquet needs the library pyarrow; install it: pip install" in refusal(tmp_path / "list.parquet")
 
 
 @pytest.mark.parametrize(
@@ -343,6 +348,7 @@ def test_parquet_table_is_read_like_a_csv_file_and_refused_like_one(tmp_path):
         ("path,label\n", "No images"),
         ("path,label,split\na,b,val\n", "No training images"),
         ("path,label\na,b\nc,b\nd,b\n", "one class, b"),
+        (f"path,label\nx,{'a' * 200_000}\n", "list.csv: field larger than field limit (131072)."),
         ("path,label,split\na,b,tran\n", "has the split tran; it must be one of train, val, test."),
     ],
 )
@@ -382,6 +388,9 @@ def test_groups_stay_in_one_split_but_a_given_one_and_shares_are_nearly_kept(tmp
     assert any(len(splits) > 1 for splits in sides(load(tmp_path)).values())  # without --data.group they do not
     assert np.bincount(rows.splits) / len(rows.splits) == pytest.approx([0.7, 0.1, 0.2], abs=0.06)
     assert split_of(load(tmp_path, group=r"/(p\d+)_")) == split_of(rows)
+    some = load(tmp_path, group="b/p0.")
+    alone = sum(not path.startswith("b/p0") for path in some.paths)
+    assert f"--data.group matches {len(some.paths) - alone} paths; the other {alone} images stand alone" in some.notices
     assert split_of(load(tmp_path, group=GROUP, seed=1)) != split_of(rows)
     rows.write_split(tmp_path / "split.csv")
     again = load(tmp_path, tmp_path / "split.csv")
@@ -410,6 +419,16 @@ def test_groups_get_the_largest_first_the_shares_of_each_class(seed):
             assert [counted[name] / 780 for name in SPLITS] == pytest.approx([0.7, 0.1, 0.2], abs=0.01)
     carved = splits.carve_val([row._replace(split="train") for row in rows], seed)
     assert [of["val"] for of in splits.counts(carved).values()] == pytest.approx([78, 78], abs=1)
+
+
+def test_groups_that_leave_a_split_without_a_class_are_refused_by_the_name_of_the_class():
+    """The groups of b lie in three splits, so do those of c; the one group of both leaves its split without an a."""
+    classes = {"g0": "bc", "g1": "ab", "g2": "ac", "g3": "ac", "g4": "ab"}
+    rows = [splits.Row(f"{label}/{group}", label, group=group) for group, of in classes.items() for label in of]
+    with pytest.raises(
+        UserError, match=r"cannot be split so that every split has every class; one lacks .*--data\.split"
+    ):
+        splits.assign(rows, 0)
 
 
 @pytest.mark.parametrize("group", [None, GROUP])
