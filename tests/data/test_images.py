@@ -359,7 +359,7 @@ def test_tiff_with_tags_that_cannot_be_read_is_read_without(depth, compression):
 
 
 def test_heif_is_read_by_pillows_plug_in_and_otherwise_the_extra_is_named(monkeypatch, tmp_path):
-    image = noise((20, 30, 3)).resize((300, 200))
+    image = noise((6, 9, 3)).resize((90, 60))
     pillow_heif.from_pillow(image).save(tmp_path / "phone.jpg", quality=95)
     monkeypatch.setattr(Image, "OPEN", {name: entry for name, entry in Image.OPEN.items() if name != "HEIF"})
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
