@@ -403,6 +403,11 @@ def test_groups_stay_in_one_split_but_a_given_one_and_shares_are_nearly_kept(tmp
     assert sorted(next(iter(splits)) for splits in few.values()) == sorted(SPLITS)
 
 
+def test_a_row_has_no_split_and_no_group_unless_they_are_given():
+    assert splits.Row("a.png", "a") == ("a.png", "a", "", "")
+    assert [splits.Row("a.png", "a", group=group).unit for group in ("", "g")] == ["a.png", "g"]
+
+
 def rows_in_groups(sizes, labels="a"):
     """Rows of each class, in groups of these sizes."""
     names = [(label, size, number) for label in labels for size in sizes for number in range(size)]
