@@ -70,8 +70,11 @@ def test_deep_ramp_stays_a_ramp_which_falls_where_0_means_white(kind, high):
         assert (pixels[0], pixels[-1]) == (0, 255)
 
 
-def test_16_bits_are_scaled_by_type_not_by_content_and_floats_with_nan_and_negative_values_are_read():
-    assert 126 <= read(encoded(Image.fromarray(ramp(np.uint16, 65535 // 2))), 64).max() <= 128
+def test_16_bits_are_divided_by_257_whatever_the_content_and_floats_with_nan_and_negative_values_are_read():
+    values = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
+    pixels = read(encoded(Image.fromarray(values)), 256)[:, :, 0]
+    assert (pixels == np.round(values / 257)).all()
+    assert (read(encoded(Image.fromarray(values[:128])), 256)[::2, :, 0] <= 128).all()
     values = ramp(np.float32, 2.0) - 1
     values[0, 0] = np.nan
     pixels = read(encoded(Image.fromarray(values), "TIFF"), 64)
@@ -139,8 +142,7 @@ def test_damaged_metadata_prints_no_warning_of_pillows_own(tmp_path):
 def test_unsigned_32_bits_above_half_of_their_range_are_not_read_as_negative():
     content = encoded(Image.fromarray(ramp("f8", 2**32 - 1).astype("u4").view("i4")), "TIFF")
     pixels = read(with_tag(content, 339, 2, 1), 64)[0, :, 0].astype(int)  # SampleFormat: unsigned
-    assert (np.diff(pixels) >= 0).all()
-    assert (pixels[0], pixels[-1]) == (0, 255)
+    assert pixels == pytest.approx(np.linspace(0, 255, 64), abs=1)
 
 
 def test_declared_no_data_is_obeyed_and_what_has_two_values_keeps_both():
@@ -153,6 +155,36 @@ def test_declared_no_data_is_obeyed_and_what_has_two_values_keeps_both():
     flat = np.full((64, 64), 128, np.int32)
     flat[0, 0] = -9999
     assert (read(encoded(Image.fromarray(flat), "TIFF"), 64)[1:] == 128).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "expected"),
+    [
+        ("f4", [0, 0.5, 1.5], [0, 0, 2]),  # above 1: the range of 0 to 255
+        ("f4", [0, 0.5, 1], [0, 128, 255]),
+        ("f4", [0, 1, 1], [0, 1, 1]),  # whole numbers, as in a mask of classes
+        ("i4", [0, 100, 9999], [0, 0, 39]),  # above 255 without a fraction: 16 bits
+        ("i4", [-155, 100, 100], [0, 255, 255]),
+        ("i4", [-156, 100, 100], [0, 100, 100]),  # a difference above 255 is one to no-data
+        ("f4", [0.5, 0.5, 255.5], [0, 0, 1]),
+        ("f4", [0.5, 0.5, 256], [128, 128, 255]),
+        ("f4", [200.5, 250.5, 500.5], [200, 250, 255]),  # further from the next value than all others are apart
+        ("f4", [200.5, 250.5, 300.5], [1, 1, 1]),
+        ("f4", [-60.5, 10.5, 60.5], [0, 10, 60]),
+        ("f4", [-39.5, 0.5, 60.5], [0, 102, 255]),
+    ],
+)
+def test_the_range_of_deep_greys_follows_from_their_values_alone(kind, values, expected):
+    image = Image.fromarray(np.tile(np.array(values, kind), (3, 1)))
+    assert read(encoded(image, "TIFF"), 3)[1, :, 0].tolist() == expected
+
+
+def test_premultiplied_grey_and_alpha_of_a_tiff_is_read_as_such():
+    image = Image.new("LA", (8, 8), (100, 128))
+    premultiplied = with_tag(encoded(image, "TIFF"), 338, 2, 1)  # ExtraSamples: associated alpha
+    assert Image.open(io.BytesIO(premultiplied)).mode == "La"
+    assert abs(int(read(premultiplied, 8)[0, 0, 0]) - (100 + 127)) <= 1
+    assert abs(int(read(encoded(image, "TIFF"), 8)[0, 0, 0]) - (50 + 127)) <= 1
 
 
 def test_cmyk_jpeg_becomes_rgb_and_a_bilevel_image_black_and_white():
@@ -273,6 +305,18 @@ def test_png_with_metadata_that_cannot_be_read_is_read_without(odd, tmp_path):
     assert (read(turned, 16) == read(plain[:33] + chunk(b"eXIf", TURNED) + plain[33:], 16)).all()
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_png_keeps_its_transparency_where_other_metadata_cannot_be_read(mode):
+    image = Image.new(mode, (8, 8), 1 if mode == "P" else "red" if mode == "RGB" else 9)
+    plain = encoded(image, transparency={"RGB": (255, 0, 0), "L": 9, "P": bytes(2)}[mode])
+    at = plain.index(b"tRNS") - 4
+    odd = plain[:at] + ODD_CHUNKS["large text"] + plain[at:]
+    with pytest.raises(ValueError, match="too large"):
+        Image.open(io.BytesIO(odd)).load()
+    assert (read(odd, 8) == read(plain, 8)).all()
+    assert (read(odd, 8) == (0 if mode == "P" else 255)).all()
+
+
 ODD_SEGMENTS = [segment(0xE1, b"Exif\0\0no EXIF"), segment(0xE0, b"JFIF\0"), segment(0xEE, b"Adobe")]
 ODD_SEGMENTS += [
     segment(0xE2, b"ICC_PROFILE\0"),
@@ -290,28 +334,32 @@ def test_jpeg_with_metadata_that_cannot_be_read_is_read_without(odd):
 
 
 @pytest.mark.filterwarnings("ignore")  # as Pillow's warning does not end a fit
-@pytest.mark.parametrize("depth", ["u1", "f4"])
-@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize(
+    ("depth", "compression"), [*itertools.product(("u1", "f4"), (None, "tiff_lzw")), (">u2", None)]
+)
 def test_tiff_with_tags_that_cannot_be_read_is_read_without(depth, compression):
-    image = noise((20, 30, 3)) if depth == "u1" else Image.fromarray(ramp(depth, 1))
+    image = noise((20, 30, 3)) if depth == "u1" else Image.fromarray(ramp(depth, 60000 if depth == ">u2" else 1))
     tags = {270: "a long description", 274: 1, 305: "a long name", 42113: "-9999", 700: b"<xmp>", 33432: "somebody"}
     plain = encoded(image, "TIFF", compression=compression, tiffinfo=tags)
-    table = int.from_bytes(plain[4:8], "little")
-    entries = range(table + 2, table + 2 + 12 * int.from_bytes(plain[table : table + 2], "little"), 12)
+    order = "big" if depth == ">u2" else "little"
+    assert plain.startswith(b"MM" if order == "big" else b"II")
+    table = int.from_bytes(plain[4:8], order)
+    entries = range(table + 2, table + 2 + 12 * int.from_bytes(plain[table : table + 2], order), 12)
+    text, ratio, large = (2).to_bytes(2, order), (5).to_bytes(2, order), (2**31 - 1).to_bytes(4, order)
     damaged = 0
     for at in entries:
-        if int.from_bytes(plain[at : at + 2], "little") in tags.keys() - {274}:
-            for place, odd in ((2, bytes([2])), (2, bytes([5])), (4, b"\xff\xff\xff\x7f"), (8, b"\xff\xff\xff\x7f")):
+        if int.from_bytes(plain[at : at + 2], order) in tags.keys() - {274}:
+            for place, odd in ((2, text), (2, ratio), (4, large), (8, large)):
                 content = plain[: at + place] + odd + plain[at + place + len(odd) :]
                 assert (read(content, 16) == read(plain, 16)).all()
                 damaged += 1
     assert damaged == 20
     with pytest.raises(ImageError):  # what the pixels need
-        read(plain[: entries[0] + 2] + b"\0" + plain[entries[0] + 3 :], 16)
+        read(plain[: entries[0] + 2] + bytes(2) + plain[entries[0] + 4 :], 16)
 
 
 def test_heif_is_read_by_pillows_plug_in_and_otherwise_the_extra_is_named(monkeypatch, tmp_path):
-    image = noise((20, 30, 3)).resize((300, 200))
+    image = noise((6, 9, 3)).resize((90, 60))
     pillow_heif.from_pillow(image).save(tmp_path / "phone.jpg", quality=95)
     monkeypatch.setattr(Image, "OPEN", {name: entry for name, entry in Image.OPEN.items() if name != "HEIF"})
     monkeypatch.setitem(sys.modules, "pillow_heif", None)

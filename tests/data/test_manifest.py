@@ -1,5 +1,6 @@
 import hashlib
 import os
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def test_split_folders_are_taken_as_they_are_a_missing_val_carved_from_train_and
     make_images(tmp_path / "plain" / "train", {"a": 20, "b": 20})
     rows = load(tmp_path / "plain")
     assert np.bincount(rows.splits, minlength=3).tolist() == [36, 4, 0]
-    assert "no val" in rows.notices[0]
+    assert "no val: 4 images of train are set aside" in rows.notices[0]
     assert "no test" in rows.notices[1]
     rows = load(grouped(tmp_path / "groups", split="train"), group=GROUP)  # by whole groups
     assert {frozenset(splits) for splits in sides(rows).values()} == {frozenset({"train"}), frozenset({"val"})}
@@ -264,6 +265,8 @@ def test_split_file_gives_the_same_rows_again(tmp_path):
     assert split_of(again) == split_of(rows)
     assert again.labels.tolist() == rows.labels.tolist()
     assert any("2 images" in notice and "left out" in notice for notice in again.notices)
+    (root / "a" / "000.png").unlink()
+    assert f"1 images of {tmp_path}/split.csv are not in {root}" in load(root, tmp_path / "split.csv").notices
     assert "split.csv is split already" in refusal(root, split=tmp_path / "split.csv", folds=3, fold=0)
     (tmp_path / "split.csv").write_text("path,label,split\na,b\n")
     assert "line 2, has no split" in refusal(root, split=tmp_path / "split.csv")
@@ -272,13 +275,18 @@ def test_split_file_gives_the_same_rows_again(tmp_path):
 @pytest.mark.parametrize(
     ("folders", "expected"),
     [
-        ({"": {"a": 9, "rare": 2}}, "rare (2)"),
+        ({"": {"a": 9, "rare": 2}}, "Too few images for a split: rare (2); each class needs at least 3;"),
         ({"train": {"a": 4, "b": 4}, "val": {"a": 4, "c": 4}}, "only in train: b; only in val: c"),
         ({"": {"a": 4, os.fsdecode(b"caf\xe9"): 4}}, "not UTF-8"),
         ({name: {"a": 4, "b": 4} for name in ("train", "val", "valid")}, "both val and valid"),
         ({name: {"a": 4, "b": 4} for name in ("val", "test")}, "no train"),
         ({"../cats": {"": 3}, "../cats/.trash": {"a": 3}}, "No images"),
         ({"": {"": 3}}, "3 images lie directly in"),
+        ({"": {"a": 3, "": 4}}, "at least two class folders. 4 images lie directly in"),
+        (
+            {"a": {"b": 3}},
+            "one class, a; a classifier needs at least two class folders. If its folders are the classes or",
+        ),
     ],
 )
 def test_unusable_folders_are_refused_with_the_reason(tmp_path, folders, expected):
@@ -309,7 +317,7 @@ def test_csv_file_is_read_like_a_folder(tmp_path, lines, encoding, expected):
     assert list(rows.paths) == [line.split(",")[0] for line in LINES]
 
 
-def test_parquet_table_is_read_like_a_csv_file_and_refused_like_one(tmp_path):
+def test_parquet_table_is_read_like_a_csv_file_and_refused_like_one(tmp_path, monkeypatch):
     paths, labels, splits = zip(*(line.split(",") for line in GIVEN), strict=True)
     columns = {"Path": paths, "label": pyarrow.array(labels).dictionary_encode(), "split": splits}
     columns |= {"boxes": [[1, 2]] * 60, "score": [0.5] * 60}
@@ -324,6 +332,8 @@ def test_parquet_table_is_read_like_a_csv_file_and_refused_like_one(tmp_path):
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1 and no more")
     assert "Cannot read" in refusal(tmp_path / "damaged.parquet")
     assert list(gather([str(tmp_path / "list.parquet")])) == list(gather([str(tmp_path / "list.csv")]))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "list.parquet needs the library pyarrow; install it: pip install" in refusal(tmp_path / "list.parquet")
 
 
 @pytest.mark.parametrize(
@@ -338,7 +348,8 @@ def test_parquet_table_is_read_like_a_csv_file_and_refused_like_one(tmp_path):
         ("path,label\n", "No images"),
         ("path,label,split\na,b,val\n", "No training images"),
         ("path,label\na,b\nc,b\nd,b\n", "one class, b"),
-        ("path,label,split\na,b,tran\n", "tran"),
+        (f"path,label\nx,{'a' * 200_000}\n", "list.csv: field larger than field limit (131072)."),
+        ("path,label,split\na,b,tran\n", "has the split tran; it must be one of train, val, test."),
     ],
 )
 def test_unusable_csv_file_is_refused_with_the_reason(tmp_path, text, expected):
@@ -372,10 +383,14 @@ def test_a_table_may_list_real_files_whose_names_are_not_utf8(tmp_path):
 
 def test_groups_stay_in_one_split_but_a_given_one_and_shares_are_nearly_kept(tmp_path):
     rows = load(grouped(tmp_path), group=GROUP)
+    assert rows.notices == []
     assert all(len(splits) == 1 for splits in sides(rows).values())
     assert any(len(splits) > 1 for splits in sides(load(tmp_path)).values())  # without --data.group they do not
     assert np.bincount(rows.splits) / len(rows.splits) == pytest.approx([0.7, 0.1, 0.2], abs=0.06)
     assert split_of(load(tmp_path, group=r"/(p\d+)_")) == split_of(rows)
+    some = load(tmp_path, group="b/p0.")
+    alone = sum(not path.startswith("b/p0") for path in some.paths)
+    assert f"--data.group matches {len(some.paths) - alone} paths; the other {alone} images stand alone" in some.notices
     assert split_of(load(tmp_path, group=GROUP, seed=1)) != split_of(rows)
     rows.write_split(tmp_path / "split.csv")
     again = load(tmp_path, tmp_path / "split.csv")
@@ -386,6 +401,39 @@ def test_groups_stay_in_one_split_but_a_given_one_and_shares_are_nearly_kept(tmp
     assert any("lie on both sides" in notice for notice in kept.notices)
     few = sides(load(grouped(tmp_path / "few", 3), group=GROUP))
     assert sorted(next(iter(splits)) for splits in few.values()) == sorted(SPLITS)
+
+
+def test_a_row_has_no_split_and_no_group_unless_they_are_given():
+    assert splits.Row("a.png", "a") == ("a.png", "a", "", "")
+    assert [splits.Row("a.png", "a", group=group).unit for group in ("", "g")] == ["a.png", "g"]
+
+
+def rows_in_groups(sizes, labels="a"):
+    """Rows of each class, in groups of these sizes."""
+    names = [(label, size, number) for label in labels for size in sizes for number in range(size)]
+    return [splits.Row(f"{label}/{size}/{number}", label, group=f"g{size}") for label, size, number in names]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_groups_get_the_largest_first_the_shares_of_each_class(seed):
+    of = {row.group: row.split for row in splits.assign(rows_in_groups([10, 70, 20]), seed)}
+    assert of == {"g70": "train", "g20": "test", "g10": "val"}
+    rows = rows_in_groups(range(1, 40), "ab")
+    for fold in (None, 0, 1, 4):
+        for counted in splits.counts(splits.assign(rows, seed, None if fold is None else 5, fold)).values():
+            assert [counted[name] / 780 for name in SPLITS] == pytest.approx([0.7, 0.1, 0.2], abs=0.01)
+    carved = splits.carve_val([row._replace(split="train") for row in rows], seed)
+    assert [of["val"] for of in splits.counts(carved).values()] == pytest.approx([78, 78], abs=1)
+
+
+def test_groups_that_leave_a_split_without_a_class_are_refused_by_the_name_of_the_class():
+    """The groups of b lie in three splits, so do those of c; the one group of both leaves its split without an a."""
+    classes = {"g0": "bc", "g1": "ab", "g2": "ac", "g3": "ac", "g4": "ab"}
+    rows = [splits.Row(f"{label}/{group}", label, group=group) for group, of in classes.items() for label in of]
+    with pytest.raises(
+        UserError, match=r"cannot be split so that every split has every class; one lacks .*--data\.split"
+    ):
+        splits.assign(rows, 0)
 
 
 @pytest.mark.parametrize("group", [None, GROUP])
@@ -426,8 +474,9 @@ def test_impossible_split_is_refused_with_the_reason(tmp_path, options, expected
 
 def test_excluded_paths_are_left_out_and_counted(tmp_path):
     root = make_images(tmp_path / "photos", {"a": 20, "b": 20})
-    (tmp_path / "out.csv").write_text(f"path,reason\na/003.png,bad\n{root}/a/004.png,bad\nz/1.png,gone\n")
+    listed = ["a/003.png", f"{root}/a/004.png", "a\\005.png", " ./a/006.png ", "z/1.png"]
+    (tmp_path / "out.csv").write_text("\n".join(["path,reason", *(f"{path},bad" for path in listed)]))
     rows = load(root, exclude=tmp_path / "out.csv")
-    assert len(rows.paths) == 38
-    assert not {"a/003.png", "a/004.png"} & set(rows.paths)
-    assert any("2 of 3 paths" in notice for notice in rows.notices)
+    assert len(rows.paths) == 36
+    assert not {f"a/00{number}.png" for number in range(3, 7)} & set(rows.paths)
+    assert any("4 of 5 paths" in notice for notice in rows.notices)
