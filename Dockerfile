@@ -5,10 +5,9 @@
 FROM python:3.11-slim
 
 WORKDIR /app
-COPY constraints.txt pyproject.toml README.md LICENSE ./
+COPY constraints.txt requirements-serve.txt pyproject.toml README.md LICENSE ./
 COPY project project
-RUN pip install --no-cache-dir --constraint constraints.txt \
-        fastapi jsonargparse[signatures] numpy onnxruntime pillow python-multipart uvicorn \
+RUN pip install --no-cache-dir --constraint constraints.txt --requirement requirements-serve.txt \
     && pip install --no-cache-dir --no-deps . \
     && useradd --no-create-home --uid 10001 server
 

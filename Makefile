@@ -1,9 +1,11 @@
 # Every target sets up .venv first. PYTHON=... chooses a Python, ARGS=... adds options: make fit ARGS="--data.root photos"
+# PIP_ARGS=... are options for pip, when something is to be installed: docs/install.md
 PYTHON ?=
 ARGS ?=
+export PIP_ARGS ?=
 VENV = .venv/bin/python
 
-.PHONY: help install fit test test-slow test-full torture check board rename upgrade bench docs clean clean-cache core dev
+.PHONY: help install fit test test-slow test-full torture coverage check board rename upgrade bench docs clean clean-cache core dev
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):[^#]*## /make \1\t/' | expand -t 18
@@ -18,10 +20,13 @@ dev:
 fit: core  ## train on the bundled digits, or on ARGS="--data.root DIR"
 	$(VENV) -m project.cli fit $(ARGS)
 
-check: dev  ## format, lint, types
-	.venv/bin/ruff format --check .
-	.venv/bin/ruff check .
-	.venv/bin/mypy
+check: dev  ## format, lint, types, dead code, spelling, layers and ceilings, links
+	$(VENV) -m ruff format --check .
+	$(VENV) -m ruff check .
+	$(VENV) -m mypy
+	$(VENV) -m vulture
+	git ls-files -z | xargs -0 $(VENV) -m codespell_lib
+	$(VENV) -m pytest -q tests/test_architecture.py tests/test_readme.py -k "architecture or links"
 
 test: check  ## check, then the fast tests
 	$(VENV) -m pytest -m "not slow and not full" -n auto --dist loadfile $(ARGS)
@@ -31,6 +36,9 @@ test-slow: dev  ## tests with several processes or fits, a browser or a notebook
 
 test-full: dev  ## long and rare tests: whole trainings, the notebooks as they are, torture (half an hour)
 	$(VENV) -m pytest -m full $(ARGS)
+
+coverage: dev  ## the share of project/ that the fast and slow tests run; fails below 95 %
+	$(VENV) -m pytest -m "not full" -n auto --dist loadfile --cov=project --cov-report=term:skip-covered --cov-fail-under=95 $(ARGS)
 
 torture: dev  ## part of test-full: forty fits killed at random and resumed, 10,000 malformed requests (ten minutes)
 	$(VENV) -m pytest -m full -k "killed or abuse" -s $(ARGS)
