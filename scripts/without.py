@@ -39,7 +39,9 @@ PARTS = {
         extra="serve",
         requirements=("litserve", "schemathesis"),
         cuts={
-            "README.md": ((" serving/", ""), (r"^\| serving.*\n", "")),
+            "README.md": ((r" serving/(?=──▶)", ""), (r"^\| serving.*\n", "")),
+            "README.zh-CN.md": ((r" serving/(?=──▶)", ""), (r"^\| 在线服务.*\n", "")),
+            "SECURITY.md": ((r"^## What `serve` limits\n(?:.*\n)*?(?=^## )", ""), (r"^- `serve` has no TLS.*\n", "")),
             "benchmarks/__main__.py": ((r"^from benchmarks.serve .*\n", ""), (", serve", "")),
             "tests/test_architecture.py": ((', "serving"', ""),),
             "tests/test_cli.py": ((r'^ *\("serve run .*\n', ""),),
@@ -55,7 +57,7 @@ PARTS = {
         verb="export",
         fixture="packed",
         cuts={
-            "README.md": ((" export/", ""),),
+            **dict.fromkeys(("README.md", "README.zh-CN.md"), ((" export/(?= serving/──▶|──▶)", ""),)),
             "pyproject.toml": ((r'^  "onnx(script)?>.*\n', ""),),
             "project/inference/bundle.py": ((r" by python -m project\.cli export", ""),),
             "project/inference/load.py": (("; make another bundle by export --calibrated", ""),),
@@ -116,7 +118,8 @@ def _edit(file: Path, change) -> None:  # noqa: ANN001
 def _page(text: str, part: Part, pages: list[str]) -> str:
     """A Markdown page without the rows, commands and paragraphs of the part, and without links to its pages."""
     command = rf"\.cli {part.verb}\b|\bmake {part.target}\b"
-    named = rf",\s`{part.verb}`(?=[\s,)])|`{part.verb}`,\s|\sand\s`{part.verb}`"  # among others
+    word = f"`{part.verb}`"  # among others, in English or Chinese
+    named = rf",\s{word}(?=[\s,)])|{word},\s|\sand\s{word}|、{word}|{word}、|\s和\s{word}"
     row = rf"^\|[^\n]*(`{part.verb}`|\({'|'.join(map(re.escape, pages)) or '-'}\)|make {part.target}\b)[^\n]*\n"
     kept = []
     for number, block in enumerate(re.split(r"^(```.*?^```\n)", text, flags=re.DOTALL | re.MULTILINE)):
