@@ -39,7 +39,6 @@ def server(tmp_path, monkeypatch):
         "HUGGINGFACE_CO_URL_TEMPLATE": template,
         "HF_HUB_CACHE": str(tmp_path / "cache"),
         "HF_TOKEN_PATH": str(tmp_path / "token"),
-        "AGENT_HARNESSES_PATH": str(tmp_path / "harnesses.json"),
         "HF_HUB_DISABLE_XET": True,
     }.items():
         monkeypatch.setattr(constants, name, value)
