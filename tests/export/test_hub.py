@@ -143,8 +143,10 @@ def test_push_that_fails_is_told_in_a_sentence_with_the_command_that_uploads_the
     def message(name):
         with pytest.raises(UserError) as raised:
             hub.push(BUNDLE, name)
-        assert str(raised.value).startswith(f"{BUNDLE} is complete, but not on the hub (`hf upload {name} {BUNDLE}`")
-        return str(raised.value)
+        told = re.fullmatch(r"(.+) is complete, but not on the hub \(`(.+)` tries again\)(.+)", str(raised.value))
+        assert told is not None
+        assert (told[1], shlex.split(told[2])) == (str(BUNDLE), ["hf", "upload", name, str(BUNDLE)])
+        return told[3]
 
     for name, reason in (("user/a b", "the name of a repository"), ("else/photos", "You don't have the rights")):
         assert reason in message(name)
