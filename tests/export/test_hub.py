@@ -81,6 +81,7 @@ def test_pushed_bundle_predicts_the_same_from_the_hub_and_without_it_from_the_ca
     assert len(server.requests) == asked
 
 
+@pytest.mark.slow
 def test_heat_maps_and_the_server_take_a_bundle_from_the_hub(pushed):
     served = Model("hf://user/photos", False, threads=1)
     assert served.id == Model(str(BUNDLE), False, threads=1).id
