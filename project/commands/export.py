@@ -72,6 +72,5 @@ def export(
         raise UserError(f"{target} cannot be written: {error.strerror}; give another folder by --out.") from error
     size = sum(part.stat().st_size for part in target.iterdir())
     print(f"bundle: {target} ({size / 1e6:,.0f} MB, {metadata.calibration} probabilities)")
-    address = target if push is None else hub.push(target, push)
-    print(f"next: {command('predict', address)} IMAGES...")
+    print(f"next: {command('predict', target if push is None else hub.push(target, push))} IMAGES...")
     return 0

@@ -1,5 +1,6 @@
 """Bundles on the Hugging Face hub, whose address, token and cache are those of the library huggingface_hub."""
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from project.inference import bundle
 PREFIX = "hf:/"  # of the two slashes, a Path keeps one
 PARTS = [bundle.SUMS, bundle.CONFIG, bundle.MODEL, bundle.WEIGHTS]  # no code; the card may be edited on the hub
 NO_ACCESS = "there is no such repository, or no permission; check the name, or log in by `hf auth login` or HF_TOKEN"
-REASONS: dict[str | int, str] = {  # by the name of an error's class, as the module depends on the version, or by HTTP status
+REASONS: dict[str | int, str] = {  # by HTTP status, or by the name of an error's class: versions differ in its module
     "HFValidationError": "the name of a repository is user/name, of letters, digits, dots, - and _",
     "RevisionNotFoundError": "the repository has no such branch, tag or commit; without @ it is the newest",
     "RemoteEntryNotFoundError": f"the repository has no {bundle.SUMS}; give one that `export --push` has made",
@@ -47,7 +48,8 @@ def download(address: str) -> Path:
 
 def push(folder: Path, name: str) -> str:
     """Uploads a bundle as a commit to a repository, which is created where there is none; returns its address."""
-    with _api(f"{folder} is complete, but not on the hub (`hf upload {name} {folder}` tries again)") as api:
+    again = shlex.join(["hf", "upload", name, str(folder)])
+    with _api(f"{folder} is complete, but not on the hub (`{again}` tries again)") as api:
         url = api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload a bundle")
         return f"hf://{url.repo_id}"

@@ -39,7 +39,6 @@ def server(tmp_path, monkeypatch):
         "HUGGINGFACE_CO_URL_TEMPLATE": template,
         "HF_HUB_CACHE": str(tmp_path / "cache"),
         "HF_TOKEN_PATH": str(tmp_path / "token"),
-        "AGENT_HARNESSES_PATH": str(tmp_path / "harnesses.json"),
         "HF_HUB_DISABLE_XET": True,
     }.items():
         monkeypatch.setattr(constants, name, value)
@@ -82,6 +81,7 @@ def test_pushed_bundle_predicts_the_same_from_the_hub_and_without_it_from_the_ca
     assert len(server.requests) == asked
 
 
+@pytest.mark.slow
 def test_heat_maps_and_the_server_take_a_bundle_from_the_hub(pushed):
     served = Model("hf://user/photos", False, threads=1)
     assert served.id == Model(str(BUNDLE), False, threads=1).id
@@ -144,8 +144,10 @@ def test_push_that_fails_is_told_in_a_sentence_with_the_command_that_uploads_the
     def message(name):
         with pytest.raises(UserError) as raised:
             hub.push(BUNDLE, name)
-        assert str(raised.value).startswith(f"{BUNDLE} is complete, but not on the hub (`hf upload {name} {BUNDLE}`")
-        return str(raised.value)
+        told = re.fullmatch(r"(.+) is complete, but not on the hub \(`(.+)` tries again\)(.+)", str(raised.value))
+        assert told is not None
+        assert (told[1], shlex.split(told[2])) == (str(BUNDLE), ["hf", "upload", name, str(BUNDLE)])
+        return told[3]
 
     for name, reason in (("user/a b", "the name of a repository"), ("else/photos", "You don't have the rights")):
         assert reason in message(name)
