@@ -63,7 +63,7 @@ RUN_BY = {
 # Why a command runs in no test.
 NOT_HERE = {
     r"\S+ (\$ )?pip install ": "packages come over the network",
-    r"\S+ (\$ )?(source \S+/activate|\S+activate|python -m venv \S+)$": "make install makes that environment, and the tests run in one",
+    r"\S+ (\$ )?((source )?\S+activate|python -m venv \S+)$": "make install makes it; the tests run in one",
     r"\S+ (\$ )?docker ": "needs Docker; tests/serving/test_server.py installs and serves what the Dockerfile says",
     r"\S+ (\$ )?curl ": "a program of the reader's; tests/serving/test_app.py sends the same form",
     r"\S+ (\$ )?aws ": "a program of the reader's; tests/data/test_shards.py has a storage of its own",
@@ -88,7 +88,11 @@ def in_header(text):
 def commands():
     """Every command of the pages and headers, with its place."""
     found = [(page, line) for page in PAGES for line in shown(page.read_text(encoding="utf-8"))]
-    found += [(file, line) for file in CONFIGS for line in in_header(file.read_text(encoding="utf-8"))]
+    found += [
+        (file, line)
+        for file in [*CONFIGS, *ROOT.glob("Dockerfile")]
+        for line in in_header(file.read_text(encoding="utf-8"))
+    ]
     for file, line in found:
         if words := shlex.split(line.removeprefix("$ "), comments=True):
             yield f"{file.relative_to(ROOT).as_posix()}: {'$ ' * line.startswith('$ ')}{shlex.join(words)}", words
