@@ -50,6 +50,7 @@ RUN_BY = {
     "test_configs.py": {
         r"configs/fsdp.yaml": "test_fsdp_is_parsed_and_without_a_gpu_refused_in_a_sentence",
         r"(configs/\S+): python -m project\.cli fit --config \1": "test_fit_test_and_predict_with_every_config",
+        r"docs/install.md: \$ python -m project\.cli fit$": "test_the_result_in_the_header_is_what_comes_out",
     },
     "test_readme.py": {
         r"docs/recipe.md: python": "test_the_recipes_commands_run",
@@ -57,24 +58,24 @@ RUN_BY = {
         r"(README[\w.-]*|docs/[\w-]+)\.md: python -m project\.cli": "test_commands_run",
         r"\S+ pip install -e \.\[\w+\]$": "test_make_targets_benchmarks_and_extras_exist",
     },
-    "test_documents.py": {r"\S+ make ": "test_make_commands_are_targets_and_benchmarks_with_options_that_exist"},
+    "test_documents.py": {r"\S+ (\$ )?make ": "test_make_commands_are_targets_and_benchmarks_with_options_that_exist"},
 }
 # Why a command runs in no test.
 NOT_HERE = {
-    r"\S+ pip install ": "packages come over the network",
-    r"\S+ source .venv/bin/activate$": "make install makes that environment, and the tests run in one",
-    r"\S+ docker ": "needs Docker; tests/serving/test_server.py installs and serves what the Dockerfile says",
-    r"\S+ curl ": "a program of the reader's; tests/serving/test_app.py sends the same form",
-    r"\S+ aws ": "a program of the reader's; tests/data/test_shards.py has a storage of its own",
+    r"\S+ (\$ )?pip install ": "packages come over the network",
+    r"\S+ (\$ )?((source )?\S+activate|python -m venv \S+)$": "make install makes it; the tests run in one",
+    r"\S+ (\$ )?docker ": "needs Docker; tests/serving/test_server.py installs and serves what the Dockerfile says",
+    r"\S+ (\$ )?curl ": "a program of the reader's; tests/serving/test_app.py sends the same form",
+    r"\S+ (\$ )?aws ": "a program of the reader's; tests/data/test_shards.py has a storage of its own",
 }
 
 
 def shown(text):
-    """The commands in the blocks of a page, without a prompt: console blocks hold the output, too."""
+    """The commands in the blocks of a page: in console blocks, which hold the output, too, those after a prompt."""
     for language, block in re.findall(r"^```(sh|bash|console)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
         lines = block.replace("\\\n", " ").splitlines()
         if language == "console":
-            lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+            lines = [line for line in lines if line.startswith("$ ")]
         yield from lines
 
 
@@ -87,10 +88,14 @@ def in_header(text):
 def commands():
     """Every command of the pages and headers, with its place."""
     found = [(page, line) for page in PAGES for line in shown(page.read_text(encoding="utf-8"))]
-    found += [(file, line) for file in CONFIGS for line in in_header(file.read_text(encoding="utf-8"))]
+    found += [
+        (file, line)
+        for file in [*CONFIGS, *ROOT.glob("Dockerfile")]
+        for line in in_header(file.read_text(encoding="utf-8"))
+    ]
     for file, line in found:
-        if words := shlex.split(line, comments=True):
-            yield f"{file.relative_to(ROOT).as_posix()}: {shlex.join(words)}", words
+        if words := shlex.split(line.removeprefix("$ "), comments=True):
+            yield f"{file.relative_to(ROOT).as_posix()}: {'$ ' * line.startswith('$ ')}{shlex.join(words)}", words
 
 
 def test_every_command_runs_in_a_test_or_says_why_not():

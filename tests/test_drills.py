@@ -112,9 +112,10 @@ def changed(diff):
 
 
 def checkout(folder, *titles):
-    """A copy of the tracked files with the diffs of these sections."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in listed.rstrip("\0").split("\0"):
+    """A copy of the files that git has or would add, with the diffs of these sections."""
+    words = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(lambda name: (ROOT / name).is_file(), listed):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     subprocess.run(["git", "init", "-q", folder], check=True)
