@@ -138,6 +138,7 @@ def test_options_exist(workplace, capsys):
         "--signal",
         "--requeue",
     }  # of torchrun and SLURM
+    foreign |= {"--continue", "--hard"}  # of git
 
     for file, text in PAGES.items():
         assert set(re.findall(r"(?<![\w-])--[a-z][\w.]*\w", text)) <= options | foreign, file
