@@ -44,6 +44,7 @@ PARTS = {
             "SECURITY.md": ((r"^## What `serve` limits\n(?:.*\n)*?(?=^## )", ""), (r"^- `serve` has no TLS.*\n", "")),
             "benchmarks/__main__.py": ((r"^from benchmarks.serve .*\n", ""), (", serve", "")),
             "tests/test_architecture.py": ((', "serving"', ""),),
+            "tests/test_readme.py": ((r'"serve", (?="validate")', ""),),
             "tests/test_cli.py": ((r'^ *\("serve run .*\n', ""),),
             "tests/inference/test_bundle.py": ((r', \["serve", [^]]*\]', ""), (r'^ *"[^"]*": \["serve", .*\n', "")),
         },

@@ -80,4 +80,5 @@ def test_options_of_every_verb_stay(verb, workplace, capsys):
 
 @pytest.mark.parametrize("file", ["metrics.csv", "split.csv"])
 def test_columns_of_a_runs_files_stay(at_trained, file):
-    assert list(read_csv(at_trained / file)[0]) == list(read_csv(CONTRACTS / "run" / file)[0])
+    then, now = (list(read_csv(folder / file)[0]) for folder in (CONTRACTS / "run", at_trained))
+    assert [name for name in now if name in then] == then
