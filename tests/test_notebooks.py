@@ -24,7 +24,7 @@ LEFT = {
     ),
     "03-transfer-learning": (
         1,
-        ["data/notebook-03-*.csv", "runs/notebook-03-source/*/split.csv", "runs/notebook-03-*/*/test_metrics.json"],
+        ["data/notebook-03.csv", "runs/notebook-03-source/*/split.csv", "runs/notebook-03-*/*/test_metrics.json"],
         ["the head is new", "probe", "finetuned"],
     ),
     "04-explain": (
