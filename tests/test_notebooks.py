@@ -24,7 +24,7 @@ LEFT = {
     ),
     "03-transfer-learning": (
         1,
-        ["data/notebook-03-*.csv", "runs/notebook-03-source/*/split.csv", "runs/notebook-03-*/*/test_metrics.json"],
+        ["data/notebook-03.csv", "runs/notebook-03-source/*/split.csv", "runs/notebook-03-*/*/test_metrics.json"],
         ["the head is new", "probe", "finetuned"],
     ),
     "04-explain": (
@@ -37,7 +37,11 @@ LEFT = {
         ["runs/notebook-05/*/bundle/model.onnx", "runs/notebook-05/*/bundle/SHA256SUMS"],
         ["the same labels", "calibrated probabilities", '"ok"', " by resnet18-", "exit code 143"],
     ),
-    "06-library": (1, ["runs/notebook-06/*/*/checkpoints/*.ckpt", "runs/latest/config.yaml"], ["val/loss", "test/f1"]),
+    "06-library": (
+        1,
+        ["runs/notebook-06-trainer/*/*/checkpoints/*.ckpt", "runs/latest/config.yaml"],
+        ["val/loss", "test/f1"],
+    ),
 }
 
 
