@@ -5,7 +5,7 @@ ARGS ?=
 export PIP_ARGS ?=
 VENV = .venv/bin/python
 
-.PHONY: help install fit test test-slow test-full torture coverage check board bench clean clean-cache core dev
+.PHONY: help install fit test test-slow test-full torture coverage check board bench docs clean clean-cache core dev
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):[^#]*## /make \1\t/' | expand -t 18
@@ -48,6 +48,9 @@ board: core  ## TensorBoard on runs/; restart it to see a run with a new name
 
 bench: dev  ## compare with other programs: ARGS=training, precision, reading, predict, serve, bundle, accuracy, recipes, ddp or shards
 	$(VENV) -m benchmarks $(ARGS)
+
+docs: dev  ## the documentation as a site, in site/: open site/index.html
+	$(VENV) -m mkdocs build --strict $(ARGS)
 
 clean-cache:  ## remove decoded images; the next fit decodes them again
 	rm -rf data/cache
