@@ -55,4 +55,6 @@ eval "set -- ${PIP_ARGS:-}" # with the quotes that are in it
     stop "pip failed; its message is above. Run make again once the cause is removed."
 .venv/bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("lightning") is None)' ||
     stop "pip has installed nothing. Run make again without --dry-run in PIP_ARGS."
+.venv/bin/python -c 'import torchvision' 2>/dev/null ||
+    stop "torchvision $(.venv/bin/python -c 'from importlib.metadata import version as v; print(v("torchvision"), "cannot be imported with torch", v("torch"))'). Install both from one index: docs/install.md."
 touch "$stamp"

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -55,6 +56,7 @@ def test_the_constraints_admit_builds_for_the_cpu_or_another_cuda():
         pin = next(iter(CONSTRAINTS[name].specifier)).version
         assert CONSTRAINTS[name].specifier.contains(f"{pin}+cpu")
         assert CONSTRAINTS[name].specifier.contains(f"{pin}+cu126")
+        assert Version(f"{pin}+cpu") > Version(pin)  # so that pip takes it where there are both
 
 
 def test_every_constraint_satisfies_pyproject_and_every_requirement_of_it_is_constrained():
@@ -199,11 +201,16 @@ def test_a_fit_uses_the_torch_of_the_python_that_is_given_and_installs_none(copy
     paths = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=True).stdout.split()
     assert Path(paths[0]) == Path(importlib.util.find_spec("torch").origin)
     assert Path(paths[1]) == copy / "project" / "__init__.py"
-    again = make(copy, "core", "PIP_ARGS=--no-such-option")
+    again = make(copy, "core", "PIP_ARGS=--no-such-option")  # all is installed
     assert (again.returncode, again.stdout) == (
         0,
         f"make: Entering directory '{copy}'\nmake: Leaving directory '{copy}'\n",
     )
+    next(copy.glob(".venv/.installed-core")).unlink()
+    (copy / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
+    broken = make(copy, "core", PYTHONPATH=str(copy))
+    assert "cannot be imported with torch" in broken.stderr
+    assert not list(copy.glob(".venv/.installed-core"))
 
 
 @pytest.mark.full

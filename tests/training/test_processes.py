@@ -18,7 +18,6 @@ from project.data import manifest
 from tests.conftest import ALIVE, SMALL, read_csv
 from tests.same_run import assert_the_same, checkpoint, logged
 
-ROOT = Path(__file__).parents[2]
 CLI = [sys.executable, "-m", "project.cli"]
 FULL = partial(pytest.param, marks=pytest.mark.full)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--log-dir=torchrun", "--nproc_per_node=3", *CLI[1:]]
