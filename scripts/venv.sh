@@ -28,7 +28,7 @@ if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/d
         echo "setup: making .venv with $("$python" --version) and its torch $torch"
         "$python" -m venv --system-site-packages .venv
         # if $python is of an environment itself, --system-site-packages means the Python below it: this adds its own
-        "$python" -c 'import site; print("import site; [site.addsitedir(p) for p in %r]" % site.getsitepackages())' \
+        "$python" -c 'import site; print("import site; list(map(site.addsitedir, %r))" % site.getsitepackages())' \
             >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"
     else
         echo "setup: making .venv with $("$python" --version)"
