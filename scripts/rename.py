@@ -184,7 +184,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", nargs="?", help="the package's new name")
     parser.add_argument("--without", default="", help=f"parts to remove, of {', '.join(without.PARTS)}")
-    parser.add_argument("--upgrade", metavar="ADDRESS", help="take over what has changed in the template there")
+    parser.add_argument(
+        "--upgrade", nargs="?", const="", metavar="ADDRESS", help="take over what has changed in the template there"
+    )
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # checked already, by --upgrade
     options, root = parser.parse_args(), Path.cwd()
     try:
@@ -198,6 +200,8 @@ def main() -> None:
             raise Mistake(
                 "there are changes that are not committed; commit or stash them first, then git can undo this."
             )
+        if options.upgrade == "":
+            raise Mistake("give the template's address: make upgrade FROM=https://github.com/OWNER/TEMPLATE")
         if options.upgrade:
             upgrade(root, options.upgrade)
             return

@@ -28,7 +28,7 @@ if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/d
         echo "setup: making .venv with $("$python" --version) and its torch $torch"
         "$python" -m venv --system-site-packages .venv
         # if $python is of an environment itself, --system-site-packages means the Python below it: this adds its own
-        "$python" -c 'import site; print("import site; [site.addsitedir(p) for p in %r]" % site.getsitepackages())' \
+        "$python" -c 'import site; print("import site; list(map(site.addsitedir, %r))" % site.getsitepackages())' \
             >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"
     else
         echo "setup: making .venv with $("$python" --version)"
@@ -55,4 +55,6 @@ eval "set -- ${PIP_ARGS:-}" # with the quotes that are in it
     stop "pip failed; its message is above. Run make again once the cause is removed."
 .venv/bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("lightning") is None)' ||
     stop "pip has installed nothing. Run make again without --dry-run in PIP_ARGS."
+.venv/bin/python -c 'import torchvision' 2>/dev/null ||
+    stop "torchvision $(.venv/bin/python -c 'from importlib.metadata import version as v; print(v("torchvision"), "cannot be imported with torch", v("torch"))'). Install both from one index: docs/install.md."
 touch "$stamp"

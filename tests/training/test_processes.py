@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from project.data import manifest
 from tests.conftest import ALIVE, SMALL, read_csv
 from tests.same_run import assert_the_same, checkpoint, logged
 
-ROOT = Path(__file__).parents[2]
 CLI = [sys.executable, "-m", "project.cli"]
 FULL = partial(pytest.param, marks=pytest.mark.full)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--log-dir=torchrun", "--nproc_per_node=3", *CLI[1:]]
@@ -265,26 +263,6 @@ def script(path, text):
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
     return path
-
-
-@pytest.mark.slow
-def test_set_up_says_what_is_missing_and_does_nothing_when_it_is_done(tmp_path):
-    (tmp_path / "scripts").mkdir()
-    for name in ("scripts/venv.sh", "pyproject.toml", "constraints.txt"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    old = script(tmp_path / "old", 'case "$*" in --version) echo Python 3.8.1;; *) exit 1;; esac')
-    without_venv = script(tmp_path / "bare", f'case "$*" in *ensurepip*) exit 1;; *) exec {sys.executable} "$@";; esac')
-    for variables, said in (
-        ({"PYTHON": str(old)}, "Python 3.11 or newer is needed; found Python 3.8.1"),
-        ({"PYTHON": str(without_venv)}, "has no venv module"),
-        ({"PYTHON": sys.executable, "SETUP_GIB": "999999"}, "GiB free here; torch and what it needs take about 6"),
-    ):
-        command = ["sh", "scripts/venv.sh", "core"]
-        done = subprocess.run(command, cwd=tmp_path, env=os.environ | variables, capture_output=True, text=True)
-        assert done.returncode == 1
-        assert said in done.stderr
-    run("sh", "scripts/venv.sh", "dev", cwd=ROOT)
-    assert run("sh", "scripts/venv.sh", "dev", cwd=ROOT) == ""  # it says whatever it does
 
 
 def peak_memory(*command):
