@@ -2,9 +2,7 @@
 
 import contextlib
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,7 +101,7 @@ def test_a_checkpoint_of_a_plain_trainer_holds_what_those_of_fit_hold_as_plain_t
     assert ImageData.load_from_checkpoint(path, weights_only=True).hparams["image_size"] == 32
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_every_verb_takes_a_checkpoint_of_a_plain_trainer(plain, workplace, capsys, refused):
     folder, file = plain
     Path("photos").symlink_to(folder / "photos")
@@ -129,7 +127,7 @@ def test_every_verb_takes_a_checkpoint_of_a_plain_trainer(plain, workplace, caps
     assert "epoch 3/3" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_what_the_page_says_runs(photos):
     photos.rename("DIR")
     for snippet in re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "library.md").read_text(), re.DOTALL | re.M):
@@ -231,29 +229,7 @@ def test_a_mistake_in_the_options_of_fit_is_one_sentence(options, said, workplac
     assert not Path("runs").exists()
 
 
-@pytest.mark.slow
-def test_an_installed_wheel_has_a_console_script_and_says_that_it_is_typed(tmp_path):
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "project", tmp_path / "project", ignore=shutil.ignore_patterns("__pycache__"))
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", "dist", "."], cwd=tmp_path, check=True)
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
-    site = tmp_path / "site"
-    subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
-    assert (site / "project" / "py.typed").exists()
-    command, path = [site / "bin" / "lightning-image-template", "--version"], os.environ | {"PYTHONPATH": str(site)}
-    done = subprocess.run(command, env=path, cwd=site, capture_output=True, text=True, check=True)
-    assert done.stdout == f"lightning-image-template {project.__version__}\n"
-    (tmp_path / "nets.py").touch()  # in the current folder, as for python -m
-    fit = [command[0], "fit", "--model.network", "nets.Tiny"]
-    done = subprocess.run(fit, env=path, cwd=tmp_path / "dist", capture_output=True, text=True, check=False)
-    assert "there is no module nets." in done.stderr
-    done = subprocess.run(fit, env=path, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert "nets has no Tiny." in done.stderr
-
-
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_type_checker_knows_what_the_library_takes_and_returns(tmp_path):
     lines = ["from project import Classifier, ImageData, fit, load", "fit(3)", "fit('a').best + 1", "load(4)"]
     lines += ["ImageData(resize=1)", "Classifier([1], 32)", "fit('a', name='b').predict('c')[0].label"]

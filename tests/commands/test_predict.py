@@ -95,7 +95,7 @@ def test_hard_image_names_are_the_same_in_a_file_and_on_standard_output_and_only
     assert b".png" not in shown
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_memory_does_not_grow_with_the_number_of_images(at_trained, tmp_path):
     """Twenty times as many images take less than 10 MB more, which is what rows in a list would take."""
     peaks, then = [], "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"

@@ -237,7 +237,7 @@ class Slow(http.server.SimpleHTTPRequestHandler):
         super().do_GET()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_of_the_processes_of_a_machine_one_downloads(tmp_path, monkeypatch):
     content = io.BytesIO()
     torch.save(torchvision.models.squeezenet1_1().state_dict(), content)

@@ -167,7 +167,7 @@ def test_a_lost_machine_leaves_the_others_to_go_on_from_the_last_checkpoint_to_t
         assert [value for _, value in curves[tag]] == pytest.approx([value for _, value in others[tag]], abs=5e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_slurm_script_runs_the_fit_on_each_machines_own_disk(photos, monkeypatch):
     disk = Path(tempfile.mkdtemp())  # a short name, as sockets need it
     script(Path("srun"), 'exec "$@"')

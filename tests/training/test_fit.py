@@ -86,7 +86,7 @@ def test_config_of_a_run_reproduces_it_another_seed_gives_other_weights_and_step
     assert (RUN / "config.yaml").read_text() == (RUN.with_name("version_1") / "config.yaml").read_text()
 
 
-@pytest.mark.parametrize("options", [[], [*CLIPPED, "norm"], [*CLIPPED, "value"]])
+@pytest.mark.parametrize("options", [[], [*CLIPPED, "norm"], pytest.param([*CLIPPED, "value"], marks=pytest.mark.full)])
 @pytest.mark.filterwarnings("ignore:.*")
 def test_small_network_learns_colours_also_in_bf16_with_clipped_gradients(photos, options):
     """One epoch would be enough, with any seed."""

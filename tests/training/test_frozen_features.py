@@ -106,7 +106,7 @@ def test_fine_tuning_starts_from_the_solved_head_and_keeps_the_statistics_of_bat
     assert f"freeze_bn: {str(not options).lower()}" in (run / "config.yaml").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_fit_on_weights_with_other_classes_has_the_recipe_of_fine_tuning(photos, capsys):
     torch.save(models.build("resnet18", 7)[1].state_dict(), "weights.pth")
     fit = ["fit", "photos", "--data.image_size", "32", "--data.workers", "0", "--model.name", "resnet18"]

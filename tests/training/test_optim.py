@@ -155,8 +155,7 @@ KINDS = [
 
 @pytest.mark.parametrize(
     "options",
-    [*KINDS[:1], pytest.param(KINDS[1], marks=pytest.mark.slow)]
-    + [pytest.param(kind, marks=pytest.mark.full) for kind in KINDS[2:]],
+    [*KINDS[:1], *(pytest.param(kind, marks=pytest.mark.full) for kind in KINDS[1:])],
     ids=lambda options: " ".join(options[:2])[:60],
 )
 def test_fit_resumes_to_the_same_bits_after_a_stop_in_a_step_and_in_a_validation(photos, stop, options):

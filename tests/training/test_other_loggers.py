@@ -187,7 +187,7 @@ def test_a_logger_that_refuses_its_options_is_one_sentence_and_makes_no_run(phot
 
 
 @needs_wandb
-@pytest.mark.slow
+@pytest.mark.full
 def test_wandb_has_options_scalars_and_figures_and_a_resumed_run_goes_on(photos, monkeypatch):
     settings = {"MODE": "offline", "SILENT": "true", "CONSOLE": "off", "ERROR_REPORTING": "false"}
     for name, value in settings.items():

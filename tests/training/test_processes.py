@@ -116,7 +116,7 @@ def test_signal_leaves_no_worker_and_what_can_be_caught_saves_the_step_in_progre
     assert not [name for name in os.listdir("/dev/shm") if name.startswith(batches)]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(("number", "cause"), [FULL(signal.SIGKILL, "memory ran out"), (signal.SIGBUS, "/dev/shm")])
 def test_a_killed_worker_ends_the_fit_in_a_sentence_and_the_fit_can_be_resumed(photos, number, cause):
     fit = [*FIT, "--trainer.max_epochs", "500", "--data.workers", "2", "--save_every", "0.001"]
@@ -145,7 +145,7 @@ FULL_LATER += "sys.exit(cli.main(sys.argv[1:]))"  # as if another program had fi
     [
         ("mount -t tmpfs -o size=1264k tmpfs /dev/shm", CLI, 0, "1 are used, each 1 batches ahead"),
         FULL("mount -t tmpfs -o size=1100k tmpfs /dev/shm", CLI, 0, "the main process reads the images"),
-        (
+        FULL(
             "mount -t tmpfs -o size=100k tmpfs /dev/shm",
             [sys.executable, "-c", FULL_LATER],
             1,
@@ -202,7 +202,7 @@ def test_second_ctrl_c_ends_a_step_that_hangs(photos):
     process.stdout.close()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_ranks_stop_together_and_one_process_goes_on_where_they_were(photos, capsys):
     fit = [*FIT, *ALIVE, "--save_every", "1000", "--trainer.max_epochs", "12"]
     process = started(*CLI, *fit, *on(2), until=METRICS.exists)
