@@ -74,6 +74,7 @@ PARTS = {
         requirements=("litserve",),
         cuts={
             "pyproject.toml": ((', "benchmarks"', ""),),
+            "Makefile": ((" benchmarks scripts", " scripts"),),
             "project/cli.py": ((r"^MOVED_BENCHMARKS.*\n", ""), (r"^    if .* in MOVED_BENCHMARKS\).*\n.*\n", "")),
             "tests/test_cli.py": ((r'^ *\("bench accuracy .*\n', ""),),
         },
