@@ -35,7 +35,7 @@ test: check  ## check, then the fast tests
 test-slow: dev  ## tests with several processes or fits, a browser or a notebook
 	$(VENV) -m pytest -m "slow and not full" -n auto --dist loadfile $(ARGS)
 
-test-full: dev  ## long and rare tests: whole trainings, the notebooks as they are, torture (half an hour)
+test-full: dev  ## long and rare tests: whole trainings, the notebooks as they are, forks, torture (hours)
 	$(VENV) -m pytest -m full $(ARGS)
 
 coverage: dev  ## the share of project/ that the fast and slow tests run; fails below 95 %
