@@ -18,8 +18,9 @@ from project import cli
 from project.training.distributed import launched
 from tests.conftest import ALIVE, SMALL
 from tests.same_run import logged
-from tests.training.test_processes import CLI, FIT, ROOT, TORCHRUN, on, script, started
+from tests.training.test_processes import CLI, FIT, TORCHRUN, on, script, started
 
+ROOT = Path(__file__).parents[2]
 RUN = Path("runs/photos/version_0")
 TORCHELASTIC = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}
 SLURM = {"SLURM_NTASKS": "6", "SLURM_NNODES": "3", "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train"}
