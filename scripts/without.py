@@ -22,26 +22,31 @@ class Part:
     cuts: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)  # by file: patterns, and what stays
 
 
+SHIP = (r" \[05-ship\]\(05-ship\.ipynb\),", "")  # the notebook about a bundle that is served
+DEPLOY = (r"(, |、)`serving/` \| 05-ship ", " |  ")
 PARTS = {
     "serving": Part(
         room="project/serving",
         paths=(
-            *(
-                "project/commands/serve.py",
-                "tests/serving",
-                "docs/serve.md",
-                "docs/serve.png",
-                "notebooks/05-ship.ipynb",
-            ),
-            *("Dockerfile", ".dockerignore", "requirements-serve.txt", "benchmarks/serve.py", "benchmarks/litserve.py"),
+            "project/commands/serve.py",
+            "tests/serving",
+            "docs/serve.md",
+            "docs/serve.png",
+            "notebooks/05-ship.ipynb",
+            "Dockerfile",
+            ".dockerignore",
+            "requirements-serve.txt",
+            "benchmarks/serve.py",
+            "benchmarks/litserve.py",
         ),
         verb="serve",
         extra="serve",
         requirements=("litserve", "schemathesis"),
         cuts={
-            "README.md": ((r" serving/(?=──▶)", ""), (r"^\| serving.*\n", "")),
-            "README.zh-CN.md": ((r" serving/(?=──▶)", ""), (r"^\| 在线服务.*\n", "")),
+            "README.md": ((r" serving/(?=──▶)", ""), (r"^\| serving.*\n", ""), DEPLOY),
+            "README.zh-CN.md": ((r" serving/(?=──▶)", ""), (r"^\| 在线服务.*\n", ""), DEPLOY),
             "SECURITY.md": ((r"^## What `serve` limits\n(?:.*\n)*?(?=^## )", ""), (r"^- `serve` has no TLS.*\n", "")),
+            "notebooks/01-quickstart.ipynb": (SHIP,),
             "benchmarks/__main__.py": ((r"^from benchmarks.serve .*\n", ""), (", serve", "")),
             "tests/test_architecture.py": ((', "serving"', ""),),
             "tests/test_readme.py": ((r'"serve", (?="validate")', ""),),
@@ -52,16 +57,25 @@ PARTS = {
     "export": Part(  # bundles that were made elsewhere are read on, for which the extra stays
         room="project/export",
         paths=(
-            *("project/commands/export.py", "tests/export", "docs/export.md", "notebooks/05-ship.ipynb"),
-            *("benchmarks/bundle.py", "benchmarks/serve.py", "benchmarks/litserve.py"),
+            "project/commands/export.py",
+            "tests/export",
+            "docs/export.md",
+            "notebooks/05-ship.ipynb",
+            "benchmarks/bundle.py",
+            "benchmarks/serve.py",
+            "benchmarks/litserve.py",
         ),
         verb="export",
         fixture="packed",
         cuts={
-            **dict.fromkeys(("README.md", "README.zh-CN.md"), ((" export/(?= serving/──▶|──▶)", ""),)),
+            **dict.fromkeys(
+                ("README.md", "README.zh-CN.md"),
+                ((" export/(?= serving/──▶|──▶)", ""), (r"^.* \| 05-ship .*\n|^.*`export/` \|  \|\n", "")),
+            ),
             "pyproject.toml": ((r'^  "onnx(script)?>.*\n', ""),),
             "project/inference/bundle.py": ((r" by python -m project\.cli export", ""),),
             "project/inference/load.py": (("; make another bundle by export --calibrated", ""),),
+            "notebooks/01-quickstart.ipynb": (SHIP,),
             "benchmarks/__main__.py": ((r"^from benchmarks.(serve|bundle) .*\n", ""), (", serve, bundle", "")),
             "tests/test_architecture.py": ((', "export"', ""),),
             "tests/test_drills.py": ((r'^ *\["export", .*\n', ""), (r'^ *assert load\("bundle"\).*\n', "")),
