@@ -88,6 +88,8 @@ PARTS = {
         requirements=("litserve",),
         cuts={
             "pyproject.toml": ((', "benchmarks"', ""),),
+            "README.md": ((r"\[docs/benchmarks\.md\]\(docs/benchmarks\.md\) and\n", ""),),
+            "README.zh-CN.md": ((r"\[docs/benchmarks\.md\]\(docs/benchmarks\.md\) 和\s", ""),),
             "Makefile": ((" benchmarks scripts", " scripts"),),
             "project/cli.py": ((r"^MOVED_BENCHMARKS.*\n", ""), (r"^    if .* in MOVED_BENCHMARKS\).*\n.*\n", "")),
             "tests/test_cli.py": ((r'^ *\("bench accuracy .*\n', ""),),
