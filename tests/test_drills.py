@@ -51,6 +51,11 @@ def drill(photos, monkeypatch, request):
         sys.modules.pop(module, None)
 
 
+def mark_of(title):
+    """Half of the sections are rare ones, which have other tests, too."""
+    return pytest.mark.full if title in ("Data", "Logger and callbacks", "Module") else pytest.mark.slow
+
+
 def words(config):
     """The options of a small fit on photos/, without those that the configuration has."""
     if "class_path" in config.get("data", {}):
@@ -58,8 +63,7 @@ def words(config):
     return ["--data.root", "photos", *(SMALL[2:] if "network" in config.get("model", {}) else SMALL)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("drill", DRILLS, indirect=True)
+@pytest.mark.parametrize("drill", [pytest.param(title, marks=mark_of(title)) for title in DRILLS], indirect=True)
 def test_documented_lines_fit_test_predict_and_export(drill, capsys):
     options, trust, config = drill
     assert cli.main(["fit", *words(config), *FIT, *options]) == 0

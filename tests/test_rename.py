@@ -13,8 +13,16 @@ import without
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = rename.names(ROOT)[0]
-QUICK = ["--model.name", "squeezenet1_1", "--data.image_size", "32", "--trainer.limit_train_batches", "2"]
-TWENTY = ["tests/test_contracts.py", "tests/training/test_optim.py", "tests/inference/test_metadata.py"]
+QUICK = ["--model.name", "squeezenet1_1", "--data.image_size", "32", "--trainer.max_epochs", "1"]
+QUICK += ["--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "2"]
+TWENTY = [
+    "tests/test_contracts.py",
+    "tests/data/test_workers.py",
+    "-m",
+    "not full",
+    "-k",
+    "not columns and not verbs_take",
+]
 
 
 def git(folder, *words):
@@ -116,7 +124,7 @@ def test_renamed_copy_passes_its_checks_fits_and_is_undone_by_git(template):
     python(template, "-m", "ruff", "check", ".")
     python(template, "-m", "ruff", "format", "--check", ".")
     assert "zebras" in python(template, "-m", "zebras.cli", "--version")
-    python(template, "-m", "zebras.cli", "fit", *QUICK, "--trainer.max_epochs", "1")
+    python(template, "-m", "zebras.cli", "fit", *QUICK)
     python(template, "-m", "pytest", "-q", *TWENTY)
     git(template, "reset", "-q", "--hard")
     assert git(template, "write-tree") == before

@@ -131,7 +131,7 @@ def machines(photos):
 MANY = [*FIT, *ALIVE, "--trainer.accelerator", "cpu", "--runs", "../runs", "--resume", "auto"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_machines_with_other_images_are_told_so_on_the_first_rank_and_nothing_is_left(machines):
     next((machines[1].folder / "photos" / "red").iterdir()).unlink()
     agents = [machine.agent(2, 0, *MANY) for machine in machines]

@@ -139,20 +139,20 @@ FULL_LATER = "import sys; from project import cli; from project.data import work
 FULL_LATER += "sys.exit(cli.main(sys.argv[1:]))"  # as if another program had filled it in the meantime
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("limit", "command", "code", "sentence"),
     [
         ("mount -t tmpfs -o size=1264k tmpfs /dev/shm", CLI, 0, "1 are used, each 1 batches ahead"),
-        FULL("mount -t tmpfs -o size=1100k tmpfs /dev/shm", CLI, 0, "the main process reads the images"),
-        FULL(
+        ("mount -t tmpfs -o size=1100k tmpfs /dev/shm", CLI, 0, "the main process reads the images"),
+        (
             "mount -t tmpfs -o size=100k tmpfs /dev/shm",
             [sys.executable, "-c", FULL_LATER],
             1,
             "/dev/shm is probably full",
         ),
-        *(FULL(f"ulimit -n {n}", CLI, 0, f"the limit is {n} (see ulimit -n): 0 are used") for n in (12, 20)),
-        FULL("ulimit -n 40", CLI, 0, "the limit is 40 (see ulimit -n): 1 are used"),
+        *((f"ulimit -n {n}", CLI, 0, f"the limit is {n} (see ulimit -n): 0 are used") for n in (12, 20)),
+        ("ulimit -n 40", CLI, 0, "the limit is 40 (see ulimit -n): 1 are used"),
     ],
 )
 def test_small_shared_memory_takes_fewer_workers_and_a_limit_is_named(photos, limit, command, code, sentence):
