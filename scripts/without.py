@@ -72,7 +72,17 @@ PARTS = {
                 ("README.md", "README.zh-CN.md"),
                 ((" export/(?= serving/──▶|──▶)", ""), (r"^.* \| 05-ship .*\n|^.*`export/` \|  \|\n", "")),
             ),
-            "pyproject.toml": ((r'^  "onnx(script)?>.*\n', ""),),
+            "pyproject.toml": (
+                (r'^  "onnx(script)?>.*\n', ""),
+                (r'^  "format_difference", ', '  "seal", "git_commit", "export", "format_difference", '),  # of bundles
+            ),
+            "docs/parts.md": (
+                (r"So `export` compares on generated images, `--quantize` is refused, and the", "So the"),
+            ),
+            "project/inference/hub.py": (
+                (r"\n\n\ndef push\([\s\S]*\Z", "\n"),
+                ("; give one that `export --push` has made", ""),
+            ),
             "project/inference/bundle.py": ((r" by python -m project\.cli export", ""),),
             "project/inference/load.py": (("; make another bundle by export --calibrated", ""),),
             "notebooks/01-quickstart.ipynb": (SHIP,),

@@ -30,7 +30,6 @@ def requirements(lines):
 
 
 CONSTRAINTS = requirements((ROOT / "constraints.txt").read_text().splitlines())
-SERVED = requirements((ROOT / "requirements-serve.txt").read_text().splitlines())
 
 
 @pytest.fixture
@@ -101,11 +100,12 @@ def test_the_lowest_constraints_are_the_floors(constraints):
 
 
 def test_what_serving_needs_has_the_floors_of_pyproject_and_no_torch():
+    served = requirements((ROOT / "requirements-serve.txt").read_text().splitlines())
     declared = requirements([*PROJECT["dependencies"], *EXTRAS["export"], *EXTRAS["serve"]])
-    assert {name: str(needed) for name, needed in SERVED.items()} == {name: str(declared[name]) for name in SERVED}
-    assert set(requirements(EXTRAS["serve"])) <= set(SERVED)
-    assert set(SERVED) <= set(CONSTRAINTS)
-    assert not {"torch", "torchvision", "lightning", "torchmetrics"} & set(SERVED)
+    assert {name: str(needed) for name, needed in served.items()} == {name: str(declared[name]) for name in served}
+    assert set(requirements(EXTRAS["serve"])) <= set(served)
+    assert set(served) <= set(CONSTRAINTS)
+    assert not {"torch", "torchvision", "lightning", "torchmetrics"} & set(served)
     dockerfile = (ROOT / "Dockerfile").read_text()
     copied = re.search(r"^COPY (.*) \./$", dockerfile, re.MULTILINE)[1].split()
     assert "--requirement requirements-serve.txt" in dockerfile
