@@ -190,9 +190,17 @@ def main() -> None:
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # checked already, by --upgrade
     options, root = parser.parse_args(), Path.cwd()
     try:
-        parts = options.without.replace(",", " ").split()
-        if unknown := set(parts) - {*without.PARTS}:
+        given = options.without.replace(",", " ").split()
+        parts = [part for part in without.PARTS if part in given]  # what is cut depends on their order
+        if unknown := {*given} - {*parts}:
             raise Mistake(f"there is no part {', '.join(sorted(unknown))}; the parts are {', '.join(without.PARTS)}.")
+        for part in parts:
+            if (
+                (other := without.PARTS[part].before)
+                and other not in parts
+                and (root / without.PARTS[other].room).exists()
+            ):
+                raise Mistake(f"{other} needs {part}; remove both: WITHOUT={other},{options.without}")
         if options.here:
             apply(root, options.name, parts)
             return

@@ -19,6 +19,7 @@ class Part:
     target: str | None = None
     fixture: str | None = None  # tests that use it need the part
     requirements: tuple[str, ...] = ()  # of the extra dev, for this part alone
+    before: str | None = None  # the part that needs this one, and has to go with it
     cuts: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)  # by file: patterns, and what stays
 
 
@@ -50,6 +51,9 @@ PARTS = {
             "benchmarks/__main__.py": ((r"^from benchmarks.serve .*\n", ""), (", serve", "")),
             "tests/test_architecture.py": ((', "serving"', ""),),
             "tests/test_readme.py": ((r'"serve", (?="validate")', ""),),
+            "docs/article.md": ((r"^\| a server that answers one image at a time.*\n", ""),),
+            "docs/benchmarks.md": ((r"^## Serving\n[\s\S]*?(?=^## |\Z)", ""),),
+            "Makefile": ((", serve(?=, bundle)", ""),),
             "tests/test_cli.py": ((r'^ *\("serve run .*\n', ""),),
             "tests/inference/test_bundle.py": ((r', \["serve", [^]]*\]', ""), (r'^ *"[^"]*": \["serve", .*\n', "")),
         },
@@ -62,15 +66,14 @@ PARTS = {
             "docs/export.md",
             "notebooks/05-ship.ipynb",
             "benchmarks/bundle.py",
-            "benchmarks/serve.py",
-            "benchmarks/litserve.py",
         ),
         verb="export",
+        before="serving",
         fixture="packed",
         cuts={
             **dict.fromkeys(
                 ("README.md", "README.zh-CN.md"),
-                ((" export/(?= serving/──▶|──▶)", ""), (r"^.* \| 05-ship .*\n|^.*`export/` \|  \|\n", "")),
+                ((" export/(?= serving/──▶|──▶)", ""), (r"^.*`export/`(.*05-ship)?.* \|\n", "")),
             ),
             "pyproject.toml": (
                 (r'^  "onnx(script)?>.*\n', ""),
@@ -86,7 +89,9 @@ PARTS = {
             "project/inference/bundle.py": ((r" by python -m project\.cli export", ""),),
             "project/inference/load.py": (("; make another bundle by export --calibrated", ""),),
             "notebooks/01-quickstart.ipynb": (SHIP,),
-            "benchmarks/__main__.py": ((r"^from benchmarks.(serve|bundle) .*\n", ""), (", serve, bundle", "")),
+            "benchmarks/__main__.py": ((r"^from benchmarks.bundle .*\n", ""), (", bundle", "")),
+            "docs/benchmarks.md": ((r"^## Bundles\n[\s\S]*?(?=^## |\Z)", ""),),
+            "Makefile": ((", bundle(?=, accuracy)", ""),),
             "tests/test_architecture.py": ((', "export"', ""),),
             "tests/test_drills.py": ((r'^ *\["export", .*\n', ""), (r'^ *assert load\("bundle"\).*\n', "")),
         },

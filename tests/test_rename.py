@@ -150,7 +150,7 @@ def mentions(folder):
     [
         ["flower_classification"],
         [NEW, "--without", "serving"],
-        [NEW, "--without", "export"],
+        [NEW, "--without", "serving,export"],
         [NEW, "--without", "benchmarks"],
         [NEW, "--without", "serving,benchmarks,export"],
     ],
