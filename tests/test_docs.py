@@ -97,6 +97,6 @@ def test_headings_that_are_messages_are_printed_by_the_package():
 def test_each_table_of_results_stands_below_its_command_or_says_that_there_is_none(name):
     sections = re.split(r"^## ", (DOCS / f"{name}.md").read_text("utf-8"), flags=re.MULTILINE)
     tables = [section for section in sections if re.search(r"^\| ---", section, re.MULTILINE)]
-    assert len(tables) > 3
+    assert len(tables) > 1
     for section in tables:
         assert re.search(r"^```sh\n|no command repeats", section, re.MULTILINE), section.splitlines()[0]
