@@ -85,6 +85,7 @@ def test_worse_trials_end_early_and_a_higher_figure_is_better_where_it_is(space)
     assert yaml.safe_load(Path("runs/search/best.yaml").read_text())["model"]["lr"] == 1e-3
 
 
+@pytest.mark.full
 def test_failed_trial_is_tried_once_more_and_a_stopped_one_resumed(space, monkeypatch, capsys):
     step, calls = Classifier.training_step, []
 

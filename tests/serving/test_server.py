@@ -207,7 +207,7 @@ def test_abuse_brings_no_crash_no_failure_no_file_and_no_growth(served, image, c
     assert post(port, "/predict", image)[0] == 200
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_server_does_what_its_own_description_says(served, image, tmp_path):
     port = served[0]
     post(port, "/explain", image)  # which loads torch

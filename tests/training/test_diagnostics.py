@@ -110,7 +110,7 @@ def test_a_loss_that_is_not_finite_ends_the_fit_names_step_and_layer_and_keeps_t
     assert any(row["val/loss"] for row in read_csv(RUN / "metrics.csv"))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_drawing_the_first_batch_is_no_waiting_for_images(photos, capsys, monkeypatch):
     draw = figures.image_grid
     monkeypatch.setattr(figures, "image_grid", lambda *args, **options: (time.sleep(3), draw(*args, **options))[1])

@@ -140,7 +140,7 @@ def test_a_logger_of_ones_own_gets_options_once_scalars_and_figures(photos, monk
 
 
 @needs_mlflow
-@pytest.mark.slow
+@pytest.mark.full
 def test_mlflow_has_options_scalars_and_figures_and_a_resumed_run_goes_on(photos, monkeypatch):
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient

@@ -191,7 +191,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_second_ctrl_c_ends_a_step_that_hangs(photos):
     process = started(sys.executable, "-c", HANGING, *FIT, until=Path("hangs").exists)
     process.send_signal(signal.SIGINT)

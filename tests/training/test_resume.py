@@ -350,7 +350,7 @@ def require_whole_files(run):
         assert all(None not in row and None not in row.values() for row in rows)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_reader_sees_whole_files_at_any_time(photos):
     seen, done = [], threading.Event()
 

@@ -148,7 +148,7 @@ def test_names_in_any_script_and_unreadable_images_are_no_obstacle(workplace):
     assert "猫" in (RUN / PROJECTOR / "metadata.tsv").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_histograms_are_of_every_layer_once_an_epoch_and_change_nothing(photos):
     fit = [*FIT, *ALIVE]
     assert cli.main(fit) == cli.main([*fit, "--histograms", "true"]) == 0
