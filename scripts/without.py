@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -142,7 +143,7 @@ def _delete(path: Path) -> list[Path]:
     return files
 
 
-def _edit(file: Path, change) -> None:  # noqa: ANN001
+def _edit(file: Path, change: Callable[[str], str]) -> None:
     """Changes the text of a file, if it is there."""
     if file.exists():
         file.write_text(change(file.read_text("utf-8")), "utf-8")

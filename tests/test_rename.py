@@ -81,7 +81,7 @@ def test_name_that_would_break_the_code_is_refused(name, why):
 
 
 def test_name_that_nothing_uses_is_allowed():
-    rename.require_name(NEW, ROOT)
+    assert rename.require_name(NEW, ROOT) is None
 
 
 @pytest.mark.parametrize(
