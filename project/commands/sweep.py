@@ -107,10 +107,12 @@ def _study(name: str, url: str, monitor: str, attempts: int = 5) -> "Study":
     import optuna
     from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
     from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
+    from sqlalchemy.pool import NullPool
 
-    retry = RetryHeartbeatStaleTrialCallback()
+    options: dict[str, Any] = {"heartbeat_interval": BEAT, "grace_period": GRACE}
+    options["heartbeat_stale_trial_callback"] = RetryHeartbeatStaleTrialCallback()
     try:
-        storage = RDBStorage(url, heartbeat_interval=BEAT, grace_period=GRACE, heartbeat_stale_trial_callback=retry)
+        storage = RDBStorage(url, {"poolclass": NullPool}, **options)  # closes each connection after its use
         return optuna.create_study(
             study_name=name,
             storage=storage,

@@ -12,6 +12,8 @@ from pathlib import Path
 import optuna
 import pytest
 import yaml
+from optuna.storages import RDBStorage
+from sqlalchemy.pool import NullPool
 
 from project import cli, runs
 from project.classifier import Classifier
@@ -39,8 +41,9 @@ def space(photos):
     return write
 
 
-def trials(name="search"):
-    return optuna.load_study(study_name=name, storage=f"sqlite:///runs/{name}/study.db").get_trials()
+def trials(name="search", database=None):
+    storage = RDBStorage(database or f"sqlite:///runs/{name}/study.db", {"poolclass": NullPool})  # leaves nothing open
+    return optuna.load_study(study_name=name, storage=storage).get_trials()
 
 
 def states():
@@ -179,7 +182,7 @@ def test_three_machines_share_a_postgresql_and_one_is_lost(space, database):
     machines[1].kill()
     said = [machine.communicate(timeout=400)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, -signal.SIGKILL, 0], said
-    found = optuna.load_study(study_name="search", storage=database).get_trials()
+    found = trials(database=database)
     assert sorted(trial.state.name for trial in found)[-1] != "RUNNING"
     ended = [trial for trial in found if trial.state.name in ("COMPLETE", "PRUNED")]
     assert 6 <= len(ended) <= 8  # machines that begin their last trials at the same moment begin one too many
