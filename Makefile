@@ -24,8 +24,9 @@ check: dev  ## format, lint, types, dead code, spelling, layers and ceilings, li
 	$(VENV) -m ruff format --check .
 	$(VENV) -m ruff check .
 	$(VENV) -m mypy
-	@$(VENV) -c 'from project.cli import VERBS; print(*VERBS, sep="\n")' >.venv/verbs.py  # called by their names
-	$(VENV) -m vulture project benchmarks scripts .venv/verbs.py
+	@$(VENV) -c 'from project.cli import VERBS; from project.commands.models import own_networks as own; \
+	print(*VERBS, *own(), sep="\n")' >.venv/used.py  # what is called by its name
+	$(VENV) -m vulture project benchmarks scripts .venv/used.py
 	git ls-files -z | xargs -0 $(VENV) -m codespell_lib
 	$(VENV) -m pytest -q tests/test_architecture.py tests/test_readme.py -k "architecture or links"
 

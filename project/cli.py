@@ -5,6 +5,7 @@ whose signature is its options and whose docstring is its help. Nothing heavy is
 """
 
 import importlib
+import importlib.util
 import io
 import os
 import sys
@@ -74,6 +75,12 @@ def _exit_code(argv: list[str]) -> int:
             raise
         print(f"failed: {reason}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        if importlib.util.find_spec("torch"):
+            raise
+        hint = "activate its environment, source .venv/bin/activate, or install it: pip install -e ."
+        print(f"error: {sys.executable} does not have what this project needs ({error.name}); {hint}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130

@@ -1,4 +1,7 @@
-"""The losses of training: logits (B, K) and labels to the sum over the images of a batch."""
+"""The losses: logits (B, K) and labels to the sum over the images of a batch.
+
+In training with the weights of --data.balance loss and --model.label_smoothing; val/loss and test/loss without.
+"""
 
 from collections.abc import Callable
 from typing import Any, Literal

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from project import parts
@@ -22,12 +22,16 @@ WATCHED = ("val/loss", "min")  # the metric that a plateau is looked for in, and
 WARMUPS = {"cosine": 0.1, "step": 0.1, "one-cycle": 0.3, "constant": 0.0}
 # Options that earlier runs do not have, with what they did.
 BEFORE = {"scheduler": "cosine", "layer_decay": 1.0, "loss": "cross_entropy"}
-# The default peak learning rates. Adam's usual 1e-3 is known to be too high for AlexNet, which has no batch norm; 0.01
-# is that of torchvision's reference recipe for it.
-RATES: dict[Rule, float] = {"adam": 3e-4, "adamw": 3e-4, "sgd": 0.01}
+# Class path, arguments, and the default peak learning rate. Adam's usual 1e-3 is known to be too high for AlexNet,
+# which has no batch norm; 0.01 is that of torchvision's reference recipe for it.
+RULES: dict[str, tuple[str, dict[str, Any], float]] = {
+    "adam": ("torch.optim.Adam", {}, 3e-4),
+    "adamw": ("torch.optim.AdamW", {}, 3e-4),
+    "sgd": ("torch.optim.SGD", {"momentum": 0.9}, 0.01),
+}
 # Under a new head above given weights, which is solved for the data first if it can be; chosen in docs/recipe.md.
 FINE_TUNING: dict[str, float] = {"backbone_lr": 0.3, "label_smoothing": 0.1}
-FINE_TUNING_RATES: dict[Rule, float] = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.01}
+FINE_TUNING_RATES = {"adam": 1e-3, "adamw": 1e-3}
 FINE_TUNING_EPOCHS = 12
 STAGES = 4  # into which gradual unfreezing divides the backbone, with equally many parameter tensors each
 
@@ -39,7 +43,7 @@ def defaults(options: Mapping[str, Any], weights: str, fine_tunes: bool) -> dict
     below = FINE_TUNING if fine_tunes else {"backbone_lr": 1.0 if weights == "none" else 0.1, "label_smoothing": 0.0}
     lr = options["lr"]
     if isinstance(rule, str):
-        lr = (FINE_TUNING_RATES if fine_tunes else RATES)[rule]  # type: ignore[index]
+        lr = FINE_TUNING_RATES.get(rule, RULES[rule][2]) if fine_tunes else RULES[rule][2]
     elif lr is None:
         lr = getattr(parts.takes(rule, "model.optimizer").get("lr"), "default", None)
     if not isinstance(lr, float | int):
@@ -145,9 +149,7 @@ def _layers(named: Sequence[tuple[str, nn.Parameter]]) -> list[list[nn.Parameter
 def make_optimizer(rule: Any, groups: list[dict[str, Any]], fused: bool) -> Optimizer:
     """Creates the optimiser, of `Classifier`'s option, for groups with their own learning rate and weight decay."""
     if isinstance(rule, str):
-        if rule == "sgd":
-            return SGD(groups, momentum=0.9, fused=fused)
-        return (Adam if rule == "adam" else AdamW)(groups, fused=fused)
+        rule = dict(zip(("class_path", "init_args"), RULES[rule], strict=False))
     takes, arguments, option = parts.takes(rule, "model.optimizer"), rule["init_args"], "model.optimizer"
     if "fused" in takes:
         is_free = arguments.get("fused") is not False and not arguments.get("foreach")
@@ -195,7 +197,7 @@ def lr_factor(step: int, total: float, warmup: float, start: float = 0.0, shape:
     if shape == "step":
         return 0.1 ** min(2, int(3 * step / total))
     done = min(1.0, (step - rise) / max(1.0, total - rise))  # 0 if `total` is infinite
-    return {"cosine": _cosine(done, 1.0, 0.01), "one-cycle": _cosine(done, 1.0, 4e-6)}.get(shape, 1.0)
+    return {"cosine": _cosine(done, 1.0, 0.01), "one-cycle": _cosine(done, 1.0, 4e-6), "constant": 1.0}[shape]
 
 
 def _cosine(done: float, first: float, last: float) -> float:

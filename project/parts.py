@@ -7,7 +7,7 @@ runs: it may name networks, optimizers, schedules, metrics and transforms of wel
 import importlib
 import inspect
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,9 @@ def require_trusted_options(config: Any, trust: Collection[str], source: object)
     sections: list[Any] = [config]
     if isinstance(config, Mapping):
         sections += [config.get(name) for name in SECTIONS]
+    paths = dict.fromkeys(map(str, named(config)))
+    if unknown := [path for path in paths if path not in trust and not _is_known(path)]:
+        raise refusal(source, unknown)
     for options in sections:
         names = [str(name) for name in options] if isinstance(options, Mapping) else ["config"]
         if not all(re.fullmatch(r"(?!config$)[a-z]\w*", name) for name in names):
@@ -138,10 +141,16 @@ def require_trusted(entry: Any, trust: Collection[str], source: object, is_path:
     elif isinstance(entry, str) and not (entry in trust or _is_known(entry)):
         is_word = re.fullmatch(r"[\w +-]*|[\d:.]*", entry) and not (is_path or Path(entry).is_file())
         if not is_word:
-            raise UserError(
-                f"{source} names {entry}; a file may name networks, optimizers, schedules, metrics and transforms of "
-                f"{some(LIBRARIES)} only. If you trust whoever wrote it, add --trust {entry}."
-            )
+            raise refusal(source, [entry])
+
+
+def refusal(source: object, names: Sequence[str]) -> UserError:
+    """The error for a file that names code which is not trusted."""
+    trust = " ".join(f"--trust {name}" for name in names)
+    return UserError(
+        f"{source} names {', '.join(names)}; a file may name networks, optimizers, schedules, metrics and transforms "
+        f"of {some(LIBRARIES)} only. If you trust whoever wrote it, add {trust}."
+    )
 
 
 def _is_known(path: object) -> bool:

@@ -4,8 +4,10 @@ import contextlib
 import csv
 import errno
 import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import urllib.request
 from functools import partial
@@ -146,6 +148,18 @@ def tested(trained, lively, tmp_path_factory):
     with contextlib.chdir(folder):
         assert cli.main(["test"]) == 0
     return folder
+
+
+def require_no_dead_code(folder: Path) -> None:
+    """Looks for dead code in a copy of the project as `make check` does."""
+    makefile = (folder / "Makefile").read_text()
+    lines = re.search(r"^\t@(\$\(VENV\) -c [^\n]* import VERBS.*?vulture.*?)$", makefile, re.DOTALL | re.MULTILINE)[1]
+    (folder / ".venv").mkdir(exist_ok=True)
+    words = ["sh", "-ec", lines.replace("$(VENV)", sys.executable)]
+    done = subprocess.run(
+        words, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="session")

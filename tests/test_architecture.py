@@ -112,7 +112,8 @@ def test_nothing_unpickles_code_or_names_a_device():
 def test_rooms_files_functions_and_classes_stay_below_their_ceilings():
     assert len({entry.name for entry in PACKAGE.iterdir()} - {"__pycache__", "py.typed"}) <= ENTRIES
     lengths = {name: len(source.splitlines()) for name, source in MODULES.items()}
-    assert sum(lengths.values()) <= LINES
+    lines = sum(lengths.values())
+    assert lines <= LINES, f"{lines:,} lines are above the ceiling LINES; in a fork, raise it"
     assert sum(len(file.read_text().splitlines()) for file in PACKAGE.parent.glob("benchmarks/*.py")) <= BENCHMARKS
     assert {name: length for name, length in lengths.items() if length > FILE} == {}
     too_long = []

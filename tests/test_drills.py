@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from project import cli
 from project.inference.load import load
-from tests.conftest import COLOURS, SMALL, make_images, read_csv
+from tests.conftest import COLOURS, SMALL, make_images, read_csv, require_no_dead_code
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -42,6 +42,10 @@ def drill(photos, monkeypatch, request):
     files = DRILLS[request.param]
     for name, text in files.items():
         Path(name).write_text(text)
+    if request.param == "List of images":
+        Path("flat").mkdir()
+        for file in Path("photos").glob("*/*.png"):
+            shutil.copy(file, f"flat/{file.parent.name}_{file.name}")
     monkeypatch.syspath_prepend(Path.cwd())
     config = next(name for name in files if name.endswith(".yaml"))
     modules = [name.removesuffix(".py") for name in files if name.endswith(".py")]
@@ -195,6 +199,7 @@ def test_diffs_keep_the_types_the_layers_and_the_limits_but_that_of_lines(tmp_pa
     test.write_text(test.read_text().replace(values, ", ".join(raised)))
     assert " passed" in python(folder, "-m", "pytest", "-q", str(test))
     assert "Success" in python(folder, "-m", "mypy", "--cache-dir", os.devnull, "project")
+    require_no_dead_code(folder)
 
 
 @pytest.fixture

@@ -199,7 +199,7 @@ def test_a_fit_uses_the_torch_of_the_python_that_is_given_and_installs_none(copy
     assert list(copy.glob("runs/outer/version_0/checkpoints/best.ckpt"))
     (packages,) = copy.glob(".venv/lib/python*/site-packages")
     assert not list(packages.glob("torch-*"))
-    command = [copy / ".venv/bin/python", "-c", "import torch, project; print(torch.__file__); print(project.__file__)"]
+    command = [copy / ".venv/bin/python", "-c", "import project, torch; print(torch.__file__); print(project.__file__)"]
     paths = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=True).stdout.split()
     assert Path(paths[0]) == Path(importlib.util.find_spec("torch").origin)
     assert Path(paths[1]) == copy / "project" / "__init__.py"

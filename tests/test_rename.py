@@ -11,6 +11,8 @@ import pytest
 import rename
 import without
 
+from tests.conftest import require_no_dead_code
+
 ROOT = Path(__file__).parent.parent
 PACKAGE, DISTRIBUTION = rename.names(ROOT)
 NEW = f"z{PACKAGE}"  # in imports it comes after all others
@@ -164,11 +166,7 @@ def test_whole_suite_of_a_copy_passes(words, template, tmp_path):
     assert mentions(template) == []
     python(template, "-m", "ruff", "check", ".")
     python(template, "-m", "mypy")
-    (tmp_path / "verbs.py").write_text(
-        python(template, "-c", f"from {words[0]}.cli import VERBS; print(*VERBS, sep=';')")
-    )
-    folders = [name for name in (words[0], "benchmarks", "scripts") if (template / name).exists()]
-    python(template, "-m", "vulture", *folders, tmp_path / "verbs.py")
+    require_no_dead_code(template)
     python(template, "-m", "pytest", "-q", "-m", "not full", "-n", "2", "--dist", "loadfile", "-k", "not set_up_says")
 
 

@@ -22,7 +22,7 @@ def models(pattern: str = "*", /) -> int:
     """
     wanted = pattern if any(mark in pattern for mark in "*?[") else f"*{pattern}*"
     timm = networks.import_timm() if pattern.startswith(networks.TIMM) else None
-    own = _own()
+    own = own_networks()
     known = [networks.TIMM + name for name in timm.list_models()] if timm else [*networks.torchvision_names(), *own]
     names = fnmatch.filter(known, wanted)
     if not names:
@@ -51,7 +51,7 @@ def models(pattern: str = "*", /) -> int:
     return 0
 
 
-def _own() -> list[str]:
+def own_networks() -> list[str]:
     """The class paths of the networks in project/models/ that have no short name."""
     found = []
     for entry in pkgutil.iter_modules(networks.__path__, f"{networks.__name__}."):

@@ -37,6 +37,11 @@ class Manifest:
     notices: list[str] = field(default_factory=list)  # sentences about what was left out, for the user
     is_stored: bool = False  # whether labels and splits are in the data set as they are here: shards
 
+    @classmethod
+    def of(cls, root: Path, rows: Sequence[Row]) -> "Manifest":
+        """The data set of rows that all have a split, as `splits.assign` gives them one; UserError as by `load`."""
+        return _manifest(root, sorted(rows), [], Skipped())
+
     def rows(self, split: str) -> npt.NDArray[np.int64]:
         """Indices of one split's rows, in order of path."""
         return np.flatnonzero(self.splits == SPLITS.index(split))

@@ -81,7 +81,7 @@ def locate(path: str | os.PathLike[str] | None = None, trust: Collection[str] = 
     if is_data:
         example = command("test", "runs/latest", "--data.root", path)
         raise UserError(f"{path} can be images, but is no run; put a run before it, such as runs/latest, or: {example}")
-    raise UserError(f"There is no checkpoint {file}; give a .ckpt file, a run, runs/<name>/version_N, or runs/latest.")
+    raise UserError(f"There is no checkpoint {file}; give a .ckpt file or another run, runs/<name>/version_N.")
 
 
 def _is_bundle(folder: Path) -> bool:

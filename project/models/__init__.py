@@ -61,10 +61,8 @@ def _network(name: str, num_classes: int, of: str) -> "nn.Module":
     if name not in (names := torchvision_names()):
         if of:
             raise UserError(f"The network {name} of {of} is no longer in the code; put it into project/models/.")
-        raise UserError(
-            f"There is no network {name}.{did_you_mean(name, names)} --model.name takes alexnet, resnet18 or another "
-            "of those that python -m project.cli models lists."
-        )
+        hint = "give a class path by --model.network" if "." in name else "python -m project.cli models lists all"
+        raise UserError(f"There is no network {name}.{did_you_mean(name, names)} For --model.name, {hint}.")
     # otherwise these two return a tuple of logits in training, and rescale the pixels once more
     plain = {"aux_logits": False, "init_weights": True, "transform_input": False}
     options = plain if name in ("googlenet", "inception_v3") else {}

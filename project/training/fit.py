@@ -128,9 +128,10 @@ def introduce(data: ImageData, model: Classifier, trainer: Any, run: Run) -> Non
     if model.transfer != "none" and not model.weights_note:
         print(f"--model.freeze {model.transfer} without --model.weights: the frozen layers are random")
     millions = sum(p.numel() for p in model.network.parameters()) / 1e6
+    size = f"{millions:.{1 if millions > 1 else 3}f} M parameters"
     print(
-        f"{model.name}, {millions:.1f} M parameters, {data.image_size} px ({data.resize}), batches of "
-        f"{data.batch_size}, on {trainer.world_size} x {trainer.strategy.root_device.type}: {run.folder}",
+        f"{model.name}, {size}, {data.image_size} px ({data.resize}), batches of {data.batch_size}, "
+        f"on {trainer.world_size} x {trainer.strategy.root_device.type}: {run.folder}",
         flush=True,
     )
 
@@ -150,15 +151,16 @@ def summarize(trainer: Any, run: Run) -> None:
             if solved is not None and callback.monitor == "val/loss" and best["val/loss"] > solved.loss:
                 print(f"the solved head alone had a lower val/loss, {solved.loss:.4f}: see configs/linear-probe.yaml")
     size = sum(file.stat().st_size for file in run.folder.rglob("*") if file.is_file())
-    print(f"run: {run.folder} ({size / 1e6:,.0f} MB)")
+    print(f"run: {run.folder} ({size / 1e6:,.1f} MB)")
     if (run.checkpoints / BEST).exists():
         base, is_checkout = shlex.quote(str(run.folder.parent.parent)), Path("scripts/board.sh").is_file()
         board = f"make board RUNS={base}".removesuffix(f" RUNS={runs.ROOT}")
         board = board if is_checkout else f"tensorboard --logdir {base}"
         trust = parts.trust_words([model.hparams[name] for name in ("network", "loss", "metrics")])
+        trust_network = parts.trust_words(model.hparams["network"])
         own = [model.run_metadata["config"][name].get("class_path") for name in ("data", "model")]
         of_test = parts.trust_words([{"class_path": path} for path in own if path])
-        test, predict = command("test", run.folder, *of_test, *trust), command("predict", *trust, run.folder)
+        test, predict = command("test", run.folder, *of_test, *trust), command("predict", *trust_network, run.folder)
         print(f"next: {board} | {test} | {predict} IMAGES...")
 
 

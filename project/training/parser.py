@@ -64,7 +64,9 @@ class Parser(arguments.Parser, LightningArgumentParser):
             return _lines(groups[topic])
         if topic in options:
             blocks = re.split(r"\n(?=  -|\S)", super().format_help(*formatter))
-            return next(block for block in blocks if re.match(rf"  (-\w.*, )?--{re.escape(topic)}[\s,]", block)) + "\n"
+            text = next(block for block in blocks if re.match(rf"  (-\w.*, )?--{re.escape(topic)}[\s,]", block))
+            # not the hundreds of layers of torch
+            return re.sub(r",\s*known\s+subclasses:.{2000,}\)", ")", text, flags=re.DOTALL) + "\n"
         if topic and not os.path.lexists(topic):  # rather than the images, or a run
             raise arguments.explain(f"unrecognized arguments: --{topic}", [f"--{name}" for name in options])
         verb = self.prog.split()[-1]
