@@ -204,10 +204,11 @@ def main() -> None:
         if options.here:
             apply(root, options.name, parts)
             return
-        if git("status", "--porcelain", root=root):
-            raise Mistake(
-                "there are changes that are not committed; commit or stash them first, then git can undo this."
-            )
+        if changed := git("status", "--porcelain", root=root).splitlines():
+            found = ", ".join(line.split(maxsplit=1)[1] for line in changed[:3])
+            raise Mistake(f"{found}: not committed; commit, stash or remove it first, then git can undo this.")
+        if gone := [part for part in parts if not (root / without.PARTS[part].room).exists()]:
+            raise Mistake(f"{', '.join(gone)}: not there any more; leave it out of WITHOUT.")
         if options.upgrade == "":
             raise Mistake("give the template's address: make upgrade FROM=https://github.com/OWNER/TEMPLATE")
         if options.upgrade:

@@ -26,6 +26,7 @@ class Part:
 
 SHIP = (r" \[05-ship\]\(05-ship\.ipynb\),", "")  # the notebook about a bundle that is served
 DEPLOY = (r"(, |、)`serving/` \| 05-ship ", " |  ")
+MESSAGES = (r" The messages of `export`( and `serve` are on their own\npages| are on its own page)\.", "")
 PARTS = {
     "serving": Part(
         room="project/serving",
@@ -45,8 +46,17 @@ PARTS = {
         extra="serve",
         requirements=("litserve", "schemathesis"),
         cuts={
-            "README.md": ((r" serving/(?=──▶)", ""), (r"^\| serving.*\n", ""), DEPLOY),
-            "README.zh-CN.md": ((r" serving/(?=──▶)", ""), (r"^\| 在线服务.*\n", ""), DEPLOY),
+            "README.md": (
+                *((r" serving/(?=──▶)", ""), (r"^\| serving.*\n", ""), DEPLOY, (r"\bsix(?=, from 01)", "five")),
+                ("explains, exports and serves the", "explains and exports the"),
+            ),
+            "README.zh-CN.md": (
+                *((r" serving/(?=──▶)", ""), (r"^\| 在线服务.*\n", ""), DEPLOY, ("共六个", "共五个")),
+                ("解释、导出模型并提供在线服务", "解释并导出模型"),
+            ),
+            "docs/install.md": ((r"^## Only to serve\n[\s\S]*?(?=^## )", ""),),
+            "docs/troubleshooting.md": ((r"( and `serve`) are on their own\npages\.", " are on its own page."),),
+            "docs/parts.md": ((r"predict, export and serve load it", "predict and export load it"),),
             "SECURITY.md": ((r"^## What `serve` limits\n(?:.*\n)*?(?=^## )", ""), (r"^- `serve` has no TLS.*\n", "")),
             "notebooks/01-quickstart.ipynb": (SHIP,),
             "benchmarks/__main__.py": ((r"^from benchmarks.serve .*\n", ""), (", serve", "")),
@@ -72,16 +82,28 @@ PARTS = {
         before="serving",
         fixture="packed",
         cuts={
-            **dict.fromkeys(
-                ("README.md", "README.zh-CN.md"),
-                ((" export/(?= serving/──▶|──▶)", ""), (r"^.*`export/`(.*05-ship)?.* \|\n", "")),
+            "README.md": (
+                *((" export/(?= serving/──▶|──▶)", ""), (r"^.*`export/`(.*05-ship)?.* \|\n", "")),
+                (r"tests, explains(, exports and serves| and exports) the", "tests and explains the"),
+                (r"`validate`, `report` and `export` use", "`validate` and `report` use"),
+                (r"^\| predicting one image with the exported bundle.*\n", ""),
             ),
+            "README.zh-CN.md": (
+                *((" export/(?= serving/──▶|──▶)", ""), (r"^.*`export/`(.*05-ship)?.* \|\n", "")),
+                (r"测试、解释(、导出模型并提供在线服务|并导出模型)", "测试并解释模型"),
+                (r"^\| 用导出包预测一张图像.*\n", ""),
+            ),
+            "docs/troubleshooting.md": (MESSAGES,),
             "pyproject.toml": (
                 (r'^  "onnx(script)?>.*\n', ""),
                 (r'^  "format_difference", ', '  "seal", "git_commit", "export", "format_difference", '),  # of bundles
             ),
             "docs/parts.md": (
                 (r"So `export` compares on generated images, `--quantize` is refused, and the", "So the"),
+                (
+                    r"predict(, export and serve| and export) load it alone, and need",
+                    "predict loads it alone, and needs",
+                ),
             ),
             "project/inference/hub.py": (
                 (r"\n\n\ndef push\([\s\S]*\Z", "\n"),
@@ -104,7 +126,12 @@ PARTS = {
         requirements=("litserve",),
         cuts={
             "pyproject.toml": ((', "benchmarks"', ""),),
-            "README.md": ((r"\[docs/benchmarks\.md\]\(docs/benchmarks\.md\) and\n", ""),),
+            "README.md": ((r"\[docs/benchmarks\.md\]\(docs/benchmarks\.md\) and\n(.*) say how", r"\1 says how"),),
+            "docs/data.md": (
+                (r"\[benchmarks\.md\].* has the speed; to measure it on your", "To measure the speed on your"),
+            ),
+            "docs/training.md": ((r" Comparisons with other\nprograms are in \[benchmarks\.md\].*", ""),),
+            "docs/article.md": ((r" \[benchmarks\.md\].* has the machine and the dates of the figures\.", ""),),
             "README.zh-CN.md": ((r"\[docs/benchmarks\.md\]\(docs/benchmarks\.md\) 和\s", ""),),
             "Makefile": ((" benchmarks scripts", " scripts"),),
             "project/cli.py": ((r"^MOVED_BENCHMARKS.*\n", ""), (r"^    if .* in MOVED_BENCHMARKS\).*\n.*\n", "")),
