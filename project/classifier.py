@@ -114,7 +114,7 @@ class Classifier(LightningModule):
         self.solved = False  # the head is the solution of a logistic regression: nothing is left to train
         built, self.weights_note, self.has_new_head = sources.start(name, class_names, weights, network)
         self.fine_tunes = self.has_new_head and freeze != "backbone"
-        self.hparams["optimizer"] = optimizer if optimizer in optim.RULES else parts.part(optimizer)
+        self.hparams["optimizer"] = optimizer if str(optimizer) in optim.RULES else parts.part(optimizer)
         for option, value in optim.defaults(self.hparams, weights, self.fine_tunes).items():
             given = self.hparams[option]
             self.hparams[option] = value if given is None else float(given)

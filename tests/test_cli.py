@@ -314,3 +314,10 @@ def test_both_ways_to_start_it_give_exit_codes_and_a_closed_pipe_ends_them_quiet
     process.stdout.close()  # as `| head` does after some lines
     assert len(process.communicate()[1].splitlines()) == mistakes
     assert process.returncode == code
+
+
+def test_python_without_the_libraries_is_told_to_activate_its_environment():
+    words = [sys.executable, "-S", "-m", "project.cli", "check", "photos"]  # -S: without site-packages
+    done = subprocess.run(words, cwd=Path(cli.__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: \S+ does not have what .* activate its environment, source .*\n", done.stderr)

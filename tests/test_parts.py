@@ -276,3 +276,11 @@ def test_checkpoint_and_bundle_cannot_choose_what_code_runs(nets, trained, packe
     assert "evil.Net" in refused("explain", "bundle", "photos")
     assert not Path("executed").exists()
     assert "evil" not in sys.modules
+
+
+def test_all_names_that_need_trust_are_said_at_once():
+    options = {"loss": {"class_path": "own.Loss"}, "metrics": [{"class_path": "own.Kappa"}, {"class_path": "own.Loss"}]}
+    with pytest.raises(UserError, match=r"names own.Loss, own.Kappa; .* add --trust own.Loss --trust own.Kappa.$"):
+        parts.require_trusted_options({"data": {}, "model": options, "trainer": {}}, set(), "config.yaml")
+    with pytest.raises(UserError, match=r"add --trust own.Kappa.$"):
+        parts.require_trusted_options({"data": {}, "model": options, "trainer": {}}, {"own.Loss"}, "config.yaml")

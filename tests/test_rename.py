@@ -123,7 +123,7 @@ def test_what_a_part_removes_is_there(name):
 def test_renamed_copy_passes_its_checks_fits_and_is_undone_by_git(template):
     before = git(template, "rev-parse", "HEAD^{tree}")
     (template / "new.py").touch()
-    assert "not committed" in python(template, "scripts/rename.py", NEW, code=2)
+    assert "new.py: not committed" in python(template, "scripts/rename.py", NEW, code=2)
     (template / "new.py").unlink()
     python(template, "scripts/rename.py", NEW)
     assert mentions(template) == []

@@ -193,6 +193,7 @@ def test_unusable_weights_are_refused_and_no_code_in_them_is_run(workplace, hub)
         ("timm/resnet81", "DEFAULT", "timm has no network resnet81"),
         ("resnet81", "DEFAULT", "no published weights of resnet81"),
         ("resnet81", "none", "There is no network resnet81. Did you mean"),
+        ("nets.Tiny", "none", "There is no network nets.Tiny. For --model.name, give a class path by --model.network."),
     ):
         with pytest.raises(UserError, match=re.escape(sentence)):
             weights.start(name, ["a", "b", "c"], choice)

@@ -8,7 +8,7 @@ import torch
 import yaml
 from torch.optim.lr_scheduler import OneCycleLR
 
-from project import cli, parts
+from project import cli, optim, parts
 from project.classifier import Classifier
 from project.errors import UserError
 from project.optim import configure, lr_factor
@@ -53,6 +53,18 @@ def test_layer_decay_lowers_the_rate_from_layer_to_layer_and_below_the_head(name
         assert found["bn1.weight"] == found["conv1.weight"]  # a norm belongs to the layer before
     if "vit" in name:
         assert found["pos_embed"] == found["patch_embed.proj.bias"] == found["cls_token"]
+
+
+@pytest.mark.parametrize("fine_tunes", [False, True])
+def test_a_further_short_name_is_one_line_also_where_the_network_is_fine_tuned(fine_tunes, monkeypatch):
+    monkeypatch.setitem(optim.RULES, "rmsprop", ("torch.optim.RMSprop", {"alpha": 0.9}, 1e-4))
+    options = {"optimizer": "rmsprop", "scheduler": "cosine", "lr": None}
+    assert optim.defaults(options, "DEFAULT", fine_tunes)["lr"] == 1e-4
+    made = configured("squeezenet1_1", optimizer="rmsprop")[1]["optimizer"]
+    assert isinstance(made, torch.optim.RMSprop)
+    assert {group["alpha"] for group in made.param_groups} == {0.9}
+    with pytest.raises(KeyError):
+        lr_factor(80, 90, 0.0, shape="linear")  # rather than a constant rate
 
 
 def test_schedules_by_short_name_are_functions_of_the_step_which_may_go_beyond_the_end():
