@@ -90,13 +90,14 @@ def test_a_suitable_torch_that_is_there_replaces_the_constraint_and_an_old_one_d
     assert lines == [tested[name] if pin.endswith("==") else pin for name, pin in pins.items()]
 
 
-def test_the_lowest_constraints_are_the_floors(constraints):
-    floors = requirements(f"{name}=={text}" for name, text in constraints.floors().items())
-    for line in sum(EXTRAS.values(), PROJECT["dependencies"]):
+def test_the_lowest_constraints_are_the_floors_of_what_users_install_and_the_tested_versions_of_dev(constraints):
+    lowest = requirements(constraints.lowest())
+    for line in sum((lines for extra, lines in EXTRAS.items() if extra != "dev"), PROJECT["dependencies"]):
         needed = Requirement(line)
-        for floor in [part.version for part in needed.specifier if part.operator == ">="]:
-            assert floors.pop(canonicalize_name(needed.name), needed).specifier.contains(floor), line
-    assert not floors
+        (floor,) = [part.version for part in needed.specifier if part.operator == ">="]
+        assert lowest.pop(canonicalize_name(needed.name), needed).specifier.contains(floor), line
+    assert lowest == {name: CONSTRAINTS[name] for name in requirements(EXTRAS["dev"]) if name in CONSTRAINTS}
+    assert {"pytest", "types-pyyaml"} <= set(lowest)  # names in any spelling
 
 
 def test_what_serving_needs_has_the_floors_of_pyproject_and_no_torch():

@@ -3,7 +3,7 @@
 import asyncio
 import hmac
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, MutableMapping
 from functools import partial
 from pathlib import Path
 from string import Template
@@ -15,8 +15,8 @@ from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import FileResponse, HTMLResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.staticfiles import StaticFiles
+from python_multipart.exceptions import FormParserError
 from starlette.requests import ClientDisconnect
-from starlette.types import Message
 
 from project.data.images import ImageError
 from project.errors import UserError
@@ -105,7 +105,7 @@ class Routes:
         if int(request.headers.get("content-length", 0)) > settings.max_body:
             raise self._too_large()
 
-        async def receive() -> Message:
+        async def receive() -> MutableMapping[str, Any]:
             nonlocal size
             message = await request.receive()
             length = len(message.get("body", b""))
@@ -124,8 +124,8 @@ class Routes:
                 images = received
                 self._images += len(images)
                 return await work(images)
-        except ClientDisconnect:
-            return Response(status_code=400)  # which nobody receives
+        except (ClientDisconnect, FormParserError) as error:  # it is gone, or starlette is older than 1.7
+            raise HTTPException(400, "The request is incomplete, or not a valid form.") from error
         except TimeoutError as error:
             sentence = f"The request took longer than {settings.timeout:g} seconds; retry later."
             raise HTTPException(503 if images else 408, sentence, {"Retry-After": "5"}) from error

@@ -261,7 +261,7 @@ def test_closed_standard_output_ends_it_quietly(at_trained):
         assert process.stdout.readline().startswith("path,true")
         process.stdout.close()
         errors = process.stderr.read()
-    assert (process.returncode, errors) == (141, "")
+    assert (process.returncode, errors.strip()) == (141, "")  # rich before 14.3 ends a hidden bar with an empty line
 
 
 @pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (OSError(errno.ENOSPC, "No space left"), 2)])

@@ -208,7 +208,8 @@ def test_predicting_from_a_bundle_needs_no_torch_and_other_verbs_name_it(packed,
         assert not heavy, heavy"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(done.stderr.splitlines()) == 3, done.stderr
-    for line, reason in zip(done.stderr.splitlines(), lines, strict=True):
+    said = list(filter(None, done.stderr.splitlines()))  # rich before 14.3 ends a hidden bar with an empty line
+    assert len(said) == 3, done.stderr
+    for line, reason in zip(said, lines, strict=True):
         assert reason in line
     assert ",red," in (tmp_path / "x.csv").read_text()

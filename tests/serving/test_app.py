@@ -16,11 +16,13 @@ import timeit
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from packaging.version import Version
 from PIL import Image
 
 from project import load
@@ -228,7 +230,8 @@ def test_requests_of_a_wrong_kind_get_a_sentence(port, image):
     assert post(port, "/predict", body, "multipart/form-data") == (400, {"detail": "Missing boundary in multipart."})
     many = form([("a", b"")] * 5000)[0]
     for content, expected in ((b"nothing of the kind", 400), (b"--edge--\r\n", 422), (many, 400)):
-        assert post(port, "/predict", content, kind)[0] == expected
+        status, answer = post(port, "/predict", content, kind)
+        assert (status, bool(answer["detail"])) == (expected, True)
     for count in (9, 500):
         refusal = (413, {"detail": "At most 8 images in a request."})
         assert post(port, "/predict", *form([("a", b"")] * count)) == refusal
@@ -267,7 +270,8 @@ def test_token_is_needed_to_send_images(model, image):
 def test_other_names_of_this_machine_are_refused_and_other_sites_cannot_read(port, image):
     for host in ("rebound.example.org", "[::1", "", "127.0.0.1.example.org", "127.0.0.1@example.org"):
         assert post(port, "/predict", image, Host=host)[0] == 400
-    assert post(port, "/predict", image, Host="LOCALHOST")[0] == 200
+    any_case = Version(version("starlette")) >= Version("1.9")  # older ones also refuse names in capitals
+    assert post(port, "/predict", image, Host="LOCALHOST")[0] == (200 if any_case else 400)
     origin = "https://example.org"
     status, headers, _ = ask(port, "OPTIONS", "/predict", Origin=origin, Access_Control_Request_Method="POST")
     assert status == 405
