@@ -62,6 +62,7 @@ RUNS_HERE = [config for config in CONFIGS if config.stem != "fsdp"]
 @pytest.mark.parametrize(
     "config", [pytest.param(c, marks=MARKS.get(c.stem, pytest.mark.slow), id=c.stem) for c in RUNS_HERE]
 )
+@pytest.mark.slow
 def test_fit_test_and_predict_with_every_config(config, photos, hub):
     put_in_cache(hub, "squeezenet1_1")
     small = ["--config", str(config), "--data.root", "photos", *SMALL, "--trainer.max_epochs", "1"]

@@ -220,6 +220,7 @@ def test_own_module_in_every_verb_and_which_of_them_need_trust(own, capsys, refu
     assert "export needs training images" in refused("export", str(made), "--out", "small", "--quantize", "int8")
 
 
+@pytest.mark.slow
 def test_a_fit_on_an_own_module_that_is_resumed_within_an_epoch_is_the_same(own, monkeypatch):
     options = [*SOURCE, "--model.name", "squeezenet1_1", "--trainer.max_epochs", "2", *SEED]
     whole = run("fit", *options, "--name", "whole")
@@ -340,6 +341,7 @@ def test_subclasses_of_image_data_and_classifier_from_a_file(own, capsys, refuse
     assert "There is no option --data.listing" in refused("fit", "--data.listing", "listing.txt")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_data_is_tested_on_an_own_module(own, refused):
     made = run("fit", *SOURCE, *ONE)
     run("test", str(made), "--data.class_path", "own.Source", "--data.count", "40")
@@ -349,6 +351,7 @@ def test_a_checkpoint_of_other_data_is_tested_on_an_own_module(own, refused):
     assert "the checkpoint has dark, light; the data has blue, red" in refused("test", str(made), *TRUST, *listed)
 
 
+@pytest.mark.slow
 def test_fit_as_a_function_takes_classes_and_their_arguments(own):
     entry = {"class_path": "own.Source", "init_args": {"count": 64, "parts": ["a/b.csv", "c"]}}
     options = dict(zip((word[2:] for word in ONE[::2]), ONE[1::2], strict=True))

@@ -84,6 +84,7 @@ def fit(*words: str) -> Path:
     return Path("runs/latest").resolve()
 
 
+@pytest.mark.slow
 def test_own_network_from_a_file_and_a_config_in_every_verb(nets, capsys, refused):
     Path("net.yaml").write_text("model:\n  network: {class_path: nets.Tiny, init_args: {width: 8}}\n")
     run = fit("--config", "net.yaml")
@@ -121,6 +122,7 @@ def test_own_network_from_a_file_and_a_config_in_every_verb(nets, capsys, refuse
     assert torch.equal(loaded.network[1].last.weight, network[1].last.weight)
 
 
+@pytest.mark.slow
 def test_a_command_that_names_the_network_itself_resumes_and_a_file_cannot_trust_itself(nets, refused):
     run = fit("--model.network", "nets.tiny", "--model.network.width", "5")
     more = ["--trainer.max_epochs", "2", "--resume", str(run)]

@@ -33,6 +33,7 @@ def test_readers_are_measured(photos, measured):
         assert f"  {name:38}  {value:10,.0f}\n" in out
 
 
+@pytest.mark.slow
 def test_parts_of_a_step_make_the_step_and_the_limit_is_the_networks_own(measured):
     figures, out = measured("--count", "9")
     parts = ["waiting for data", "transfer", "forward and loss", "backward", "optimiser", "logging and the rest"]

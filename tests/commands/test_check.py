@@ -54,6 +54,7 @@ def sick(photos):
     return photos
 
 
+@pytest.mark.slow
 def test_everything_is_found_named_and_nothing_is_changed_and_fit_leaves_out_what_is_quarantined(sick, capsys):
     before = contents(sick)
     assert cli.main(["check", str(sick), "--json", "all.json", "--quarantine", "out.csv"]) == 1

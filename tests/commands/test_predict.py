@@ -69,6 +69,7 @@ def test_unreadable_file_gets_an_error_row_and_only_such_files_fail(predict, tmp
     assert {row[c] for row in rows for c in ("true", "label", "probability", "p:red")} == {""}
 
 
+@pytest.mark.slow
 def test_hard_image_names_are_the_same_in_a_file_and_on_standard_output_and_only_progress_goes_to_the_terminal(
     predict, at_trained, tmp_path
 ):
@@ -229,6 +230,7 @@ def test_options_of_the_predictor_reach_it(predict, lively, tmp_path):
         assert other.probabilities != pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_images_of_none_of_the_classes_are_flagged_by_checkpoint_and_bundle_and_the_false_alarms_are_stated(
     predict, tested, packed, tmp_path, capsys, monkeypatch, refused
 ):
@@ -255,6 +257,7 @@ def test_images_of_none_of_the_classes_are_flagged_by_checkpoint_and_bundle_and_
     assert not (tmp_path / "none.csv").exists()
 
 
+@pytest.mark.slow
 def test_closed_standard_output_ends_it_quietly(at_trained):
     words = [at_trained, *["photos"] * 20, "--out", "-"]
     with in_a_process(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -50,6 +50,7 @@ def states():
     return [trial.state.name for trial in trials()]
 
 
+@pytest.mark.slow
 def test_sweep_leaves_runs_the_best_configuration_a_table_and_a_page_and_goes_on_from_there(space, capsys):
     assert cli.main(["sweep", "search.yaml", "--trials", "5"]) == 0
     out = capsys.readouterr().out

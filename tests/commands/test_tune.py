@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from project import cli
@@ -15,6 +16,7 @@ from tests.conftest import COLOURS, SMALL, make_images
 TUNE = ["tune", "--data.root", "photos", *SMALL]
 
 
+@pytest.mark.slow
 def test_suggested_command_runs_and_nothing_else_is_left(photos, capsys):
     make_images(photos, dict.fromkeys(COLOURS, 250))
     assert cli.main([*TUNE, "--steps", "60", "--model.lr=0.5", "--plot", "finder.png"]) == 0

@@ -431,6 +431,7 @@ GOOD = {
 
 
 @pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_it_trains_each_verb_names_each_bad_file_once_with_its_reason_and_the_others_get_a_label(
     photos, workers, capfd
 ):

@@ -95,6 +95,7 @@ def stop_in_the_seventh_step(_, outputs, batch, batch_idx):
         signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_a_fit_has_the_figures_of_a_fit_on_the_folder_and_all_verbs_take_shards(out, monkeypatch):
     assert fit("photos") == 0
     with monkeypatch.context() as patch:
@@ -262,6 +263,7 @@ def upload(client, folder):
         client.upload_file(str(file), "bucket", f"photos/{file.name}")
 
 
+@pytest.mark.slow
 def test_object_storage_has_the_figures_of_the_folder_and_is_read_once(storage, out):
     assert fit("out") == fit("s3://bucket/photos", "--data.workers", "0") == 0
     assert cli.main(["test", "runs/out/version_0"]) == cli.main(["test", "runs/photos/version_0"]) == 0

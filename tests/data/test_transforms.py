@@ -44,6 +44,7 @@ def images_of(dataset, workers, ranks):
     return found
 
 
+@pytest.mark.slow
 def test_what_is_drawn_depends_on_seed_epoch_and_row_alone_whatever_the_generator_it_is_drawn_from(photos):
     transforms = [ROTATION, f"{__name__}.Shift", v2.RandomErasing(p=0.5, value="random")]
     data = ImageData(str(photos), image_size=24, augment="randaugment", transforms=transforms, workers=0)
@@ -112,6 +113,7 @@ def test_transforms_that_do_not_give_uint8_images_of_the_same_size_are_refused_b
         ImageData(str(photos), image_size=24, transforms=[GREY, entry])
 
 
+@pytest.mark.slow
 def test_fit_takes_transforms_by_class_path_and_refuses_before_there_is_a_run(photos, refused):
     fit = ["fit", "--data.root", str(photos), *SMALL, "--trainer.limit_train_batches", "2"]
     sentence = refused(*fit, "--data.transforms", yaml.safe_dump([FLOAT], default_flow_style=True))

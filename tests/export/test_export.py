@@ -92,6 +92,7 @@ def test_files_hold_the_network_and_its_sums_and_no_code(lively, packed):
     assert all(torch.equal(expected[key], value) for key, value in made.items())
 
 
+@pytest.mark.slow
 def test_pt2_writes_a_program_for_torch_in_32_bits_whatever_the_checkpoint_has(lively, changed, tmp_path):
     export(changed(locate(lively).load_network().network.bfloat16()), tmp_path / "b", "--pt2")
     assert np.abs(probabilities(tmp_path / "b") - probabilities(lively)).max() < 0.05
@@ -102,6 +103,7 @@ def test_pt2_writes_a_program_for_torch_in_32_bits_whatever_the_checkpoint_has(l
     assert "model.pt2" in (tmp_path / "b" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_bundle_with_other_predictions_is_not_made(lively, at_trained, tmp_path, monkeypatch, capsys):
     trace = onnx_export.trace
     monkeypatch.setattr(onnx_export, "trace", lambda net, temperature, size: trace(net, 1.1 * temperature, size))
@@ -127,6 +129,7 @@ def test_a_tie_is_no_other_label_and_a_clear_difference_is():
             compare([0.50002, 0.49998], row)
 
 
+@pytest.mark.slow
 def test_8_bits_are_scaled_on_training_images_and_an_image_gets_the_same_in_any_batch(
     lively, at_trained, tmp_path, monkeypatch, capsys
 ):
@@ -151,6 +154,7 @@ def in_split(run, split):
     return [row["path"] for row in read_csv(run / "split.csv") if row["split"] == split]
 
 
+@pytest.mark.full
 def test_network_that_the_quantiser_does_not_know_stays_float32_and_a_full_disk_is_no_such_thing(
     lively, packed, at_trained, tmp_path, monkeypatch, capsys
 ):
@@ -274,6 +278,7 @@ def at_tested(tested, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.slow
 def test_bundle_is_raw_unless_calibrated_and_card_page_and_summary_say_so_and_have_its_figures(
     at_tested, calibrated, capsys
 ):
@@ -318,6 +323,7 @@ def test_calibrated_probabilities_of_what_has_no_temperature_are_refused(lively,
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_card_without_a_test_says_so_and_names_that_markdown_would_interpret_stay_names(changed, tmp_path):
     names = ["a|b *c*", "<script>", "größe\n大"]
     row = f'{Path("photos/red/003.png").resolve()},"{names[2]}",val'
@@ -356,6 +362,7 @@ def test_images_of_other_classes_are_refused(changed, packed, tmp_path, refused)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 def test_moved_images_are_found_by_data_missing_or_damaged_ones_are_named_and_the_card_has_the_runs_name(
     lively, trained, tmp_path, monkeypatch, refused, capsys
 ):
@@ -383,6 +390,7 @@ def test_moved_images_are_found_by_data_missing_or_damaged_ones_are_named_and_th
     assert not [name for name in os.listdir() if "b" in name.split(".")]
 
 
+@pytest.mark.slow
 def test_mistakes_are_told_in_a_sentence(at_trained, packed, tmp_path, refused, monkeypatch):
     run, out = str(at_trained), ["--out", str(tmp_path / "b")]
     for words, message in (

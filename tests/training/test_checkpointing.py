@@ -30,6 +30,7 @@ FIT = ["fit", "--data.root", "photos", *SMALL]
 RUN = Path("runs/photos/version_0")
 
 
+@pytest.mark.slow
 def test_average_is_that_of_the_weights_after_each_step_and_best_holds_it_as_it_was_validated(
     photos, monkeypatch, capsys
 ):
@@ -58,6 +59,7 @@ def test_average_is_that_of_the_weights_after_each_step_and_best_holds_it_as_it_
     assert measured == pytest.approx(best["metadata"]["metrics"]["val/loss"], abs=6e-5)  # four decimals
 
 
+@pytest.mark.slow
 def test_fit_leaves_no_signal_handler_and_no_thread_behind_and_a_failed_one_its_best_checkpoint(photos, monkeypatch):
     def left():
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
@@ -98,6 +100,7 @@ def test_fit_stops_when_the_validation_loss_no_longer_falls_and_says_so(photos, 
     assert checkpoint(RUN, "best")["epoch"] == 3
 
 
+@pytest.mark.slow
 def test_monitor_decides_on_the_best_checkpoint_and_on_the_stop(photos, scripted, capsys, refused):
     scripted(train=[0.5] * 9, val=[0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.8, 0.8, 0.8])  # no loss is as low as the last
     fit = ["--patience", "2", "--monitor", "val/f1", "--trainer.max_epochs"]

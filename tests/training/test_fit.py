@@ -71,6 +71,7 @@ def test_tensorboard_holds_the_named_scalars_graph_and_hparams(at_trained):
     assert events.Scalars("val_best/accuracy")[0].value == pytest.approx(float(best["val/accuracy"]))
 
 
+@pytest.mark.slow
 def test_config_of_a_run_reproduces_it_another_seed_gives_other_weights_and_steps_draw_anew(photos, monkeypatch):
     drawn, step = [], Classifier.training_step
     monkeypatch.setattr(
@@ -88,6 +89,7 @@ def test_config_of_a_run_reproduces_it_another_seed_gives_other_weights_and_step
 
 @pytest.mark.parametrize("options", [[], [*CLIPPED, "norm"], pytest.param([*CLIPPED, "value"], marks=pytest.mark.full)])
 @pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.slow
 def test_small_network_learns_colours_also_in_bf16_with_clipped_gradients(photos, options):
     """One epoch would be enough, with any seed."""
     assert cli.main([*FIT, *ALIVE, "--trainer.max_epochs", "3", "--model.lr", "0.001", *options]) == 0
@@ -130,6 +132,7 @@ def test_class_weights_are_for_the_training_loss_alone():
     assert model.val_loss.compute() == pytest.approx(each.mean().item())
 
 
+@pytest.mark.slow
 def test_further_metric_is_in_every_place_and_that_of_the_predictions(photos, capsys):
     kappa = ["--model.metrics+=torchmetrics.CohenKappa", "--model.metrics.task=multiclass"]
     assert cli.main([*FIT, *ALIVE, "--model.lr", "0.001", *kappa]) == cli.main(["test"]) == 0
@@ -242,6 +245,7 @@ def test_option_that_does_nothing_in_a_loss_and_what_is_no_loss_are_refused(own_
         classifier_and_batch(**options)
 
 
+@pytest.mark.slow
 def test_own_loss_and_no_default_of_the_weights_that_it_does_not_take(own_losses, photos, capsys):
     Path("own.yaml").write_text("model: {loss: {class_path: losses.Focal, init_args: {gamma: 2}}}")
     assert cli.main([*FIT, "--config", "own.yaml"]) == 0
@@ -263,6 +267,7 @@ def test_own_loss_and_no_default_of_the_weights_that_it_does_not_take(own_losses
 
 
 @pytest.mark.parametrize(("balance", "mix"), [("loss", "mixup"), ("sample", "cutmix")])
+@pytest.mark.slow
 def test_fit_on_unequal_classes_with_balance_and_mixed_images(workplace, balance, mix):
     make_images(Path("photos"), {"red": 60, "blue": 12, "green": 12})
     assert cli.main([*FIT, "--data.balance", balance, "--model.mix", mix]) == 0
@@ -288,6 +293,7 @@ def test_fit_and_test_from_a_csv_file_with_an_unreadable_image(photos, capsys):
     assert json.loads((run / "test_metrics.json").read_text())["unreadable"] == 1
 
 
+@pytest.mark.slow
 def test_test_uses_the_runs_own_split_unless_the_data_is_another_folder(photos, capsys):
     def held_out(root):
         rows = manifest.load(Path(root), folds=3, fold=1, group=r"(\d)\.png")
@@ -309,6 +315,7 @@ def test_test_uses_the_runs_own_split_unless_the_data_is_another_folder(photos, 
     assert predicted(run).keys() == {path.replace("photos/", "moved/") for path in own}
 
 
+@pytest.mark.slow
 def test_fit_prints_what_came_of_it_and_test_writes_into_the_run_of_its_checkpoint(photos, capsys):
     assert cli.main(FIT) == 0
     out = capsys.readouterr().out
@@ -326,6 +333,7 @@ def test_fit_prints_what_came_of_it_and_test_writes_into_the_run_of_its_checkpoi
     assert not (other / "predictions.csv").exists()
 
 
+@pytest.mark.slow
 def test_layers_signature_run_config_command_line(photos):
     assert cli.main([*FIT, "--data.batch_size", "5", "--data.resize", "pad", "--model.warmup", "0.2"]) == 0
     Path("over.yaml").write_text(yaml.safe_dump({"data": {"resize": "crop"}, "model": {"warmup": 0.3}}))
@@ -457,6 +465,7 @@ def test_own_objects_that_cannot_be_used_are_refused_in_a_sentence_before_traini
     assert not Path("runs").exists()
 
 
+@pytest.mark.full
 def test_callback_may_monitor_what_an_edited_classifier_logs(photos, monkeypatch, refused):
     stop = own("EarlyStopping", monitor="val/own")
     assert "val/own" in refused(*FIT, *stop)
@@ -476,6 +485,7 @@ def test_json_has_no_nan(tmp_path):
     assert (tmp_path / "a.json").read_text("utf-8").split() == ["{", '"test/auroc":', "null,", '"café":', "1.5", "}"]
 
 
+@pytest.mark.full
 def test_default_root_dir_contains_the_runs(photos, refused):
     at = ["--trainer.default_root_dir", "deep/er"]
     Path("deep").mkdir()
@@ -493,6 +503,7 @@ def test_default_root_dir_contains_the_runs(photos, refused):
     assert checkpoint(run)["epoch"] == 1
 
 
+@pytest.mark.slow
 def test_runs_names_the_folder_of_all_runs_for_every_verb_that_looks_for_the_newest(photos, refused, capsys):
     at = ["--runs", "ours", "--trainer.default_root_dir", "deep"]
     assert cli.main([*FIT, *at]) == cli.main([*TEST, *at[:2]]) == cli.main(["validate", *at[:2]]) == 0
@@ -507,6 +518,7 @@ def test_runs_names_the_folder_of_all_runs_for_every_verb_that_looks_for_the_new
     assert "No run in theirs/ has a best.ckpt; train one first" in refused(*TEST, "--runs", "theirs")
 
 
+@pytest.mark.slow
 def test_network_with_batch_norm_takes_batches_of_one_and_of_none(photos):
     for file in sorted(photos.glob("red/*.png"))[:30]:
         file.write_bytes(b"")
@@ -699,6 +711,7 @@ def test_fit_keeps_freed_memory_for_the_next_step(at_trained):
     assert faults < 1000
 
 
+@pytest.mark.slow
 def test_report_and_test_of_a_checkpoint_outside_runs_may_be_repeated(tested, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tested)
     file = str(shutil.copy(tested / "runs/photos/version_0/checkpoints/best.ckpt", tmp_path / "mine.ckpt"))

@@ -27,6 +27,7 @@ FROZEN = ["fit", "--data.root", "photos", *SMALL, "--model.name", "resnet18", "-
 FROZEN += ["--data.augment", "none"]
 
 
+@pytest.mark.slow
 def test_frozen_layers_run_once_and_the_head_is_the_solution_of_a_logistic_regression(photos, capsys, monkeypatch):
     alike = sorted(make_images(Path("alike"), {"grey": 40}).rglob("*.png"))
     for file, grey in zip(sorted(photos.rglob("*.png"))[2::3], alike, strict=True):
@@ -89,6 +90,7 @@ def test_solved_head_weighs_classes_and_smooths_labels_and_takes_features_that_n
 
 
 @pytest.mark.parametrize("options", [[], ["--model.freeze_bn", "false"]])
+@pytest.mark.slow
 def test_fine_tuning_starts_from_the_solved_head_and_keeps_the_statistics_of_batch_norm(photos, capsys, options):
     torch.save(models.build("resnet18", 7)[1].state_dict(), "weights.pth")
     small = [*SMALL, "--model.name", "resnet18", "--model.weights", "weights.pth"]
@@ -129,6 +131,7 @@ def test_fit_on_weights_with_other_classes_has_the_recipe_of_fine_tuning(photos,
     assert chosen[2:] == [(24, 3e-4, 0.1, 0.0, False), (24, 3e-4, 0.1, 0.0, True)]
 
 
+@pytest.mark.slow
 def test_resumed_fit_has_the_solved_head(photos):
     fit = [*FROZEN, "--trainer.max_epochs", "3", "--name"]
     assert cli.main([*fit, "a"]) == cli.main([*fit, "b", "--ckpt_path", "runs/a/version_0/checkpoints/last.ckpt"]) == 0
@@ -136,6 +139,7 @@ def test_resumed_fit_has_the_solved_head(photos):
     assert torch.equal(*heads)
 
 
+@pytest.mark.slow
 def test_fit_from_the_checkpoint_of_a_solved_head_has_its_own_learning_rates(photos):
     assert cli.main([*FROZEN, "--trainer.max_epochs", "2", "--name", "a"]) == 0
     last = ["--ckpt_path", "runs/a/version_0/checkpoints/last.ckpt"]

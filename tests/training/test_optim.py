@@ -104,6 +104,7 @@ def test_class_path_gets_groups_with_rates_and_weight_decay_and_its_signatures_r
     assert {group["weight_decay"] for group in made["optimizer"].param_groups} == {0.1, 0.0}
 
 
+@pytest.mark.slow
 def test_one_kernel_where_the_class_has_it_and_nothing_else_is_asked_for():
     for arguments, expected in (({}, True), ({"fused": False}, False), ({"foreach": True}, False)):
         _, made = configured(optimizer={"class_path": "torch.optim.Adam", "init_args": arguments})
@@ -176,6 +177,7 @@ KINDS = [
     [*KINDS[:1], *(pytest.param(kind, marks=pytest.mark.full) for kind in KINDS[1:])],
     ids=lambda options: " ".join(options[:2])[:60],
 )
+@pytest.mark.slow
 def test_fit_resumes_to_the_same_bits_after_a_stop_in_a_step_and_in_a_validation(photos, stop, options):
     options = [*options, "--trainer.max_epochs", "4"]
     assert cli.main([*FIT, *options, "--name", "whole"]) == 0
@@ -202,6 +204,7 @@ def test_the_state_of_another_optimizer_or_schedule_is_not_continued(at_trained,
         assert said in refused(*source, *words)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_made_is_refused_before_there_is_a_run_and_a_schedule_that_ends_too_early(photos, refused):
     own, plateau = "schedulefree.AdamWScheduleFree", ["--model.scheduler", "plateau"]
     assert "Nesterov momentum requires" in refused(*FIT, "--model.optimizer", part("SGD", nesterov=True))

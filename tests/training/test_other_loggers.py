@@ -88,6 +88,7 @@ def test_csv_logger_has_all_options_and_scalars_and_no_figures_and_the_runs_file
     assert not [column for column in columns if column.startswith(("val_class", "val_best", "speed"))]
 
 
+@pytest.mark.slow
 def test_the_same_command_resumes_with_the_same_loggers(photos):
     metrics = ["--model.metrics+=torchmetrics.CohenKappa", "--model.metrics.task=multiclass"]
     assert cli.main([*FIT, "1", *CSV, *metrics]) == 0

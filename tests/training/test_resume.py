@@ -104,6 +104,7 @@ def every_kind(count, mark):
 
 
 @every_kind(2, pytest.mark.full)
+@pytest.mark.slow
 def test_fit_stopped_in_a_step_and_in_a_validation_goes_on_to_the_same_bits(photos, undisturbed, interrupt, options):
     reference = undisturbed(*options)
     assert_the_same(fit_in_parts(options, interrupt, 4, (1, 1)), reference)
@@ -170,6 +171,7 @@ def test_what_changes_the_result_is_refused(photos, undisturbed, refused, option
     assert before == {file: file.read_bytes() for file in RUN.rglob("*") if file.is_file()}
 
 
+@pytest.mark.full
 def test_command_that_adds_to_lists_resumes_its_run_and_its_classes_are_trusted_by_name(photos, interrupt, capsys):
     options = ["--trainer.callbacks+=ModelSummary", "--data.transforms+=RandomGrayscale"]
     interrupt(3)
@@ -267,6 +269,7 @@ def test_new_run_from_a_checkpoint_knows_only_its_own_validations(photos, undist
     assert "val/loss" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_run_that_was_moved_is_resumed_there_and_keeps_its_best(photos, scripted):
     scripted(train=[0.5] * 3, val=[0.5, 0.9, 0.7])
     assert cli.main([*FIT, "--trainer.max_epochs", "2"]) == 0
@@ -287,6 +290,7 @@ def damage(file):
     return bytes(content)
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint_is_named_the_previous_one_used_and_later_images_are_left_out(
     photos, undisturbed, interrupt, refused, capsys
 ):
@@ -304,6 +308,7 @@ def test_damaged_checkpoint_is_named_the_previous_one_used_and_later_images_are_
     assert last.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_image_replaced_by_garbage_in_mid_run_is_left_out_and_the_fit_goes_on(photos, interrupt, capsys):
     interrupt(4)
     assert cli.main([*FIT, "--data.cache", "off"]) == 130
@@ -317,6 +322,7 @@ def test_image_replaced_by_garbage_in_mid_run_is_left_out_and_the_fit_goes_on(ph
     assert "1 images of" in said or f"left out, unreadable: photos/{train[1]}" in said
 
 
+@pytest.mark.slow
 def test_last_checkpoint_goes_on_in_a_new_run_too_with_its_average(photos, interrupt):
     interrupt(14)
     assert cli.main([*FIT, "--average", "0.9"]) == 130
@@ -406,6 +412,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("options", [[], pytest.param(AVERAGED, marks=pytest.mark.full)])
 @pytest.mark.parametrize("place", FAILURES.values(), ids=FAILURES)
+@pytest.mark.slow
 def test_failed_fit_resumes_from_its_last_save_to_the_same_bits(photos, undisturbed, monkeypatch, place, options):
     def fail():
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -434,6 +441,7 @@ def the_sentence(capsys):
     return sentence
 
 
+@pytest.mark.slow
 def test_full_disk_ends_the_fit_with_a_sentence_and_the_fit_goes_on_when_there_is_room(
     photos, undisturbed, monkeypatch, capsys
 ):
@@ -473,6 +481,7 @@ def test_disk_of_any_size_leaves_only_whole_files_and_a_sentence(small_disk, pho
         EventAccumulator(str(run)).Reload()
 
 
+@pytest.mark.slow
 def test_disk_that_becomes_read_only_ends_the_fit_with_a_sentence_and_it_goes_on_later(
     small_disk, photos, undisturbed, monkeypatch, capsys
 ):
@@ -487,6 +496,7 @@ def test_disk_that_becomes_read_only_ends_the_fit_with_a_sentence_and_it_goes_on
     assert_the_same(RUN, undisturbed(*OFTEN))
 
 
+@pytest.mark.full
 def test_file_system_without_locks_is_said_once_and_dates_in_the_far_future_are_read(photos, monkeypatch, capsys):
     def no_locks(*_):
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
