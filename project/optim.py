@@ -149,7 +149,8 @@ def _layers(named: Sequence[tuple[str, nn.Parameter]]) -> list[list[nn.Parameter
 def make_optimizer(rule: Any, groups: list[dict[str, Any]], fused: bool) -> Optimizer:
     """Creates the optimiser, of `Classifier`'s option, for groups with their own learning rate and weight decay."""
     if isinstance(rule, str):
-        rule = dict(zip(("class_path", "init_args"), RULES[rule], strict=False))
+        path, arguments, _ = RULES[rule]
+        rule = {"class_path": path, "init_args": arguments}
     takes, arguments, option = parts.takes(rule, "model.optimizer"), rule["init_args"], "model.optimizer"
     if "fused" in takes:
         is_free = arguments.get("fused") is not False and not arguments.get("foreach")

@@ -7,7 +7,7 @@ runs: it may name networks, optimizers, schedules, metrics and transforms of wel
 import importlib
 import inspect
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,15 +108,15 @@ def require_trusted_options(config: Any, trust: Collection[str], source: object)
     sections: list[Any] = [config]
     if isinstance(config, Mapping):
         sections += [config.get(name) for name in SECTIONS]
-    paths = dict.fromkeys(map(str, named(config)))
-    if unknown := [path for path in paths if path not in trust and not _is_known(path)]:
-        raise refusal(source, unknown)
+    found = list[str]()
     for options in sections:
         names = [str(name) for name in options] if isinstance(options, Mapping) else ["config"]
         if not all(re.fullmatch(r"(?!config$)[a-z]\w*", name) for name in names):
             raise UserError(f"{source} does not have the form of a run's options.")
-        for name in PARTS & options.keys():
-            require_trusted(options[name], trust, source, name == "class_path")
+        for name in options:
+            if name in PARTS:
+                found += _untrusted(options[name], trust, name == "class_path")
+    _require_none(found, source)
 
 
 def require_trusted_arguments(made: type, given: Mapping[str, Any], trust: Collection[str], source: object) -> None:
@@ -129,28 +129,33 @@ def require_trusted_arguments(made: type, given: Mapping[str, Any], trust: Colle
             require_trusted(value, trust, source)
 
 
-def require_trusted(entry: Any, trust: Collection[str], source: object, is_path: bool = False) -> None:
-    """Raises UserError where a part of a file names code that is neither trusted nor a part of a well-known library.
+def require_trusted(entry: Any, trust: Collection[str], source: object) -> None:
+    """Raises UserError where a part of a file names code that is neither trusted nor a part of a well-known library."""
+    _require_none(_untrusted(entry, trust), source)
+
+
+def _untrusted(entry: Any, trust: Collection[str], is_path: bool = False) -> Iterator[str]:
+    """What a part of a file names and must not, without trust.
 
     A parser imports what a string names wherever a class or a function is expected, and reads the file or the YAML that
     it is: so only plain words pass.
     """
     if isinstance(entry, Mapping | list):
         for key, value in entry.items() if isinstance(entry, Mapping) else enumerate(entry):
-            require_trusted(value, trust, source, key == "class_path")
+            yield from _untrusted(value, trust, key == "class_path")
     elif isinstance(entry, str) and not (entry in trust or _is_known(entry)):
         is_word = re.fullmatch(r"[\w +-]*|[\d:.]*", entry) and not (is_path or Path(entry).is_file())
         if not is_word:
-            raise refusal(source, [entry])
+            yield entry
 
 
-def refusal(source: object, names: Sequence[str]) -> UserError:
-    """The error for a file that names code which is not trusted."""
-    trust = " ".join(f"--trust {name}" for name in names)
-    return UserError(
-        f"{source} names {', '.join(names)}; a file may name networks, optimizers, schedules, metrics and transforms "
-        f"of {some(LIBRARIES)} only. If you trust whoever wrote it, add {trust}."
-    )
+def _require_none(untrusted: Iterable[str], source: object) -> None:
+    if names := list(dict.fromkeys(untrusted)):
+        trust = " ".join(f"--trust {name}" for name in names)
+        raise UserError(
+            f"{source} names {', '.join(names)}; a file may name networks, optimizers, schedules, metrics and "
+            f"transforms of {some(LIBRARIES)} only. If you trust whoever wrote it, add {trust}."
+        )
 
 
 def _is_known(path: object) -> bool:
