@@ -6,9 +6,9 @@ runs: it may name networks, optimizers, schedules, metrics and transforms of wel
 
 import importlib
 import inspect
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from project.arguments import Parser
@@ -140,12 +140,15 @@ def _untrusted(entry: Any, trust: Collection[str], is_path: bool = False) -> Ite
     A parser imports what a string names wherever a class or a function is expected, and reads the file or the YAML that
     it is: so only plain words pass.
     """
-    if isinstance(entry, Mapping | list):
+    if isinstance(entry, Mapping | list | tuple):
         for key, value in entry.items() if isinstance(entry, Mapping) else enumerate(entry):
             yield from _untrusted(value, trust, key == "class_path")
-    elif isinstance(entry, str) and not (entry in trust or _is_known(entry)):
-        is_word = re.fullmatch(r"[\w +-]*|[\d:.]*", entry) and not (is_path or Path(entry).is_file())
-        if not is_word:
+    elif not isinstance(entry, str):
+        if not isinstance(entry, int | float | None):
+            yield f"a {type(entry).__name__}"  # which no configuration file holds
+    elif not (entry in trust or _is_known(entry)):
+        is_file = os.path.isfile(entry)  # noqa: PTH113 (Path's raises where a text is long)
+        if is_path or is_file or not re.fullmatch(r"[\w +-]*|[\d:.]*", entry):
             yield entry
 
 

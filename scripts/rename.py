@@ -43,7 +43,7 @@ def git(*words: str | Path, root: Path = Path()) -> str:
 def tracked(root: Path) -> dict[str, str]:
     """The text files that git knows, by name."""
     texts = {}
-    for name in git("ls-files", root=root).splitlines():
+    for name in filter(None, git("ls-files", "-z", root=root).split("\0")):
         file = root / name
         if file.is_file() and not name.startswith(LEFT_ALONE):
             try:
@@ -93,9 +93,12 @@ def renamed(text: str, file: str, old: str, new: str) -> str:
 def rename(root: Path, name: str) -> None:
     """Renames the package, the distribution and the console script."""
     (old, old_distribution), distribution = names(root), name.replace("_", "-")
+    alone = re.escape(old_distribution)
+    if old == old_distribution:  # of a fork: its name is also a word of sentences, and may be a part of the new one
+        alone = rf"(?<=[`\"\[]){alone}(?=[ \[\]])|^{alone}(?= = )|(?<=^name = \"){alone}(?=\")"
     for file, text in tracked(root).items():
-        changed = renamed(text, file, old, name)
-        changed = changed if file in CREDITS else changed.replace(old_distribution, distribution)
+        changed = text if file in CREDITS else re.sub(alone, distribution, text, flags=re.MULTILINE)
+        changed = renamed(changed, file, old, name)
         if changed != text:
             (root / file).write_bytes(changed.encode())
     git("mv", old, name, root=root)
@@ -173,7 +176,7 @@ def upgrade(root: Path, address: str) -> None:
                 commit = git("commit-tree", git("write-tree", root=tree), *parent, "-m", message, root=root)
             finally:
                 git("worktree", "remove", "--force", tree, root=root)
-    if subprocess.run(["git", "-C", root, "cherry-pick", commit]).returncode:
+    if subprocess.run(["git", "-C", root, "cherry-pick", "--allow-empty", commit]).returncode:
         raise Mistake(
             "both have changed the same lines; edit these files, git add them, then: git cherry-pick --continue"
         )
@@ -204,7 +207,12 @@ def main() -> None:
         if options.here:
             apply(root, options.name, parts)
             return
-        if changed := git("status", "--porcelain", root=root).splitlines():
+        going = [path for part in parts for path in (without.PARTS[part].room, *without.PARTS[part].paths)]
+        changed = git("status", "--porcelain", root=root).splitlines()
+        if going:  # what git ignores there would be lost, too
+            status = git("status", "--porcelain", "--ignored", "--", *going, root=root).splitlines()
+            changed += [line for line in status if line.startswith("!!") and "__pycache__" not in line]
+        if changed:
             found = ", ".join(line.split(maxsplit=1)[1] for line in changed[:3])
             raise Mistake(f"{found}: not committed; commit, stash or remove it first, then git can undo this.")
         if gone := [part for part in parts if not (root / without.PARTS[part].room).exists()]:

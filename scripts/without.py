@@ -178,10 +178,11 @@ def _edit(file: Path, change: Callable[[str], str]) -> None:
 
 def _page(text: str, part: Part, pages: list[str]) -> str:
     """A Markdown page without the rows, commands and paragraphs of the part, and without links to its pages."""
-    command = rf"\.cli {part.verb}\b|\bmake {part.target}\b"
-    word = f"`{part.verb}`"  # among others, in English or Chinese
+    verb = part.verb or "/"  # which no page has as a verb
+    command = rf"\.cli {verb}\b|\bmake {part.target}\b"
+    word = f"`{verb}`"  # among others, in English or Chinese
     named = rf",\s{word}(?=[\s,)])|{word},\s|\sand\s{word}|、{word}|{word}、|\s和\s{word}"
-    row = rf"^\|[^\n]*(`{part.verb}`|\({'|'.join(map(re.escape, pages)) or '-'}\)|make {part.target}\b)[^\n]*\n"
+    row = rf"^\|[^\n]*({word}|\({'|'.join(map(re.escape, pages)) or '-'}\)|make {part.target}\b)[^\n]*\n"
     kept = []
     for number, block in enumerate(re.split(r"^(```.*?^```\n)", text, flags=re.DOTALL | re.MULTILINE)):
         if number % 2:  # code: without its commands, and without its folders in the tree

@@ -103,6 +103,17 @@ def test_word_is_replaced_where_it_is_the_package(line, file):
     assert rename.renamed(line.format(PACKAGE), file, PACKAGE, NEW) == line.format(NEW)
 
 
+def test_fork_is_renamed_again_though_the_old_name_is_a_part_of_the_new(template):
+    for name in (f"{NEW}s", f"{NEW}s_2"):
+        python(template, "scripts/rename.py", name)
+        git(template, "commit", "-q", "-m", name)
+        distribution = name.replace("_", "-")
+        assert rename.names(template) == (name, distribution)
+        assert f"{name}.cli" in python(template, "-m", f"{name}.cli", "--help")
+        assert f"`{distribution} VERB` is `python -m {name}.cli VERB`" in (template / "README.md").read_text()
+        assert f'"{distribution}[explain' in (template / "pyproject.toml").read_text()
+
+
 @pytest.mark.parametrize("line", ["[{0}.scripts]", 'load(text)["{0}"]', "This {0} has no such class. The {0}'s own."])
 def test_word_stays_where_it_is_a_table_or_a_word_of_a_sentence(line):
     assert rename.renamed(line.format(PACKAGE), "pyproject.toml", PACKAGE, NEW) == line.format(PACKAGE)
@@ -121,12 +132,21 @@ def test_what_a_part_removes_is_there(name):
 
 @pytest.mark.slow
 def test_renamed_copy_passes_its_checks_fits_and_is_undone_by_git(template):
-    before = git(template, "rev-parse", "HEAD^{tree}")
     (template / "new.py").touch()
     assert "new.py: not committed" in python(template, "scripts/rename.py", NEW, code=2)
     (template / "new.py").unlink()
+    (template / ".git" / "info" / "exclude").write_text("*.parquet\n")
+    for part in (name for name, each in without.PARTS.items() if (template / each.room).exists() and not each.before):
+        (kept := template / without.PARTS[part].room / "mine.parquet").touch()
+        assert "mine.parquet: not committed" in python(template, "scripts/rename.py", "--without", part, code=2)
+        kept.unlink()
+    (template / "tests" / "größe.py").write_text(f"from {PACKAGE} import load\n\nload()\n")
+    git(template, "add", "--all")
+    git(template, "commit", "-q", "-m", "Own")
+    before = git(template, "rev-parse", "HEAD^{tree}")
     python(template, "scripts/rename.py", NEW)
     assert mentions(template) == []
+    assert NEW in (template / "tests" / "größe.py").read_text()
     python(template, "-m", "ruff", "check", ".")
     python(template, "-m", "ruff", "format", "--check", ".")
     assert NEW in python(template, "-m", f"{NEW}.cli", "--version")
@@ -171,6 +191,7 @@ def test_whole_suite_of_a_copy_passes(words, template, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / without.PARTS["serving"].room).exists(), reason="this fork has no serving to remove")
 def test_later_changes_of_the_template_are_taken_over_and_own_ones_stay(template, tmp_path):
     fork = tmp_path / "fork"
     git(tmp_path, "clone", "-q", template, fork)
@@ -187,6 +208,10 @@ def test_later_changes_of_the_template_are_taken_over_and_own_ones_stay(template
     assert "OURS = 1" in (fork / NEW / "losses.py").read_text()
     assert not (fork / NEW / "serving").exists()
     assert git(template, "rev-parse", "HEAD").strip() in git(fork, "log", "-1", "--format=%B")
+    assert "not changed" in python(fork, "scripts/rename.py", "--upgrade", str(template))
+    append(template / PACKAGE / "serving" / "app.py", "UPSTREAM = 2")  # what the fork has not
+    git(template, "commit", "-q", "-a", "-m", "Server")
+    python(fork, "scripts/rename.py", "--upgrade", str(template))
     assert "not changed" in python(fork, "scripts/rename.py", "--upgrade", str(template))
 
     append(template / losses, "THEIRS = 1")  # where the fork has a line of its own

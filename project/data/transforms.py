@@ -5,7 +5,7 @@ import random as python
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from threading import Lock
+from threading import RLock
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from project.errors import UserError
 
 Augment = Literal["none", "flip", "crop", "trivial", "randaugment"]
 Transform = Callable[[Pixels, np.random.Generator, int], Pixels]
-_GLOBAL = Lock()  # for the generators of the process
+_GLOBAL = RLock()  # for the generators of the process; one's own data may draw within a draw
 
 
 class Augmentation(NamedTuple):

@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,7 +42,8 @@ def named(argv: Sequence[str]) -> tuple[list[str], dict[str, str], set[str]]:
 
 def _flat(config: str, paths: dict[str, str]) -> str:
     try:
-        options = yaml.safe_load(Path(config).read_text(encoding="utf-8") if Path(config).is_file() else config)
+        is_file = os.path.isfile(config)  # noqa: PTH113 (Path's raises where a text is long)
+        options = yaml.safe_load(Path(config).read_text(encoding="utf-8") if is_file else config)
     except (OSError, ValueError, yaml.YAMLError):  # the parser says what is wrong
         return config
     found = [name for name in SECTIONS if isinstance(options, dict) and parts.is_part(options.get(name))]

@@ -202,14 +202,14 @@ def test_predicting_from_a_bundle_needs_no_torch_and_other_verbs_name_it(packed,
         import sys
         sys.modules['torch'] = None
         from project import cli
-        assert [cli.main(words) for words in {list(lines.values())}] == [2, 2, 2]
+        assert [cli.main(words) for words in {list(lines.values())}] == [2] * {len(lines)}
         assert cli.main({["predict", str(packed), *out]}) == 0
         heavy = {{'torchvision', 'lightning', 'matplotlib', 'onnx', 'scipy'}} & set(sys.modules)
         assert not heavy, heavy"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = list(filter(None, done.stderr.splitlines()))  # rich before 14.3 ends a hidden bar with an empty line
-    assert len(said) == 3, done.stderr
+    assert len(said) == len(lines), done.stderr
     for line, reason in zip(said, lines, strict=True):
         assert reason in line
     assert ",red," in (tmp_path / "x.csv").read_text()
