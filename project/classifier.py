@@ -147,7 +147,7 @@ class Classifier(LightningModule):
         """As Lightning's; refuses class paths in the checkpoint that are neither well-known nor in `trust`."""
         read: Any = sources.read(Path(checkpoint_path))
         parts.require_trusted_options(
-            {"model": read["hyper_parameters"], "data": {}, "trainer": {}}, trust, checkpoint_path
+            {"model": read.get("hyper_parameters", {}), "data": {}, "trainer": {}}, trust, checkpoint_path
         )
         return super().load_from_checkpoint(checkpoint_path, *args, **options | {"weights_only": True})
 
@@ -250,6 +250,10 @@ class Classifier(LightningModule):
         measured: MetricCollection = getattr(self, f"{split}_metrics")
         if len(batch.label):
             measured.update(probabilities, batch.label)
+        elif self.trainer.world_size > 1:  # a rank's list without any tensor could not be gathered
+            for metric in measured.values():
+                if any(isinstance(state, list) for state in metric.metric_state.values()):
+                    metric.update(probabilities, batch.label)
         self.log(f"{split}/loss", getattr(self, f"{split}_loss"))
         self.log_dict(measured)
         return probabilities

@@ -200,6 +200,10 @@ FOREIGN = [
     {"class_path": "torch.nn.Linear", "init_args": {"a": "word"}},  # a file of that name
     {"class_path": "torch.nn.Linear", "dict_kwargs": {"a": "evil.Net"}},
     {"class_path": ["evil.Net"]},
+    {"class_path": "torchvision.transforms.v2.Compose", "init_args": {"transforms": ("evil.Net",)}},
+    {"class_path": "torch.nn.Linear", "init_args": {"a": {"evil.Net"}}},
+    {"class_path": "torch.nn.Linear", "init_args": {"a": b"evil.Net"}},
+    {"class_path": "torch.nn.Linear", "init_args": {"a": "evil." * 100}},
 ]
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse.typing import PositiveInt
 
-from project import files, runs
+from project import files, parts, runs
 from project.data.workers import usable_cores
 from project.errors import FailedRun, UserError, command
 
@@ -72,7 +72,7 @@ def sweep(
         from project.training import trial
 
         words = [f"--config={json.dumps(shared)}", *trusted]
-        trial.search(study, trial.Objective(spaces, words, folder, monitor), trials)
+        trial.search(study, trial.Objective(spaces, words, name, monitor), trials)
     if WORKER not in os.environ:
         _summarize(study, folder, monitor)
     return 0
@@ -84,7 +84,9 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"Cannot read {file}: {' '.join(str(error).split())}.") from error
-    if not isinstance(content, dict) or not content.get("space") or content.keys() - {"space", "fit"}:
+    entries = content if isinstance(content, dict) else {}
+    is_whole = entries.get("space") and not entries.keys() - {"space", "fit"}
+    if not (is_whole and all(isinstance(entry, dict | None) for entry in entries.values())):
         raise UserError(f"{file} needs the entries space and, if trials share options, fit; see configs/sweep.yaml.")
     space = {str(option): _suggestion(file, option, entry) for option, entry in content["space"].items()}
     return space, dict(content.get("fit") or {})
@@ -92,13 +94,17 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _suggestion(file: Path, option: str, entry: Any) -> tuple[str, dict[str, Any]]:
     """The method of a `Trial` that suggests a value of the option, and its arguments; UserError for another entry."""
+    from optuna.distributions import FloatDistribution, IntDistribution
+
     if isinstance(entry, list) and len(entry) > 1 and all(isinstance(each, str | int | float | None) for each in entry):
         return "suggest_categorical", {"choices": entry}
     if isinstance(entry, dict) and {"low", "high"} <= entry.keys() <= {"low", "high", "log", "step"}:
-        with contextlib.suppress(ValueError):  # YAML takes 1e-5 for a text
+        with contextlib.suppress(ValueError, TypeError):  # YAML takes 1e-5 for a text
             limits = {key: float(value) if isinstance(value, str) else value for key, value in entry.items()}
+            is_int = all(isinstance(value, int) for value in limits.values())
+            (IntDistribution if is_int else FloatDistribution)(**limits)
             if limits["low"] < limits["high"]:
-                return "suggest_int" if isinstance(limits["low"], int) else "suggest_float", limits
+                return "suggest_int" if is_int else "suggest_float", limits
     raise UserError(f"{file}: {option} is {entry}; give a list of values, or low and high, and log: true or step.")
 
 
@@ -182,4 +188,4 @@ def _summarize(study: "Study", folder: Path, monitor: str) -> None:
     for trial in complete[:5]:
         print(f"  {monitor} {trial.value:.4f}  trial {trial.number}: {words(trial.params)}")
     print(f"written: {folder}/best.yaml, {folder}/trials.csv, {folder}/sweep.html")
-    print(f"next: {command('test', run)} | {command('fit', '--config', folder / 'best.yaml')}")
+    print(f"next: {command('test', run, *parts.trust_words(config))} | {command('fit', '--config', folder / 'best.yaml')}")

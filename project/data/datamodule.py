@@ -93,6 +93,8 @@ class ImageData(LightningDataModule):
         self.save_hyperparameters(logger=False, ignore="own")
         for key, value in self.hparams.items():  # plain: a Path or jsonargparse's types would be code in a checkpoint
             self.hparams[key] = int(value) if isinstance(value, int | np.integer) else value and str(value)
+        if transforms and not any(map(callable, transforms)):
+            self.hparams["transforms"] = transforms
         self.root = shards.local(root)
         self._query: dict[str, Any] = {"split": Path(split) if split else None, "seed": split_seed, "group": group}
         self._query |= {"folds": folds, "fold": fold, "exclude": Path(exclude) if exclude else None}
@@ -279,6 +281,10 @@ class ImageData(LightningDataModule):
 
 def _require_readable(dataset: ImageDataset, split: str, class_names: list[str]) -> None:
     """Raises UserError where no image of a training class, or none of a split, can be read; prints it of others."""
+    count = np.bincount(dataset.labels, minlength=len(class_names))
+    if split == "train" and not count.all():
+        names = some([name for name, images in zip(class_names, count, strict=True) if not images])
+        raise UserError(f"There is no training image of {names}; add some, or leave the class out.")
 
     def failures(rows: npt.NDArray[np.int64]) -> list[tuple[int, str]]:
         tried = (dataset.__getitems__([(0, row)]).failed for row in rows.tolist())

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -47,7 +48,7 @@ class OwnDataset(ImageDataset):
 class OwnData(ImageData):
     """A LightningDataModule of one's own, found as `path`, for a verb; UserError where it breaks the contract."""
 
-    def __init__(self, own: Any, path: str, verb: str) -> None:
+    def __init__(self, own: Any, path: str, verb: str, seed: int = 0) -> None:
         self._own, self._path, self._stages = own, path, set[str]()
         own.prepare_data()
         has_test = type(own).test_dataloader is not LightningDataModule.test_dataloader
@@ -58,7 +59,7 @@ class OwnData(ImageData):
             raise self._refused(f"class_names is {names}, not a list of different names")
         if type(size) is not int or size < 1:
             raise self._refused(f"image_size is {size}, not a number of pixels")
-        super().__init__(path, image_size=size, augment="none", cache="off", workers=loader.num_workers)
+        super().__init__(path, image_size=size, augment="none", cache="off", workers=loader.num_workers, seed=seed)
         self.batch_size = loader.batch_size or self.batch_size
 
     @cached_property
@@ -80,9 +81,8 @@ class OwnData(ImageData):
                 raise self._refused(f"{split} gives {drawn.failed[0][1]}")
             if split == "train" and (drawn.image != drawn.image[:1]).any():
                 self.transforms = [pairs]  # they change images
-            targets = getattr(pairs, "targets", None)
             with seeded(np.random.default_rng(0)):
-                labels = np.asarray([pairs[row][1] for row in range(len(pairs))] if targets is None else targets)
+                labels = _labels(pairs)
             if labels.shape != (len(pairs),) or not {*labels.tolist()} <= {*range(len(self._own.class_names))}:
                 raise self._refused(f"{split} has the labels {np.unique(labels)}, not an int below K for each image")
             made.labels, self._datasets[split] = labels.astype(np.int64), made
@@ -102,3 +102,13 @@ class OwnData(ImageData):
 
     def _refused(self, reason: str) -> UserError:
         return UserError(f"--data.class_path {self._path}: {reason}; see project/data/own.py.")
+
+
+def _labels(pairs: Any) -> npt.NDArray[Any]:
+    """The labels (N,) of a data set of pairs: its `targets`, if they are those of the first pair of each class."""
+    targets = np.asarray(getattr(pairs, "targets", ()))
+    if targets.shape == (len(pairs),):
+        labels, rows = np.unique(targets, return_index=True)
+        if all(pairs[row][1] == label for label, row in zip(labels.tolist(), rows.tolist(), strict=True)):
+            return targets
+    return np.asarray([pairs[row][1] for row in range(len(pairs))])

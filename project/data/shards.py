@@ -53,7 +53,8 @@ def place(root: str | os.PathLike[str]) -> Path:
     if not (match := LOCATION.fullmatch(os.fspath(root))):
         return Path(root)
     location = "/".join(filter(None, match.groups()))
-    return CACHE / quote(location, safe="") / location.rpartition("/")[2]  # none inside another
+    name = location.rpartition("/")[2]
+    return CACHE / quote(location, safe="") / (name if name.strip(".") else "_")  # none inside another
 
 
 def local(root: str | os.PathLike[str]) -> Path:
@@ -97,14 +98,17 @@ def _opened(name: str, _version: int) -> tuple[list[str], npt.NDArray[np.void]]:
     sizes = {ABOUT: -1}
     with contextlib.suppress(ValueError, KeyError, TypeError):
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        sizes = {ROWS: about["rows"]}
+        names, sizes = about["class_names"], {ROWS: about["rows"]}
         if not (folder / REMOTE).exists():
             sizes |= {chunk(number): size for number, size in enumerate(about["chunks"]) if size}
     needed = ((folder / name, size) for name, size in sizes.items())
     if lost := [file.name for file, size in needed if not file.exists() or file.stat().st_size != size]:
         raise UserError(f"The shards in {folder} are not whole: {some(lost, 3)}; copy them again, or write them anew.")
-    rows = np.load(folder / ROWS, mmap_mode="r").view(np.ndarray)  # read as it is needed, once for all processes
-    return about["class_names"], rows
+    with contextlib.suppress(ValueError, IndexError, TypeError):
+        rows = np.load(folder / ROWS, mmap_mode="r").view(np.ndarray)  # read as it is needed, once for all processes
+        if rows.dtype.names == dtype(1, 1).names and 0 <= rows["label"].min() <= rows["label"].max() < len(names):
+            return names, rows
+    raise UserError(f"{folder / ROWS} is damaged; copy it again, or write the shards anew.")
 
 
 def status(path: str) -> os.stat_result:

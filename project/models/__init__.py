@@ -101,7 +101,7 @@ def timm_network(name: str, **options: Any) -> Any:
         raise UserError(f"timm has no network {own}.{near} python -m project.cli models 'timm/*' lists them.")
     try:
         return timm.create_model(own, **options)
-    except RuntimeError as error:  # an unknown tag after the name's dot
+    except (RuntimeError, ValueError) as error:  # an unknown tag after the name's dot
         raise UserError(f"timm cannot make {own}: {error}") from error
 
 

@@ -65,6 +65,8 @@ def fit(root: File | None = None, *, trust: Collection[str] = (), **options: Any
         raise UserError(f"{several.pop()} makes several runs and fit() one; use the command line: fit --seeds 5.")
     _run("fit", options | ({} if root is None else {"data.root": root}), trust)
     folder = Path(os.environ[runs.VARIABLE])
+    if not folder.is_dir():
+        raise UserError("trainer.fast_dev_run has passed, and leaves no run to return; train without it.")
     own = frozenset(parts.named(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))))
     return Run(folder, folder / "checkpoints" / "best.ckpt", folder / "checkpoints" / "last.ckpt", own)
 

@@ -109,7 +109,9 @@ def make(parser: Any, config: Any, paths: Paths) -> tuple[Any, ImageData, Classi
     made = parser.instantiate_classes(config, instantiate_groups=False)
     options["data"] |= vars(made[verb])["data"].as_dict() if is_foreign(paths) else {}
     data, model = ({key: options[name][key] for key in options[name] if key != "class_path"} for name in SECTIONS)
-    own = kind("data", paths)(**data)
-    own = OwnData(own, paths["data"], verb) if is_foreign(paths) else own
-    own.seed = options["seed_everything"]
+    own, seed = kind("data", paths)(**data), options["seed_everything"]
+    if is_foreign(paths):
+        own = OwnData(own, paths["data"], verb, seed)
+    else:
+        own.seed = seed
     return made, own, kind("model", paths)(**model, **{name: getattr(own, name) for name in FROM_DATA})

@@ -1,6 +1,7 @@
 """Trials of a sweep: ordinary fits that report their validations, and end early where others were better."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from project import runs
 from project.errors import FailedRun, UserError
 from project.inference import checkpoint
 from project.training import cli
+from project.training.resume import Run
 from project.training.trainer import listed
 
 
@@ -20,13 +22,13 @@ class Pruning(Callback):
     """Reports a figure of each validation to a trial of Optuna, and ends the fit where Optuna says so."""
 
     def __init__(self, trial: optuna.Trial, monitor: str) -> None:
-        self._trial, self._monitor, self.is_pruned = trial, monitor, False
+        self.trial, self._monitor, self.is_pruned = trial, monitor, False
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._monitor in trainer.callback_metrics:
-            self._trial.report(float(trainer.callback_metrics[self._monitor]), trainer.current_epoch)
+            self.trial.report(float(trainer.callback_metrics[self._monitor]), trainer.current_epoch)
             is_last = trainer.current_epoch + 1 == trainer.max_epochs
-            if not is_last and self._trial.should_prune():
+            if not is_last and self.trial.should_prune():
                 self.is_pruned = trainer.should_stop = True
 
 
@@ -34,6 +36,14 @@ class TrialCli(cli.Cli):
     """The fit of a trial."""
 
     pruning: Pruning  # is set before
+
+    def new_run(self) -> Run:
+        monitor, best = self.model.watched
+        if not self.pruning.trial.study.direction.name.lower().startswith(best):
+            raise UserError(f"A sweep cannot look for the {best}imum of {monitor}; monitor val/loss or another figure.")
+        run = super().new_run()
+        self.pruning.trial.set_user_attr("run", str(run.folder))
+        return run
 
     def instantiate_trainer(self, **_: Any) -> Trainer:
         options = self.config_init.fit
@@ -49,29 +59,30 @@ class TrialCli(cli.Cli):
 class Objective:
     """Runs the fit of a trial; returns its best figure."""
 
-    def __init__(self, space: dict[str, Any], words: list[str], folder: Path, monitor: str) -> None:
-        self._space, self._words, self._folder, self._monitor = space, words, folder, monitor
+    def __init__(self, space: dict[str, Any], words: list[str], name: str, monitor: str) -> None:
+        self._space, self._words, self._name, self._monitor = space, words, name, monitor
         self.number = 0  # of the newest trial
 
     def __call__(self, trial: optuna.Trial) -> float:
         self.number = trial.number
-        retried = RetryHeartbeatStaleTrialCallback.retried_trial_number(trial.study.trials[self.number])
         values = {option: getattr(trial, method)(option, **given) for option, (method, given) in self._space.items()}
-        run = Path(f"{self._folder}-{self.number if retried is None else retried}", "version_0")
-        trial.set_user_attr("run", str(run))
+        begun = trial.user_attrs.get("run")  # by a process that was stopped or killed
+        state = begun and runs.read_status(Path(begun)).get("state")
         print(f"\ntrial {self.number}: {words(values)}", flush=True)
-        if runs.read_status(run).get("state") != "finished":
+        if state != "finished":
             tried = [
                 f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()
             ]
             TrialCli.pruning = Pruning(trial, self._monitor)
-            if cli.run("fit", [*self._words, *tried, f"--name={run.parent.name}", "--resume=auto"], TrialCli):
+            where = f"--resume={begun}" if state else f"--name={self._name}-{self.number}"
+            if cli.run("fit", [*self._words, *tried, where], TrialCli):
                 raise KeyboardInterrupt
             if TrialCli.pruning.is_pruned:
                 raise optuna.TrialPruned
+        run = Path(trial.user_attrs["run"])
         value = checkpoint.read(run / "checkpoints" / "best.ckpt")[1].metrics.get(self._monitor)
-        if value is None:
-            raise FailedRun(f"{run} has no {self._monitor}; its fit had no validation.")
+        if value is None or math.isnan(value):
+            raise FailedRun(f"{self._monitor} of {run} is {value}.")
         return value
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
 import yaml
 from optuna.storages import RDBStorage
 from sqlalchemy.pool import NullPool
+from torchmetrics.classification import MulticlassAccuracy
 
 from project import cli, runs
 from project.classifier import Classifier
@@ -27,6 +29,14 @@ FIT = {
     "model": {"name": "squeezenet1_1"},
     "trainer": {"max_epochs": 1},
 }
+
+
+class Broken(MulticlassAccuracy):
+    def compute(self):
+        return torch.tensor(torch.nan)
+
+
+HAMMING = {"metrics": [{"class_path": "torchmetrics.HammingDistance", "init_args": {"task": "multiclass"}}]}
 
 
 @pytest.fixture
@@ -77,6 +87,19 @@ def test_sweep_leaves_runs_the_best_configuration_a_table_and_a_page_and_goes_on
     assert len(trials()) == 5
     assert cli.main(["sweep", "search.yaml", "--trials", "6"]) == 0
     assert len(trials()) == 6
+
+
+@pytest.mark.slow
+def test_run_of_another_sweep_is_no_trial_and_a_figure_that_is_no_number_ends_one(space, capsys):
+    space({"model.lr": [1e-3, 1e-4]})
+    assert cli.main(["sweep", "search.yaml", "--trials", "1"]) == 0
+    shutil.rmtree("runs/search")
+    space({"model.lr": [1e-3, 1e-4]}, monitor="val/broken", model=FIT["model"] | {"metrics": [f"{__name__}.Broken"]})
+    capsys.readouterr()
+    assert cli.main(["sweep", "search.yaml", "--trials", "1"]) == 1
+    assert capsys.readouterr().out.count("has failed: val/broken of runs/search-0/version_1 is nan.") == 2
+    assert states() == ["FAIL", "FAIL"]
+    assert len(list(Path("runs").glob("search-*/version_*"))) == 2
 
 
 @pytest.mark.full
@@ -200,11 +223,21 @@ def test_three_machines_share_a_postgresql_and_one_is_lost(space, database):
         ({"space": {"model.lr": {"low": 1, "high": 0}}}, "", "give a list of values"),
         ({"space": {"model.lr": {"low": "a", "high": 0}}}, "", "give a list of values"),
         ({"space": {"model.lr": [1e-3]}}, "", "give a list of values"),
+        ({"space": {"model.lr": {"low": None, "high": 1}}}, "", "give a list of values"),
+        ({"space": {"model.lr": {"low": 0.0, "high": 1.0, "log": True}}}, "", "give a list of values"),
+        ({"space": {"trainer.max_epochs": {"low": 1, "high": 3, "step": 0}}}, "", "give a list of values"),
+        ({"space": ["model.lr"]}, "", "needs the entries space"),
+        ({"space": SPACE, "fit": "model"}, "", "needs the entries space"),
         ({"spaces": {}}, "", "needs the entries space"),
         ({"space": {"model.lr": [1e-3, "x"]}, "fit": {"model": {"lr": "y"}}}, "", "--model.lr is"),
         ({"space": {"model.lr": [1e-3, 1e-4]}, "fit": {"seeds": 2}}, "", "leave --seeds and --folds out"),
         ({"space": SPACE}, "--storage nosuch://x", "--storage nosuch://x cannot be used"),
         ({"space": SPACE}, "--trials 0", "--trials is 0"),
+        (
+            {"space": SPACE, "fit": FIT | {"monitor": "val/hamming_distance", "model": FIT["model"] | HAMMING}},
+            "",
+            "A sweep cannot look for the minimum of val/hamming_distance",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(photos, refused, content, words, sentence):

@@ -167,6 +167,20 @@ def test_shards_that_are_not_whole_or_begun_otherwise_are_refused_in_a_sentence(
         Path("copy/shards.json").write_text(content)
         assert fit("copy") == 2
         assert "not whole: shards.json" in capsys.readouterr().err
+    rows = np.load("copy/rows.npy")
+    for damaged in (rows.view(np.uint8), rows[["path", "label"]], np.rec.array(rows.copy())):
+        damaged[-1:] = damaged[:1]
+        if damaged.dtype == rows.dtype:
+            damaged["label"][0] = -1
+        np.save("copy/rows.npy", damaged)
+        about = json.loads((out / "shards.json").read_text()) | {"rows": Path("copy/rows.npy").stat().st_size}
+        Path("copy/shards.json").write_text(json.dumps(about))
+        shutil.copy(out / "chunk-2-0.bin", "copy")
+        assert fit("copy") == 2
+        assert "copy/rows.npy is damaged; copy it again" in capsys.readouterr().err
+    Path("copy/shards.json").write_text(json.dumps({"rows": about["rows"], "chunks": about["chunks"]}))
+    assert fit("copy") == 2
+    assert "not whole: shards.json" in capsys.readouterr().err
     Path("begun").mkdir()
     Path("begun/unfinished.json").write_text('{"short_side": 64, "images": ""}')
     assert cli.main(["shard", "photos", "begun"]) == 2

@@ -2,7 +2,10 @@
 
 import os
 import pickle
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +55,13 @@ def test_sharded_checkpoint_predicts_and_exports_what_the_whole_one_does_and_cod
     assert read_csv(Path("sharded.csv")) == read_csv(Path("whole.csv"))
     assert cli.main(["export", str(sharded), "--out", "bundle"]) == 0
     assert load("bundle").class_names == load(sharded).class_names
+    for verb in ("test", "report"):
+        capsys.readouterr()
+        assert cli.main([verb, str(sharded)]) == 2
+        command = capsys.readouterr().err.strip().rpartition(": ")[2]
+        assert command == f"python -m lightning.pytorch.utilities.consolidate_checkpoint {sharded}"
+    subprocess.run([sys.executable, *shlex.split(command)[1:]], check=True, capture_output=True)
+    assert cli.main(["test", f"{sharded}.consolidated"]) == 0
 
     class Evil:
         def __reduce__(self):
