@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -128,10 +129,11 @@ def test_every_verb_takes_a_checkpoint_of_a_plain_trainer(plain, workplace, caps
 
 
 @pytest.mark.full
-def test_what_the_page_says_runs(photos):
+def test_what_the_page_says_runs_as_a_script(photos):
     photos.rename("DIR")
     for snippet in re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "library.md").read_text(), re.DOTALL | re.M):
-        exec(snippet, {"__name__": "__main__"})
+        Path("own.py").write_text(snippet)
+        subprocess.run([sys.executable, "own.py"], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
     assert Path("runs/first/version_0/test_metrics.json").exists()
 
 
@@ -220,6 +222,8 @@ def test_fit_returns_its_run_with_figures_and_tests_predicts_and_resumes_it(phot
     ("options", "said"),
     [
         ({"seeds": 3}, "seeds makes several runs and fit"),
+        ({"trainer.fast_dev_run": True, "model.name": NAME, "data.workers": 0}, "leaves no run to return"),
+        ({"model.name": "timm/resnet18.a:b"}, "timm cannot make resnet18"),
         ({"trainer": {"callbacks": [object()]}}, "trainer.callbacks is .*object.*'class_path'"),
         ({"data": {"imagesize": 3}}, "There is no option --data.imagesize. Did you mean --data.image_size"),
         ({"epochs": 3}, "no option --epochs. Did you mean --trainer.max_epochs"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from project import Classifier, cli, fit, load
 from project.data.own import OwnData
@@ -400,3 +401,20 @@ def test_targets_are_the_labels_where_a_data_set_has_them(own):
     data = OwnData(source, "own.Source", "fit")
     assert np.array_equal(data.dataset("train").labels, pairs.targets)
     assert data.manifest.class_names == ["dark", "light"]
+    pairs.targets = 1 - pairs.targets  # a target_transform changes the pairs alone
+    assert np.array_equal(OwnData(source, "own.Source", "fit").dataset("train").labels, 1 - pairs.targets)
+
+
+def test_seed_reaches_data_whose_loader_has_a_sampler_of_batches_and_each_class_needs_training_images(own):
+    import own as module
+
+    source = module.Source()
+    source.train_dataloader = lambda: DataLoader(
+        source.splits[0], batch_sampler=BatchSampler(SequentialSampler(source.splits[0]), 8, drop_last=False)
+    )
+    data = OwnData(source, "own.Source", "fit", seed=7)
+    assert data.batch_size == 8
+    assert data.dataset("train").seed == 7
+    source.class_names = ["dark", "light", "grey"]
+    with pytest.raises(UserError, match="There is no training image of grey; add some, or leave the class out"):
+        OwnData(source, "own.Source", "fit").setup("fit")

@@ -15,7 +15,7 @@ from torchvision import datasets
 
 from project import cli
 from project.data import digits
-from tests.conftest import SMALL, make_images
+from tests.conftest import SMALL, make_images, put_in_cache
 
 ROOT = Path(__file__).parent.parent
 PAGES = {file: file.read_text("utf-8") for file in (*sorted(ROOT.glob("README*.md")), *sorted(ROOT.glob("docs/*.md")))}
@@ -52,7 +52,8 @@ def run(command):
 
 
 @pytest.mark.slow
-def test_commands_run(photos):
+def test_commands_run(photos, hub):
+    put_in_cache(hub, "squeezenet1_1")
     photos.rename("DIR")
     digits.write()
     for file in sorted(Path("data/digits/test/7").iterdir())[3:]:

@@ -85,7 +85,7 @@ def write_table(root: Path | None, count: int) -> list[tuple[str, str]]:
     rows = list(zip(paths, itertools.cycle("ab"), splits, strict=False))
     files.write_csv(Path("images.csv"), [("path", "label", "split"), *rows])
     train = [(path, label) for path, label, split in rows if split == "train"]
-    print(f"{root}: {len(train):,} training images, {SIZE} px, batches of {min(BATCH, len(train))}\n")
+    print(f"{root}: {len(train):,} images to train on, {SIZE} px, batches of {min(BATCH, len(train))}\n")
     return train
 
 

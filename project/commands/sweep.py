@@ -102,7 +102,8 @@ def _suggestion(file: Path, option: str, entry: Any) -> tuple[str, dict[str, Any
         with contextlib.suppress(ValueError, TypeError):  # YAML takes 1e-5 for a text
             limits = {key: float(value) if isinstance(value, str) else value for key, value in entry.items()}
             is_int = all(isinstance(value, int) for value in limits.values())
-            (IntDistribution if is_int else FloatDistribution)(**limits)
+            distribution: Any = IntDistribution if is_int else FloatDistribution
+            distribution(**limits)  # its errors
             if limits["low"] < limits["high"]:
                 return "suggest_int" if is_int else "suggest_float", limits
     raise UserError(f"{file}: {option} is {entry}; give a list of values, or low and high, and log: true or step.")
@@ -188,4 +189,6 @@ def _summarize(study: "Study", folder: Path, monitor: str) -> None:
     for trial in complete[:5]:
         print(f"  {monitor} {trial.value:.4f}  trial {trial.number}: {words(trial.params)}")
     print(f"written: {folder}/best.yaml, {folder}/trials.csv, {folder}/sweep.html")
-    print(f"next: {command('test', run, *parts.trust_words(config))} | {command('fit', '--config', folder / 'best.yaml')}")
+    print(
+        f"next: {command('test', run, *parts.trust_words(config))} | {command('fit', '--config', folder / 'best.yaml')}"
+    )

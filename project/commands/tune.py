@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jsonargparse.typing import restricted_number_type
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
@@ -20,6 +21,7 @@ from project.training.throughput import seconds_per_step
 
 STEPS = 100  # of the learning rate finder, at most
 LOWEST, HIGHEST = 1e-7, 1.0  # learning rates
+BETA = 0.98  # of the finder's running mean of the loss
 ENOUGH = 24  # steps; with less than two thirds as many finite losses, a fall cannot be told from noise
 BATCH_SIZES = (16, 32, 64, 128, 256)
 EPOCH_STEPS = 16  # that an epoch should have, whatever the speed: few large steps learn less
@@ -66,28 +68,37 @@ class Tuning(trainer_cli.Cli):
 
     def fit(self, **_: Any) -> None:
         """Prints the learning rate, the batch size, and the command that uses them."""
-        data, options, own = self.datamodule, self.config.fit, {"--steps", "--plot"}
-        pairs = itertools.pairwise(["", *self.argv])
-        words = [word for before, word in pairs if not own & {before, word.partition("=")[0]}]
+        data, options, found = self.datamodule, self.config.fit, dict[str, str]()
         print(data.manifest.summary())
         if batch := self._batch_size():
             data.batch_size = batch  # for the learning rate finder
-            words += ["--data.batch_size", str(batch)]
+            found["--data.batch_size"] = str(batch)
         epochs = 3 * (len(data.dataset("train")) // data.batch_size)
         steps = int(options.steps or max(ENOUGH, min(STEPS, epochs)))
         print(f"learning rate finder: {steps} steps{', three epochs' * (steps == epochs)}", flush=True)
         finder = Tuner(self.trainer).lr_find(
-            self.model, datamodule=data, min_lr=LOWEST, max_lr=HIGHEST, num_training=steps
+            self.model, datamodule=data, min_lr=LOWEST, max_lr=HIGHEST, num_training=steps, early_stop_threshold=8.0
         )
         assert finder is not None  # only with fast_dev_run
         rates, losses = np.array(finder.results["lr"]), np.array(finder.results["loss"])
-        rate, reason = suggest(rates, losses)
+        # of Lightning's n-th mean, the first of which is half the loss, to an unbiased one; hence also the threshold
+        losses *= (1 - BETA ** np.arange(2, len(losses) + 2)) / (1 - BETA ** np.arange(1, len(losses) + 1))
+        rate, reason = suggest(rates, losses, self._chance())
         if rate is not None:
-            words += ["--model.lr", f"{rate:.0e}"]
+            found["--model.lr"] = f"{rate:.0e}"
         plot = Path(options.plot or files.unused(self.runs_root / data.run_name / "lr-finder.png"))
         with files.replacing(plot, "wb") as stream:
             figures.rate_finder(rates, losses, rate).savefig(stream, dpi=120, format="png")
-        print(f"learning rate: {reason}; see {plot}\nnext: {command('fit', *words)}")
+        pairs, replaced = itertools.pairwise(["", *self.argv]), {"--steps", "--plot", *found}
+        words = [word for before, word in pairs if not replaced & {before, word.partition("=")[0]}]
+        print(f"learning rate: {reason}; see {plot}\nnext: {command('fit', *words, *itertools.chain(*found.items()))}")
+
+    def _chance(self) -> float:
+        """The loss of a network to which all classes are equally likely."""
+        model, classes = self.model, len(self.model.class_names)
+        label = torch.arange(classes, device=model.device)
+        logits = torch.zeros(classes, classes, device=model.device)
+        return float(model.loss(logits, label, None, model.hparams["label_smoothing"])) / classes
 
     def _batch_size(self) -> int | None:
         """The smallest batch within 5 % of the best speed, of those that fit and leave an epoch its steps."""
@@ -117,17 +128,20 @@ class Tuning(trainer_cli.Cli):
             return size / seconds_per_step(model.network, optimizer, size, self.datamodule.image_size)
 
 
-def suggest(rates: np.ndarray[Any, Any], losses: np.ndarray[Any, Any]) -> tuple[float | None, str]:
-    """A tenth of the rate (N,) with the lowest smoothed loss (N,), None where its fall may be noise; and a sentence."""
+def suggest(rates: np.ndarray[Any, Any], losses: np.ndarray[Any, Any], chance: float) -> tuple[float | None, str]:
+    """A tenth of the rate (N,) with the lowest smoothed loss (N,), and a sentence; None where its fall may be noise.
+
+    So it may be where it does not lead below the loss of `chance`, to which it also falls where a network dies.
+    """
     finite = np.isfinite(losses)
     rates, losses = rates[finite], losses[finite]
     if len(losses) < ENOUGH * 2 / 3:
         return None, f"cannot tell: {len(losses)} losses are too few; give more --steps"
     third = len(losses) // 3  # at these rates nothing is learned yet
-    early = losses[third // 3 : third]  # the first few are not smoothed yet
+    early = losses[third // 3 : third]  # the first few are means of few
     start, noise = np.median(early), early.std()
     lowest = third + losses[third:].argmin()
-    if start - losses[lowest] < max(4 * noise, 0.03 * abs(start)):
+    if min(start, chance) - losses[lowest] < max(4 * noise, 0.03 * abs(start)):
         return None, "cannot tell: the loss falls by no more than chance; keep the default or add --steps"
     rate = float(f"{rates[lowest] / 10:.0e}")
     where = f"{rates[lowest]:.1e}, where the loss is lowest ({losses[lowest]:.3f}, {start:.3f} before)"

@@ -116,11 +116,16 @@ def check_dataset(
             inspected[index] = row
             if reason:
                 errors[index] = reason
-    return _report(rows, inspected, errors, findings, skipped)
+    return _report(base, rows, inspected, errors, findings, skipped)
 
 
 def _report(
-    rows: list[Row], inspected: npt.NDArray[np.void], errors: dict[int, str], findings: list[Finding], skipped: Skipped
+    base: Path,
+    rows: list[Row],
+    inspected: npt.NDArray[np.void],
+    errors: dict[int, str],
+    findings: list[Finding],
+    skipped: Skipped,
 ) -> Report:
     readable = np.ones(len(rows), dtype=bool)
     readable[list(errors)] = False
@@ -147,13 +152,14 @@ def _report(
                     others = (other for other in group if rows[other].label != rows[index].label)
                     leave_out.setdefault(rows[index].path, f"{what}: {rows[next(others, keep)].path}")
     format_of = Image.registered_extensions() | dict.fromkeys((".heic", ".heif", ".hif"), "HEIF")
-    named = [format_of.get(Path(row.path).suffix.lower(), "").encode() for row in rows]
+    named = np.array([format_of.get(Path(row.path).suffix.lower(), "").encode() for row in rows])
     formats = np.where(inspected["format"] == b"MPO", b"JPEG", inspected["format"])  # MPO: a phone's JPEG
+    formats = named if shards.is_shards(base) else formats  # `shard` changes formats, and no names
     longer, shorter = inspected["size"].max(axis=1), inspected["size"].min(axis=1)
     usual = np.median(good["size"].min(axis=1))
     common = Counter(good["mode"].tolist()).most_common(1)[0][0]
     for kind, problem, what, condition in (
-        ("ending", True, "with the file name extension of another format", np.array(named) != formats),
+        ("ending", True, "with the file name extension of another format", named != formats),
         ("constant", True, "of a single colour", is_constant),
         ("size", False, f"far from the usual size of {usual:.0f} px", (shorter < usual / 4) | (shorter > usual * 4)),
         ("aspect", False, "with one side more than 3 times as long as the other", longer > 3 * shorter),

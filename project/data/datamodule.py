@@ -283,8 +283,8 @@ def _require_readable(dataset: ImageDataset, split: str, class_names: list[str])
     """Raises UserError where no image of a training class, or none of a split, can be read; prints it of others."""
     count = np.bincount(dataset.labels, minlength=len(class_names))
     if split == "train" and not count.all():
-        names = some([name for name, images in zip(class_names, count, strict=True) if not images])
-        raise UserError(f"There is no training image of {names}; add some, or leave the class out.")
+        absent = some([name for name, images in zip(class_names, count, strict=True) if not images])
+        raise UserError(f"There is no training image of {absent}; add some, or leave the class out.")
 
     def failures(rows: npt.NDArray[np.int64]) -> list[tuple[int, str]]:
         tried = (dataset.__getitems__([(0, row)]).failed for row in rows.tolist())

@@ -84,7 +84,10 @@ def why_lost(error: BaseException, workers: Sequence[BaseProcess] = ()) -> str:
         return f"{SHARED_MEMORY} is probably full: {fewer}; in a container, docker run --shm-size 1g."
     if "SIGKILL" in signals:
         return f"A worker was killed (SIGKILL), probably because memory ran out: {fewer}."
-    return f"A worker has ended ({[*signals, *codes][0]}); --data.workers 0 may show why." if codes else ""
+    script = Path(str(getattr(main := sys.modules["__main__"], "__file__", None)))
+    is_script = script.suffix == ".py" and main.__spec__ is None  # not python -m; workers import it
+    hint = f'; what {script.name} runs has to stand below if __name__ == "__main__":' * is_script
+    return f"A worker has ended ({[*signals, *codes][0]}); --data.workers 0 may show why{hint}." if codes else ""
 
 
 def start_server() -> None:

@@ -165,7 +165,7 @@ class Cli(LightningCLI):
             if chosen.data.get("split") is not None or Path(root).resolve() == Path(run_root).resolve():
                 break
         else:
-            if options.data.get("split", "") is None:
+            if options.data.get("split", "") is None and (self.source.run / "split.csv").is_file():
                 print(f"{root} is not the run's {run_root}, so the run's split.csv is not used; --data.split uses it")
         self.source.require_root(options.data.get("root"))
         if (given := options.model.weights) != str(path):

@@ -29,7 +29,9 @@ class SourceCheckpoint:
         self.path, self.run = path, runs.folder_of(path)
         if path.is_dir():
             whole = f"make one file of it: python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
-            raise UserError(f"{path} is a sharded checkpoint, of which predict, explain and export take the weights; {whole}")
+            raise UserError(
+                f"{path} is a sharded checkpoint, of which predict, explain and export take the weights; {whole}"
+            )
         self.content, self.metadata = checkpoint.read(path)
 
     def settings(self, verb: str, with_split: bool, trust: Collection[str]) -> dict[str, Any]:

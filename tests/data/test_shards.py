@@ -136,6 +136,8 @@ def test_large_images_are_shrunk_and_small_ones_kept(workplace, capsys):
     assert shards.read("out/b/000.png") == Path("large/b/000.png").read_bytes()
     with pytest.raises(images.ImageError, match="no such file"):
         images.read("out/b/broken.png", 32)
+    cli.main(["check", "out"])
+    assert "extension" not in capsys.readouterr().out  # that of wide.png is no mistake
 
 
 def test_groups_splits_and_exclusions_are_stored_or_applied(photos, capsys):

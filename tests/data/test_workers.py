@@ -7,6 +7,8 @@ import os
 import re
 import resource
 import signal
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -55,7 +57,7 @@ def test_the_signal_that_ended_a_worker_is_told_with_what_helps(name, said):
     assert re.search(said, workers.why_lost(RuntimeError(), [ended(signal.Signals[name])]))
 
 
-def test_a_limit_that_is_reached_is_told_and_any_other_error_is_no_lost_worker():
+def test_a_limit_that_is_reached_is_told_and_any_other_error_is_no_lost_worker(monkeypatch):
     assert "Too many open files: the limit is" in workers.why_lost(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
     assert "is probably full" in workers.why_lost(RuntimeError(f"shared memory: {os.strerror(errno.ENOSPC)}"))
     assert workers.why_lost(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) == ""
@@ -63,3 +65,6 @@ def test_a_limit_that_is_reached_is_told_and_any_other_error_is_no_lost_worker()
     worker.start()
     worker.join()
     assert workers.why_lost(EOFError(), [worker]) == "A worker has ended (3); --data.workers 0 may show why."
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__file__="a/own.py", __spec__=None))
+    guard = 'what own.py runs has to stand below if __name__ == "__main__":.'
+    assert workers.why_lost(EOFError(), [worker]).endswith(guard)
