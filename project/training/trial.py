@@ -37,6 +37,9 @@ class TrialCli(cli.Cli):
 
     pruning: Pruning  # is set before
 
+    def find_run(self, options: Any) -> Run | None:  # a requeued SLURM job has unfinished runs of other trials
+        return super().find_run(options) if options.resume else None
+
     def new_run(self) -> Run:
         monitor, best = self.model.watched
         if not self.pruning.trial.study.direction.name.lower().startswith(best):

@@ -39,7 +39,7 @@ def test_parts_of_a_step_make_the_step_and_the_limit_is_the_networks_own(measure
     parts = ["waiting for data", "transfer", "forward and loss", "backward", "optimiser", "logging and the rest"]
     assert list(figures["step_seconds"]) == parts
     assert min(figures["step_seconds"].values()) > 0
-    assert " 9 training images" in out  # one batch
+    assert " 9 images to train on" in out  # one batch
     assert 9 / sum(figures["step_seconds"].values()) == pytest.approx(figures["images_per_second"])
     assert f"takes {figures['limit'] / figures['images_per_second']:.2f} times as long as the same network's" in out
     assert "epoch 1" not in out

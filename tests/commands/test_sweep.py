@@ -90,10 +90,13 @@ def test_sweep_leaves_runs_the_best_configuration_a_table_and_a_page_and_goes_on
 
 
 @pytest.mark.slow
-def test_run_of_another_sweep_is_no_trial_and_a_figure_that_is_no_number_ends_one(space, capsys):
+def test_run_of_another_sweep_is_no_trial_and_a_figure_that_is_no_number_ends_one(space, capsys, monkeypatch):
     space({"model.lr": [1e-3, 1e-4]})
     assert cli.main(["sweep", "search.yaml", "--trials", "1"]) == 0
     shutil.rmtree("runs/search")
+    runs.write_status(Path("runs/search-0/version_0"), state="failed", job="5")
+    for name, value in {"SLURM_JOB_ID": "5", "SLURM_RESTART_COUNT": "1"}.items():  # fit would resume that run
+        monkeypatch.setenv(name, value)
     space({"model.lr": [1e-3, 1e-4]}, monitor="val/broken", model=FIT["model"] | {"metrics": [f"{__name__}.Broken"]})
     capsys.readouterr()
     assert cli.main(["sweep", "search.yaml", "--trials", "1"]) == 1

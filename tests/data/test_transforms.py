@@ -67,6 +67,7 @@ def test_what_is_drawn_depends_on_seed_epoch_and_row_alone_whatever_the_generato
 def test_transforms_come_after_the_augmentation_of_training_images_alone_and_never_reach_the_cache(photos):
     shift = {"class_path": f"{__name__}.Shift", "init_args": {}}
     data = ImageData(str(photos), image_size=24, augment="none", transforms=[shift, GREY], cache="on", workers=0)
+    assert data.hparams["transforms"] == [shift, GREY]  # for fit --ckpt_path from a plain Trainer's checkpoint
     for split in ("train", "val", "test"):
         dataset = data.dataset(split)
         first = all_of(dataset)
