@@ -145,10 +145,8 @@ class Classifier(LightningModule):
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, trust: Collection[str] = (), **options: Any) -> Any:
         """As Lightning's; refuses class paths in the checkpoint that are neither well-known nor in `trust`."""
-        read: Any = sources.read(Path(checkpoint_path))
-        parts.require_trusted_options(
-            {"model": read.get("hyper_parameters", {}), "data": {}, "trainer": {}}, trust, checkpoint_path
-        )
+        content: Any = sources.read(Path(checkpoint_path))
+        parts.require_trusted_hyperparameters(content, "model", trust, checkpoint_path)
         return super().load_from_checkpoint(checkpoint_path, *args, **options | {"weights_only": True})
 
     def forward(self, image: Tensor) -> Any:

@@ -56,10 +56,13 @@ def make(entry: Any, option: str, **given: Any) -> Any:
     add = parser.add_class_arguments if inspect.isclass(made) else parser.add_function_arguments
     add(made, option, skip=set(given), fail_untyped=False)
     parsed = parser.parse_object({option: entry["init_args"]})
+    in_full = {*re.findall(r"[\w.]+", repr(entry))}
+    if short := [path for path in named(parsed.as_dict()) if path not in in_full and not _is_known(path)]:
+        raise UserError(f"--{option} {path}: give {some(short)} in full.")  # the parser finds what is imported
     arguments = vars(parser.instantiate_classes(parsed, instantiate_groups=False).get(option, parsed))
     try:
         return made(**given, **arguments, **entry.get("dict_kwargs", {}))
-    except (TypeError, ValueError) as error:
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"--{option} {path} refuses its arguments: {' '.join(str(error).split())}") from error
 
 
@@ -80,6 +83,8 @@ def find(path: str, option: str) -> Any:
         names = vars(importlib.import_module(module or "builtins"))
     except ModuleNotFoundError as error:
         raise UserError(f"--{option} {path}: there is no module {error.name}.") from error
+    except ImportError as error:
+        raise UserError(f"--{option} {path} cannot be imported: {error}.") from error
     if module and callable(names.get(name)):
         return names[name]
     near = did_you_mean(name, [name for name, value in names.items() if callable(value)])
@@ -125,13 +130,30 @@ def require_trusted_arguments(made: type, given: Mapping[str, Any], trust: Colle
     for name, value in given.items():
         found = [each.parameters[name].annotation for each in signatures if name in each.parameters]
         text = inspect.formatannotation(found[0] if found else Any).strip("'\"")
-        if not {*re.findall(r"\w+", re.sub(r"'[^']*'|\b(list|tuple)\[", "", text))} <= PLAIN:
+        if not {*re.findall(r"\w+", re.sub(r"\bLiteral\[[^]]*\]|\b(list|tuple)\[", "", text))} <= PLAIN:
             require_trusted(value, trust, source)
 
 
 def require_trusted(entry: Any, trust: Collection[str], source: object) -> None:
     """Raises UserError where a part of a file names code that is neither trusted nor a part of a well-known library."""
     _require_none(_untrusted(entry, trust), source)
+
+
+def require_trusted_names(options: Any, trust: Collection[str], source: object) -> None:
+    """Raises UserError where a parser has found, for a word in a file, a class that neither is trusted nor may be."""
+    _require_none((path for path in named(options) if path not in trust and not _is_known(path)), source)
+
+
+def require_trusted_hyperparameters(
+    content: Mapping[str, Any], section: str, trust: Collection[str], source: object
+) -> None:
+    """Raises UserError where the arguments that Lightning takes from a checkpoint name code, as above."""
+    prefix = {"model": "", "data": "datamodule_"}[section]
+    other = {"hparams", "module_arguments", f"{prefix}hparams_type"} & content.keys()  # where it looks, too
+    if other or content.get(f"{prefix}hparams_name") not in (None, "kwargs"):
+        raise UserError(f"{source} does not have the form of this project's checkpoints.")
+    given = content.get(f"{prefix}hyper_parameters", {})
+    require_trusted_options({name: given if name == section else {} for name in SECTIONS}, trust, source)
 
 
 def _untrusted(entry: Any, trust: Collection[str], is_path: bool = False) -> Iterator[str]:
@@ -142,13 +164,14 @@ def _untrusted(entry: Any, trust: Collection[str], is_path: bool = False) -> Ite
     """
     if isinstance(entry, Mapping | list | tuple):
         for key, value in entry.items() if isinstance(entry, Mapping) else enumerate(entry):
-            yield from _untrusted(value, trust, key == "class_path")
+            yield from _untrusted(value, trust, str(key).rpartition(".")[2] == "class_path")
     elif not isinstance(entry, str):
         if not isinstance(entry, int | float | None):
             yield f"a {type(entry).__name__}"  # which no configuration file holds
-    elif not (entry in trust or _is_known(entry)):
+    elif entry not in trust:
         is_file = os.path.isfile(entry)  # noqa: PTH113 (Path's raises where a text is long)
-        if is_path or is_file or not re.fullmatch(r"[\w +-]*|[\d:.]*", entry):
+        is_word = re.fullmatch(r"[\w +-]*|[\d:.]*", entry) and not is_path
+        if is_file or not (is_word or _is_known(entry)):
             yield entry
 
 
@@ -177,7 +200,8 @@ def _is_known(path: object) -> bool:
     if inspect.isclass(found):
         kinds = (nn.Module, optim.Optimizer, optim.lr_scheduler.LRScheduler, Metric, v2.Transform)
         is_own = found.__module__.partition(".")[0] in LIBRARIES
-        return is_own and issubclass(found, kinds) and not inspect.isabstract(found)
+        is_part = issubclass(found, kinds) and found.__module__ != f"{PACKAGE}.classifier"
+        return is_own and is_part and not inspect.isabstract(found)
     name = path.rpartition(".")[2]
     if path.startswith("timm."):
         import timm

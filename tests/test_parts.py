@@ -3,16 +3,19 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 import yaml
 
-from project import cli, load, parts
+from project import cli, load, models, parts
 from project.classifier import Classifier
+from project.data.datamodule import ImageData
 from project.errors import UserError
 from project.inference import bundle
 
@@ -180,6 +183,7 @@ KNOWN = [
     "adam",
     None,
 ]
+EVIL_PART = {"class_path": "evil.Net", "init_args": {}}
 FOREIGN = [
     {"class_path": "evil.Net"},
     "evil.Net",
@@ -204,6 +208,9 @@ FOREIGN = [
     {"class_path": "torch.nn.Linear", "init_args": {"a": {"evil.Net"}}},
     {"class_path": "torch.nn.Linear", "init_args": {"a": b"evil.Net"}},
     {"class_path": "torch.nn.Linear", "init_args": {"a": "evil." * 100}},
+    {"class_path": "torch.nn.Linear", "init_args": {"a.class_path": "Net"}},
+    {"class_path": "project.classifier.Classifier"},
+    "torch.nn.Linear",  # a file of that name, too, which a parser would read
 ]
 
 
@@ -211,6 +218,7 @@ def test_files_may_name_networks_optimizers_metrics_and_transforms_of_libraries_
     Path("word").write_text("class_path: evil.Net\n")
     for entry in KNOWN:
         parts.require_trusted(entry, (), "a.ckpt")
+    Path("torch.nn.Linear").write_text("class_path: evil.Net\n")
     for entry in FOREIGN:
         with pytest.raises(UserError, match=r"a\.ckpt names .*add --trust"):
             parts.require_trusted(entry, (), "a.ckpt")
@@ -231,6 +239,7 @@ def test_files_may_name_networks_optimizers_metrics_and_transforms_of_libraries_
         {"trainer": {"callbacks": [{"class_path": "evil.Net"}]}},
         {"trainer": {"logger": {"class_path": "evil.Net"}}},
         {"trainer": {"strategy": "evil.Net"}},
+        {"trainer": {"profiler": "PyTorchProfiler"}},  # a parser finds that class
     ],
 )
 def test_config_of_a_run_cannot_choose_what_code_a_resumed_fit_runs(nets, trained, refused, change):
@@ -244,7 +253,7 @@ def test_config_of_a_run_cannot_choose_what_code_a_resumed_fit_runs(nets, traine
     resume = ["fit", "--resume", "runs/photos/version_0", "--trainer.max_epochs", "4"]
     for words in ([], ["--data.transforms+=RandomGrayscale"]):
         said = refused(*resume, *words)
-        assert "evil.Net" in said or "does not have the form of a run's options" in said
+        assert re.search(r"evil\.Net|PyTorchProfiler|does not have the form of a run's options", said)
     assert not Path("executed").exists()
     assert "evil" not in sys.modules
 
@@ -290,3 +299,42 @@ def test_all_names_that_need_trust_are_said_at_once():
         parts.require_trusted_options({"data": {}, "model": options, "trainer": {}}, set(), "config.yaml")
     with pytest.raises(UserError, match=r"add --trust own.Kappa.$"):
         parts.require_trusted_options({"data": {}, "model": options, "trainer": {}}, {"own.Loss"}, "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix", "changes"),
+    [
+        (Classifier, "", {"hparams": {"network": EVIL_PART}}),
+        (Classifier, "", {"module_arguments": {"network": EVIL_PART}}),
+        (Classifier, "", {"hparams_name": "network"}),
+        (Classifier, "", {"hparams_type": "evil.Net"}),
+        (ImageData, "datamodule_", {"hparams": {"transforms": [EVIL_PART]}}),
+        (ImageData, "datamodule_", {"datamodule_hparams_name": "transforms"}),
+        (ImageData, "datamodule_", {"datamodule_hyper_parameters": {"transforms": [EVIL_PART]}}),
+    ],
+)
+def test_lightnings_own_loading_takes_no_other_arguments_from_a_checkpoint(nets, kind, prefix, changes):
+    arguments = {f"{prefix}hyper_parameters": {"class_names": ["a", "b"], "image_size": 64} if not prefix else {}}
+    versions = {"pytorch-lightning_version": "2.6.0", "state_dict": {}}
+    torch.save(versions | arguments | {f"{prefix}hparams_name": "kwargs"} | changes, "a.ckpt")
+    with pytest.raises(UserError, match=r"a\.ckpt (does not have the form of|names evil\.Net)"):
+        kind.load_from_checkpoint("a.ckpt")
+    assert not Path("executed").exists()
+
+
+def test_word_in_a_file_stands_for_no_class(nets):
+    entry = {"class_path": "torch.export.unflatten.InterpreterModule", "init_args": {"graph": "Graph"}}
+    with pytest.raises(UserError, match=r"give torch\.fx\.Graph in full"):
+        parts.make(entry, "model.network")
+    weights = {"class_path": "torch.nn.Sequential", "init_args": {"a": [{"init_args": {"pretrained": True, "b": 1}}]}}
+    assert models._without_weights(weights)["init_args"] == {"a": [{"init_args": {"b": 1}}]}
+
+
+def test_annotation_in_quotes_is_not_plain():
+    class Own:
+        def __init__(self, more: 'list["torch.nn.Module"] | None' = None, mode: Literal["a", "b"] = "a"):
+            pass
+
+    parts.require_trusted_arguments(Own, {"mode": "b.c"}, (), "a.ckpt")
+    with pytest.raises(UserError, match=r"names evil\.Net"):
+        parts.require_trusted_arguments(Own, {"more": [{"class_path": "evil.Net"}]}, (), "a.ckpt")

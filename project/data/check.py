@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,8 @@ from PIL import Image
 from project.data import duplicates, images, manifest, shards
 from project.data.folders import HIDDEN, NOT_IMAGE, NOT_SPLIT, OURS, TOOL, UNREAD, Layout, Skipped, nothing_in
 from project.data.splits import SPLITS, Row
-from project.data.workers import usable_cores
-from project.errors import UserError
+from project.data.workers import prepare, usable_cores
+from project.errors import FailedRun, UserError
 
 SIDE = 16  # of the thumbnail, in pixels
 CONSTANT = 2.0  # standard deviation of the thumbnail's grey levels below which an image shows nearly nothing
@@ -110,12 +111,17 @@ def check_dataset(
         findings += [Finding("notice", "both sides" in text, text, []) for text in notices]
     base = manifest.folder_of(root)
     inspected, errors = np.zeros(len(rows), INSPECTED), dict[int, str]()
-    with ProcessPoolExecutor(usable_cores()) as pool:
-        results = pool.map(inspect_image, [str(base / row.path) for row in rows], chunksize=32)
-        for index, (row, reason) in enumerate(progress(results, total=len(rows))):
-            inspected[index] = row
-            if reason:
-                errors[index] = reason
+    try:
+        with ProcessPoolExecutor(usable_cores(), initializer=prepare, initargs=(0,)) as pool:
+            results = pool.map(inspect_image, [str(base / row.path) for row in rows], chunksize=32)
+            for index, (row, reason) in enumerate(progress(results, total=len(rows))):
+                inspected[index] = row
+                if reason:
+                    errors[index] = reason
+    except BrokenProcessPool as error:
+        raise FailedRun(
+            "A process that reads images was killed, perhaps for lack of memory; run check alone."
+        ) from error
     return _report(base, rows, inspected, errors, findings, skipped)
 
 

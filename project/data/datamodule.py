@@ -1,6 +1,7 @@
 """ImageData: a folder of images as Lightning's train, val and test loaders."""
 
 import mmap
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import chain, takewhile
@@ -10,11 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt, register_type
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
 from torchvision.transforms import v2
 
+from project import parts
 from project.batch import Batch
 from project.data import cache as caches
 from project.data import digits, manifest, shards
@@ -118,6 +121,13 @@ class ImageData(LightningDataModule):
         self.start = (0, 0)  # epoch and batch at which training starts
         self._checked: set[str] = set()  # splits
         self._unreadable: set[str] = set()  # paths that have been printed
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, trust: Collection[str] = (), **options: Any) -> Any:
+        """As Lightning's; refuses class paths in the checkpoint that are neither well-known nor in `trust`."""
+        content = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
+        parts.require_trusted_hyperparameters(content, "data", trust, checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, **options | {"weights_only": True})
 
     @cached_property
     def manifest(self) -> Manifest:

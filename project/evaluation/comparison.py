@@ -30,7 +30,7 @@ class ComparedRun:
         if source.is_bundle:
             return cls.own(results.gather(source, source.load(), data))
         run = source.run
-        if not (run / runs.PREDICTIONS).exists():
+        if not results.is_tested(source.file):
             raise UserError(f"{path} has not been tested; run: {command('test', source.file)}")
         return cls(_name(run), TestPredictions.read(run / runs.PREDICTIONS), runs.curves(run / runs.METRICS))
 

@@ -189,7 +189,7 @@ def _measured(run: Path) -> dict[str, Any]:
 
 
 def _is_newer(file: Path, than: Path) -> bool:
-    return file.exists() and file.stat().st_mtime >= than.stat().st_mtime
+    return file.exists() and than.exists() and file.stat().st_mtime >= than.stat().st_mtime
 
 
 def _predict(predictor: Predictor, pairs: list[tuple[str, str]]) -> Iterator[Prediction]:

@@ -167,7 +167,7 @@ def differences(first: ScoredPredictions, second: ScoredPredictions) -> dict[str
 def _resampled(sample: ScoredPredictions) -> dict[str, Floats]:
     """The scores of many samples drawn with replacement: the same images for all predictions on N images."""
     random, count = np.random.default_rng(0), len(sample.true)
-    repeats = min(REPEATS, max(200, 200_000_000 // sample.probabilities.size))  # some seconds at most
+    repeats = min(REPEATS, max(200, 200_000_000 // sample.probabilities.size))  # 38 s for 50,000 of 100 classes
     draws = (np.bincount(random.integers(count, size=count), minlength=count) for _ in range(repeats))
     scores = [sample.scores(draw.astype(np.float64)) for draw in draws]
     return {name: np.array([score[name] for score in scores]) for name in scores[0]}

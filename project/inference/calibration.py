@@ -86,6 +86,9 @@ def read(checkpoint: Path) -> tuple[float | None, list[float]]:
 
 def fingerprint(checkpoint: Path) -> str:
     """Identifies a checkpoint's content by the checksums in its archive, without reading all of it."""
+    file = checkpoint / ".metadata" if checkpoint.is_dir() else checkpoint  # of a sharded one
+    if not zipfile.is_zipfile(file):
+        return f"{zlib.crc32(file.read_bytes()):08x}"
     with zipfile.ZipFile(checkpoint) as archive:
         records = [(record.filename, record.CRC, record.file_size) for record in archive.infolist()]
     return f"{zlib.crc32(repr(sorted(records)).encode()):08x}"

@@ -36,14 +36,19 @@ def build(
     if part is None:
         network = _network(name, num_classes, of)
     else:  # the weights of a network that a checkpoint names are not looked for elsewhere
-        arguments = {key: value for key, value in part["init_args"].items() if not (of and key in WEIGHTS)}
-        network = parts.make({**part, "init_args": arguments}, "model.network", num_classes=num_classes)
+        network = parts.make(_without_weights(part) if of else part, "model.network", num_classes=num_classes)
     for layer in network.modules():
         # At least PyTorch's default: the 0.01 of MobileNetV3, MaxViT and the largest EfficientNets and the 0.0003 of
         # MNASNet are made for 100,000s of steps; after a few hundred, the running statistics are far from the images'.
         if isinstance(layer, BATCH_NORMS) and layer.momentum is not None:
             layer.momentum = max(layer.momentum, 0.1)
     return nn.Sequential(Normalize(mean or SCRATCH, std or SCRATCH), network)
+
+
+def _without_weights(entry: Any) -> Any:
+    if isinstance(entry, Mapping):
+        return {key: _without_weights(value) for key, value in entry.items() if key not in WEIGHTS}
+    return [_without_weights(value) for value in entry] if isinstance(entry, list | tuple) else entry
 
 
 def _network(name: str, num_classes: int, of: str) -> "nn.Module":

@@ -75,13 +75,13 @@ class AsyncCheckpointIO(TorchCheckpointIO):
                     if target == self._last and target.exists():
                         target.replace(target.with_name(PREVIOUS))
                 self._failed.pop(target, None)
-            except (OSError, RuntimeError) as error:  # torch.save turns some OSErrors into RuntimeErrors
+            except Exception as error:  # also where a callback's state cannot be pickled
                 self._fail(target, error)
 
     def _fail(self, target: Path, error: Exception) -> None:
         while not isinstance(error, OSError) and isinstance(error.__context__, Exception):
             error = error.__context__
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
         if target not in self._failed:
             previous = "the previous file stays" if target.exists() else "there is no previous one"
             print(f"{target} cannot be written: {reason}; {previous}, and training continues", flush=True)

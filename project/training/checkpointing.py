@@ -41,11 +41,10 @@ class BestCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the best so far, also where the run has been moved: Lightning would forget its figure."""
-        if state_dict["best_model_path"]:
-            best = str(Path(str(self.dirpath), BEST))
-            state_dict = state_dict | {"dirpath": self.dirpath, "best_model_path": best, "kth_best_model_path": best}
-            state_dict["best_k_models"] = {best: state_dict["best_model_score"]}
-        super().load_state_dict(state_dict)
+        best = str(Path(str(self.dirpath), BEST)) if state_dict["best_model_path"] else ""
+        paths = dict.fromkeys(("best_model_path", "kth_best_model_path"), best) | {"last_model_path": ""}
+        models = {best: state_dict["best_model_score"]} if best else {}
+        super().load_state_dict(state_dict | paths | {"dirpath": self.dirpath, "best_k_models": models})
 
 
 class ResumeCheckpoint(Callback):
@@ -79,6 +78,10 @@ class ResumeCheckpoint(Callback):
         if self._is_new:  # has validations of its own, and the best of these
             for key in [key for key in checkpoint["callbacks"] if key.startswith(("BestCheckpoint", "HParams"))]:
                 del checkpoint["callbacks"][key]
+        for own in (own for own in trainer.callbacks if isinstance(own, ModelCheckpoint)):  # type: ignore[attr-defined]
+            state = checkpoint["callbacks"].get(own.state_key, {})
+            if not isinstance(own, BestCheckpoint) and not _are_inside(state, Path(str(own.dirpath))):
+                del checkpoint["callbacks"][own.state_key]
         if not resumed:
             return
         data, state, self._seconds = data_of(trainer), LoopState(**resumed["at"]), resumed["seconds"]
@@ -174,6 +177,15 @@ class ResumeCheckpoint(Callback):
             "metrics": {key: float(value) for key, value in trainer.callback_metrics.items()},
             "seconds": self.seconds,
         }
+
+
+def _are_inside(state: dict[str, Any], folder: Path) -> bool:
+    """Whether the files that a ModelCheckpoint replaces and deletes by its state are its own."""
+    names = [
+        *state.get("best_k_models", {}),
+        *(state.get(f"{name}_model_path") for name in ("best", "kth_best", "last")),
+    ]
+    return all(Path(name).parent == folder and Path(name).suffix == ".ckpt" for name in names if name)
 
 
 def _rows(trainer: Trainer) -> int:

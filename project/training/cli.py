@@ -128,6 +128,7 @@ class Cli(LightningCLI):
         config = resume.settings(file, self.config.fit)
         self._adopt(config, file)
         self.config = self.parser.parse_args([self.verb, f"--config={json.dumps(config, default=str)}", *self.argv])
+        parts.require_trusted_names(self.config.fit.as_dict(), self.trust, file)
         self.recorded, options = sections.plain(self.parser, self.config, self.verb), self.config.fit
         os.environ[runs.VARIABLE] = str(run.folder)
         changes = run.changes(self.recorded)
@@ -161,6 +162,7 @@ class Cli(LightningCLI):
             settings["data"] = {key: value for key, value in settings["data"].items() if f"--data.{key}" in known}
             self.config = self.parser.parse_args([self.verb, f"--config={json.dumps(settings)}", *self.argv])
             options = self.config[self.verb]
+            parts.require_trusted_names(options.as_dict(), self.trust, path)
             root = options.data.get("root", run_root)
             if chosen.data.get("split") is not None or Path(root).resolve() == Path(run_root).resolve():
                 break
@@ -245,7 +247,8 @@ class Cli(LightningCLI):
             self.run = self.new_run()
         self.model.run_metadata = fit.run_metadata(self.recorded, self.datamodule)
         io = AsyncCheckpointIO(self.run.checkpoints) if options["enable_checkpointing"] is not False else None
-        begin = partial(self.run.begin, self.recorded, self.runs_root / "latest")
+        runs_root = self.run.folder.parents[1] if self.run.resumed else self.runs_root
+        begin = partial(self.run.begin, self.recorded, runs_root / "latest")
         self.saver = ResumeCheckpoint(io, self.run, float(chosen.save_every), begin)
         own_loggers = loggers(self.run) if options["logger"] is not False else []
         return {

@@ -142,9 +142,9 @@ def summarize(trainer: Any, run: Run) -> None:
     model = trainer.lightning_module
     solved = None if model.solved or model.hparams["loss"] != "cross_entropy" else found
     for callback in trainer.callbacks:
-        if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
+        if isinstance(callback, EarlyStopping) and callback.wait_count >= callback.patience:
             epoch, change = callback.stopped_epoch + 1, "lower" if callback.mode == "min" else "higher"
-            print(f"stopped after epoch {epoch}: no {change} {callback.monitor} in {callback.patience} epochs")
+            print(f"stopped after epoch {epoch}: no {change} {callback.monitor} in {callback.patience} validations")
         if isinstance(callback, HParams) and callback.best:
             best = {callback.monitor: 0.0} | callback.best
             print(f"best: epoch {best.pop('epoch')}  {format_scores(best)}")

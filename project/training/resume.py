@@ -111,6 +111,11 @@ class Run:
                 f"No checkpoint of {folder} can be used: {' '.join(refused)} "
                 f"Start a new run with --model.weights {folder}/checkpoints/best.ckpt."
             )
+        if runs.read_status(folder).get("state") == "finished":
+            rest = f"start a new run with --model.weights {folder}/checkpoints/best.ckpt"
+            raise UserError(
+                f"{folder} has finished, and its last.ckpt, which would be continued from, is gone; {rest}."
+            )
         return cls(folder, lock, resumed=True)
 
     def changes(self, options: Mapping[str, Any]) -> list[str]:

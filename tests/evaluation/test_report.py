@@ -215,6 +215,10 @@ def test_runs_are_compared_on_the_images_that_both_have_predicted_or_refused(run
     assert f"On the {len(rows)} test images that all runs have predicted" in text
     assert "photos/version_1" in text
     text = file.read_text()
+    os.utime(other / "checkpoints" / "best.ckpt")  # another one since
+    assert "has not been tested; run: python -m project.cli test" in refused(*compare)
+    os.utime(file)
+    assert cli.main([*compare, "--out", "again.html"]) == 0
     file.unlink()
     assert "has not been tested; run: python -m project.cli test" in refused(*compare)
     for old, new, reason in (

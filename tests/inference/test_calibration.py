@@ -82,6 +82,14 @@ def test_damaged_file_counts_as_missing_and_stops_only_what_needs_it(own, text):
         predictor.metadata.unknown_below(0.05)
 
 
+def test_every_form_of_checkpoint_has_a_fingerprint(tmp_path):
+    torch.save({"a": 1}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    (tmp_path / "sharded.ckpt").mkdir()
+    (tmp_path / "sharded.ckpt" / ".metadata").write_bytes(b"parts")
+    assert len({calibration.fingerprint(file) for file in tmp_path.iterdir()}) == 2
+    assert calibration.read(tmp_path / "old.ckpt") == (None, [])
+
+
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_maximum_logit_is_the_logits_own_but_for_their_mean_at_any_temperature(temperature):
     logits = torch.from_numpy(np.random.default_rng(0).normal(0, 3, (500, 7)))

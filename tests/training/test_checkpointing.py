@@ -95,7 +95,7 @@ def test_validation_that_fails_does_not_mix_up_weights_and_average(photos, monke
 def test_fit_stops_when_the_validation_loss_no_longer_falls_and_says_so(photos, scripted, capsys):
     scripted(train=[0.5] * 9, val=[0.4, 0.5, 0.45, 0.6, 0.55, 0.6, 0.7, 0.8, 0.9])
     assert cli.main([*FIT, "--trainer.max_epochs", "9", "--patience", "2"]) == 0
-    assert "stopped after epoch 6: no lower val/loss in 2 epochs" in capsys.readouterr().out
+    assert "stopped after epoch 6: no lower val/loss in 2 validations" in capsys.readouterr().out
     assert len(logged(RUN)[1]["val/loss"]) == 6
     assert checkpoint(RUN, "best")["epoch"] == 3
 
@@ -106,7 +106,7 @@ def test_monitor_decides_on_the_best_checkpoint_and_on_the_stop(photos, scripted
     fit = ["--patience", "2", "--monitor", "val/f1", "--trainer.max_epochs"]
     assert cli.main([*FIT, *fit, "9"]) == 0
     out = capsys.readouterr().out
-    assert "stopped after epoch 4: no higher val/f1 in 2 epochs" in out
+    assert "stopped after epoch 4: no higher val/f1 in 2 validations" in out
     assert "best: epoch 2  val/f1 1.000  val/loss 0.9163" in out
     best = checkpoint(RUN, "best")
     assert (best["epoch"], best["metadata"]["config"]["monitor"]) == (1, "val/f1")
@@ -219,6 +219,14 @@ def test_full_disk_leaves_the_previous_checkpoint_is_reported_once_and_may_pass(
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert "last.ckpt cannot be written: No space left on device; the previous file stays" in said
+
+
+def test_state_that_cannot_be_pickled_is_reported_and_fails_the_run(workplace, capsys):
+    saver = AsyncCheckpointIO(Path("run/checkpoints"))
+    save(saver, lambda: None, name="run/checkpoints/last.ckpt")
+    with pytest.raises(FailedRun, match=r"last\.ckpt could not be written: .*pickle"):
+        saver.finish()
+    assert "there is no previous one, and training continues" in capsys.readouterr().out
 
 
 def test_folder_that_cannot_be_made_is_reported_like_a_full_disk(workplace, capsys):

@@ -192,6 +192,12 @@ def test_newest_unfinished_run_is_meant_and_what_cannot_be_resumed_is_said(photo
     auto, run, finished = [*FIT, "--resume", "auto", "--name"], Path("runs/one/version_0"), Path("runs/two/version_0")
     assert cli.main([*auto, "two", "--trainer.max_epochs", "1"]) == 0
     assert "has completed its 1 epochs" in refused("fit", "--resume", str(finished))
+    (kept := finished / "checkpoints" / "last.ckpt").rename("kept.ckpt")
+    gone = (
+        "has finished, and its last.ckpt, which would be continued from, is gone; start a new run with --model.weights"
+    )
+    assert gone in refused("fit", "--resume", str(finished), "--trainer.max_epochs", "2")
+    Path("kept.ckpt").rename(kept)
     assert "leave one out" in refused("fit", "--resume", "--ckpt_path", str(finished / "checkpoints" / "last.ckpt"))
     interrupt(4)
     assert cli.main([*auto, "one", "--trainer.max_epochs", "1"]) == 130
