@@ -181,11 +181,9 @@ class ResumeCheckpoint(Callback):
 
 def _are_inside(state: dict[str, Any], folder: Path) -> bool:
     """Whether the files that a ModelCheckpoint replaces and deletes by its state are its own."""
-    names = [
-        *state.get("best_k_models", {}),
-        *(state.get(f"{name}_model_path") for name in ("best", "kth_best", "last")),
-    ]
-    return all(Path(name).parent == folder and Path(name).suffix == ".ckpt" for name in names if name)
+    paths = [state.get(name) for name in ("best_model_path", "kth_best_model_path", "last_model_path")]
+    paths += state.get("best_k_models", {})
+    return all(Path(path).parent == folder and Path(path).suffix == ".ckpt" for path in paths if path)
 
 
 def _rows(trainer: Trainer) -> int:

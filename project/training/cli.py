@@ -247,14 +247,12 @@ class Cli(LightningCLI):
             self.run = self.new_run()
         self.model.run_metadata = fit.run_metadata(self.recorded, self.datamodule)
         io = AsyncCheckpointIO(self.run.checkpoints) if options["enable_checkpointing"] is not False else None
-        runs_root = self.run.folder.parents[1] if self.run.resumed else self.runs_root
-        begin = partial(self.run.begin, self.recorded, runs_root / "latest")
+        begin = partial(self.run.begin, self.recorded, self.runs_root)
         self.saver = ResumeCheckpoint(io, self.run, float(chosen.save_every), begin)
-        own_loggers = loggers(self.run) if options["logger"] is not False else []
         return {
             "max_epochs": options["max_epochs"],
+            "logger": [*(loggers(self.run) if options["logger"] is not False else []), *users["logger"]],
             "callbacks": fit.callbacks(chosen, self.model, self.run, self.saver, users["callbacks"]),
-            "logger": [*own_loggers, *users["logger"]],
             "plugins": [*users["plugins"], *listed(io)],
         }
 

@@ -69,8 +69,8 @@ class Run:
 
         return cls(*runs.create_run(name, fill, base), source)
 
-    def begin(self, options: Mapping[str, Any], latest: Path) -> None:
-        """Makes a resumed run end at the position of its checkpoint, with these options; points `latest` at the run."""
+    def begin(self, options: Mapping[str, Any], runs_root: Path) -> None:
+        """Makes a resumed run end at the position of its checkpoint, with these options; `latest` names the run."""
         if self.resumed:
             columns, rows = runs.read_metrics(metrics := self.folder / runs.METRICS)
             if columns:
@@ -79,7 +79,9 @@ class Run:
                 unfinished.unlink()
             write_config(self.folder, options)
             runs.write_status(self.folder, state="running", reason="", job=job())
-        runs.point_latest(self.folder, latest)
+            if runs_root.resolve() not in self.folder.resolve().parents:  # its own file must not choose another folder
+                runs_root = Path(runs.ROOT)
+        runs.point_latest(self.folder, runs_root / "latest")
 
     def discard(self) -> None:
         """Releases a run whose fit cannot begin; removes a new one: its configuration, split and status."""

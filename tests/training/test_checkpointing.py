@@ -223,7 +223,8 @@ def test_full_disk_leaves_the_previous_checkpoint_is_reported_once_and_may_pass(
 
 def test_state_that_cannot_be_pickled_is_reported_and_fails_the_run(workplace, capsys):
     saver = AsyncCheckpointIO(Path("run/checkpoints"))
-    save(saver, lambda: None, name="run/checkpoints/last.ckpt")
+    saver.save_checkpoint({"n": lambda: None}, "run/checkpoints/last.ckpt")
+    saver.wait()
     with pytest.raises(FailedRun, match=r"last\.ckpt could not be written: .*pickle"):
         saver.finish()
     assert "there is no previous one, and training continues" in capsys.readouterr().out

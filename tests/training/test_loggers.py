@@ -56,7 +56,7 @@ def test_a_resumed_fit_shows_each_point_once(run):
             events.rename(run / "events.out.tfevents.0")  # earlier, in the order of names
         part = Run(run, None, None, LoopState(step=first, rows=first), resumed=first > 0)
         board, file = loggers(part)
-        part.begin({}, run.parent / "latest")
+        part.begin({}, run.parent)
         for step in range(first, 5):
             file.log_metrics({"loss": loss}, step)
             board.log_metrics({"loss": loss}, step)
