@@ -21,6 +21,7 @@ from project.models.weights import is_whole
 from project.training import checkpoint_io
 from project.training.callbacks import ProgressLines
 from project.training.checkpoint_io import AsyncCheckpointIO
+from project.training.checkpointing import BestCheckpoint, _are_inside
 from project.training.ema import EMA
 from project.training.loggers import MetricsFile
 from tests.conftest import ALIVE, SMALL, full_disk
@@ -283,3 +284,20 @@ def test_run_that_goes_on_to_validate_has_a_validated_best_and_report_and_card_n
     assert capsys.readouterr().out.count("There was no validation") == 2
     assert cli.main([*FIT, "--resume", str(RUN), "--trainer.max_steps", "22"]) == 0
     assert checkpoint(RUN, "best")["metadata"]["validated"] is True
+
+
+def test_paths_in_a_checkpoint_do_not_choose_what_is_replaced_or_deleted(workplace):
+    paths = dict.fromkeys(("best_model_path", "last_model_path"), "") | {"kth_best_model_path": "local:///victim"}
+    state = paths | {"best_k_models": {"local:///victim": 9e9}, "dirpath": "own", "best_model_score": None}
+    state |= {"monitor": "val/loss", "kth_value": torch.tensor(9e9), "current_score": None}
+    (best := BestCheckpoint(Path("own"), "val/loss", "min")).load_state_dict(state)
+    assert (best.best_k_models, best.kth_best_model_path, best.last_model_path) == ({}, "", "")
+    for path, is_inside in {
+        "own/a.ckpt": True,
+        "": True,
+        "own/..": False,
+        "own/a": False,
+        "local:own/a.ckpt": False,
+    }.items():
+        assert _are_inside({"best_k_models": {path: 1.0}}, Path("own")) == is_inside
+        assert _are_inside({"last_model_path": path}, Path("own")) == is_inside

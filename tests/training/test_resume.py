@@ -514,3 +514,12 @@ def test_file_system_without_locks_is_said_once_and_dates_in_the_far_future_are_
     assert capsys.readouterr().out.count("cannot be locked (Operation not supported)") == 1
     os.utime(RUN, (13_569_465_600, 13_569_465_600))
     assert cli.main(["fit", "--resume", str(RUN), "--trainer.max_epochs", "2"]) == 0
+
+
+def test_own_options_of_a_resumed_run_choose_no_other_folder(workplace):
+    (folder := Path("runs/a/version_0")).mkdir(parents=True)
+    Path("other").mkdir()
+    Path("other/latest").write_text("mine")
+    Run(folder, None, resumed=True).begin({}, Path("other"))
+    assert Path("other/latest").read_text() == "mine"
+    assert Path("runs/latest").resolve() == folder.resolve()
