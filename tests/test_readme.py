@@ -123,7 +123,7 @@ def test_make_targets_benchmarks_and_extras_exist():
 def test_options_exist(workplace, capsys):
     assert cli.main(["fit", "--print_config"]) == 0
     settings = yaml.safe_load(capsys.readouterr().out)
-    for verb in cli.COMMANDS:
+    for verb in (*cli.COMMANDS, "tune"):
         assert cli.main([verb, "--help"]) == 0
     options = set(re.findall(r"--[\w.]+", capsys.readouterr().out))
     for key, value in settings.items():
