@@ -18,7 +18,7 @@ from PIL import Image
 from project.data import duplicates, images, manifest, shards
 from project.data.folders import HIDDEN, NOT_IMAGE, NOT_SPLIT, OURS, TOOL, UNREAD, Layout, Skipped, nothing_in
 from project.data.splits import SPLITS, Row
-from project.data.workers import prepare, usable_cores
+from project.data.workers import follow, usable_cores
 from project.errors import FailedRun, UserError
 
 SIDE = 16  # of the thumbnail, in pixels
@@ -111,17 +111,19 @@ def check_dataset(
         findings += [Finding("notice", "both sides" in text, text, []) for text in notices]
     base = manifest.folder_of(root)
     inspected, errors = np.zeros(len(rows), INSPECTED), dict[int, str]()
+    pool = ProcessPoolExecutor(usable_cores(), initializer=follow)
     try:
-        with ProcessPoolExecutor(usable_cores(), initializer=prepare, initargs=(0,)) as pool:
-            results = pool.map(inspect_image, [str(base / row.path) for row in rows], chunksize=32)
-            for index, (row, reason) in enumerate(progress(results, total=len(rows))):
-                inspected[index] = row
-                if reason:
-                    errors[index] = reason
+        results = pool.map(inspect_image, [str(base / row.path) for row in rows], chunksize=32)
+        for index, (row, reason) in enumerate(progress(results, total=len(rows))):
+            inspected[index] = row
+            if reason:
+                errors[index] = reason
     except BrokenProcessPool as error:
         raise FailedRun(
             "A process that reads images was killed, perhaps for lack of memory; run check alone."
         ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
     return _report(base, rows, inspected, errors, findings, skipped)
 
 

@@ -109,8 +109,13 @@ def start_server() -> None:
 
 def prepare(_: int) -> None:
     """Makes a worker leave signals to the main process and end with it, however that ends; the DataLoader calls it."""
-    for number in LEFT_TO_MAIN:
-        signal.signal(number, signal.SIG_IGN)  # where there is no server
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # where there is no server
+    follow()
+
+
+def follow() -> None:
+    """Makes a process, as of a pool, leave Ctrl-C to the main process and end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_main_process, daemon=True).start()
 
 

@@ -1,9 +1,15 @@
 """Dataset checks: what they find, and that they change nothing."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -222,3 +228,29 @@ def test_a_class_without_a_readable_image_comes_first_and_no_data_values_are_tol
     assert lines[0].strip() == "There are 3 splits in which a class has no readable image."
     assert lines[1].strip().startswith("phone (test): phone/0")
     assert kinds(check_dataset(photos))["no-data"].paths == [["red/heights.tif"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "to_worker", "code"),
+    [(signal.SIGKILL, True, 1), (signal.SIGINT, False, 130), (signal.SIGTERM, False, -signal.SIGTERM)],
+)
+def test_lost_process_is_a_sentence_and_a_signal_leaves_none(workplace, number, to_worker, code):
+    make_images(Path("many"), {"a": 3000, "b": 3000})
+    words = [sys.executable, "-m", "project.cli", "check", "many"]
+    process = psutil.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (workers := process.children(recursive=True)):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    if to_worker:
+        workers[0].send_signal(number)
+    else:
+        os.killpg(process.pid, number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in said
+    assert ("failed: A process that reads images was killed" in said) == to_worker
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
