@@ -16,6 +16,7 @@ from PIL import Image
 from project import cli
 from project.data.check import check_dataset
 from project.data.duplicates import near_groups
+from project.data.workers import usable_cores
 from project.evaluation import figures
 from tests.conftest import COLOURS, SMALL, make_images, read_csv
 
@@ -240,10 +241,13 @@ def test_lost_process_is_a_sentence_and_a_signal_leaves_none(workplace, number, 
     words = [sys.executable, "-m", "project.cli", "check", "many"]
     process = psutil.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60
-    while not (workers := process.children(recursive=True)):
+    ready = [False]
+    while ready != [True] * usable_cores():  # each has started its thread, and listens to no Ctrl-C from then on
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
+        workers = process.children(recursive=True)
+        ready = [worker.num_threads() > 1 for worker in workers]
     if to_worker:
         workers[0].send_signal(number)
     else:
